@@ -1,0 +1,548 @@
+"""Read and write videos exactly, frame for frame: video files, folders of frames, contact sheets.
+
+Frame ``i`` of a video is its ``i``-th frame in presentation order, whatever the container, the codec or the
+frame rate. Pixels are uint8 RGB, turned and mirrored as the file asks for; transparent sources are composited
+on black, grey ones repeated over the channels, deeper ones rounded to 8 bits. The shape of a pixel and
+interlacing are ignored. A broken file raises `VideoError`, it never yields fewer frames than it holds; only
+damage that the decoder itself does not notice passes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import os
+import re
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.stream import VideoStream
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".gif"})
+FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+
+Frames = npt.NDArray[np.uint8]
+PathLike = str | os.PathLike[str]
+
+# Codecs whose packets show one frame each, so that packets tell frames. Not so in VP8 (hidden frames),
+# MPEG-4 part 2 (packets that repeat a frame), GIF, and whatever is inside AVI (no presentation times): these
+# are counted by decoding and read from the beginning.
+_ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "mjpeg", "prores", "ffv1"})
+_NUM_VERIFIED = 4  # frames decoded to see that the packets of a file do tell its frames
+
+
+class VideoError(ValueError):
+    """A video cannot be read as asked; the message begins with its path."""
+
+    def __init__(self, path: PathLike, problem: str) -> None:
+        super().__init__(f"{os.fspath(path)}: {problem}")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video holds.
+
+    Attributes:
+        path: The video file or folder of frames.
+        num_frames: Exact number of frames.
+        width: Pixels, after rotation.
+        height: Pixels, after rotation.
+        fps: Mean frames a second; 25 where a file does not tell.
+    """
+
+    path: Path
+    num_frames: int
+    width: int
+    height: int
+    fps: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """Where the frames of a file are: `pts` (F,) int64 in presentation order, None if packets do not tell."""
+
+    pts: npt.NDArray[np.int64] | None
+    keys: tuple[tuple[int, int | None], ...]  # (pts, dts) of the keyframes, sorted
+    height: int
+    width: int
+    fps: float
+
+
+def is_frame_folder(path: PathLike) -> bool:
+    """Whether `path` is a folder that directly holds images with a suffix of `FRAME_SUFFIXES`."""
+    return Path(path).is_dir() and bool(_list_frames(path))
+
+
+def probe(path: PathLike, folder_fps: float = 25.0) -> VideoInfo:
+    """Count and measure the frames of a video.
+
+    Reads a video file once through, decoding it only where its packets do not tell the number of frames; of a
+    folder of frames it reads the header of every image.
+
+    Args:
+        path: A video file, or a folder of frames.
+        folder_fps: Frames a second to report for a folder of frames, which cannot say.
+
+    Raises:
+        VideoError: The video is missing, empty, broken, or a folder with frames of several sizes.
+    """
+    if Path(path).is_dir():
+        names = _frame_names(path)
+        shape = _image_shape(path, names[0])
+        for name in names:
+            _check_shape(path, f"frame {name}", _image_shape(path, name), shape)
+        return VideoInfo(Path(path), len(names), shape[1], shape[0], folder_fps)
+    index = _index(*_file_key(path))
+    num_frames = _count_decoded(*_file_key(path)) if index.pts is None else len(index.pts)
+    return VideoInfo(Path(path), num_frames, index.width, index.height, index.fps)
+
+
+def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interval: int = 1) -> Frames:
+    """Read the frames ``start, start + frame_interval, ...`` of a video.
+
+    The result equals decoding the video from its beginning and picking frames. Files are read from the last
+    keyframe before the clip where this is safe, and from their beginning where it is not.
+
+    Args:
+        path: A video file, or a folder of frames (in natural order: ``frame2`` before ``frame10``).
+        start: The first frame, from 0.
+        num_frames: Frames in the clip, F.
+        frame_interval: Step between frames of the clip; 1 takes every frame.
+
+    Returns:
+        uint8 (F, H, W, 3), RGB.
+
+    Raises:
+        VideoError: The video is missing, broken, or shorter than the clip.
+        ValueError: A negative `start`, or `num_frames` or `frame_interval` below 1.
+    """
+    for field, value, lowest in (
+        ("start", start, 0),
+        ("num_frames", num_frames, 1),
+        ("frame_interval", frame_interval, 1),
+    ):
+        if value < lowest:
+            raise ValueError(f"{field} is {value}; it must be at least {lowest}")
+    wanted = range(start, start + num_frames * frame_interval, frame_interval)
+    if Path(path).is_dir():
+        names = _frame_names(path)
+        _check_length(path, len(names), wanted)
+        return np.stack(list(_read_images(path, [names[i] for i in wanted])))
+    index = _index(*_file_key(path))
+    if index.pts is not None:
+        _check_length(path, len(index.pts), wanted)
+        if (found := _read_from_keyframe(path, index, wanted)) is not None:
+            return np.stack(found)
+    clip, num_decoded = [], 0
+    with contextlib.closing(_decode(path)) as decoded:
+        for i, frame in enumerate(decoded):
+            num_decoded = i + 1
+            if i in wanted:
+                clip.append(_to_rgb(path, frame))
+            if len(clip) == num_frames:
+                return np.stack(clip)
+    _check_complete(path, index, num_decoded)
+    _check_length(path, num_decoded, wanted)
+    raise AssertionError("a video that is long enough holds all frames of the clip")
+
+
+def iter_frames(path: PathLike) -> Iterator[Frames]:
+    """Every frame of a video in order.
+
+    Yields:
+        uint8 (H, W, 3), RGB, all of one size.
+
+    Raises:
+        VideoError: The video is missing or broken; where a frame is damaged, after the frames before it.
+    """
+    if Path(path).is_dir():
+        yield from _read_images(path, _frame_names(path))
+        return
+    index = _index(*_file_key(path))
+    num_decoded = 0
+    for frame in _decode(path):
+        yield _to_rgb(path, frame)
+        num_decoded += 1
+    _check_complete(path, index, num_decoded)
+
+
+def write_video(path: PathLike, frames: Frames, fps: float) -> None:
+    """Write a video in a form that every player and browser shows.
+
+    MP4 is H.264 at a visually clean quality; an odd height or width is made even, as 4:2:0 colour needs, by
+    repeating the last row or column. GIF has 256 colours a frame. The file appears whole or not at all.
+
+    Args:
+        path: Where to write; ends in ``.mp4`` or ``.gif``. Missing folders are made.
+        frames: uint8 (F, H, W, 3), RGB, F >= 1.
+        fps: Frames a second, above 0; at most 100 for GIF, whose clock ticks in hundredths of a second.
+
+    Raises:
+        ValueError: Another suffix, dtype, shape or rate.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".mp4", ".gif"):
+        raise ValueError(f"path is {path}; a video to write ends in .mp4 or .gif")
+    _check_frames("frames", frames)
+    if not 0 < fps <= (100 if suffix == ".gif" else 1000):
+        raise ValueError(f"fps is {fps}; it must be above 0 and at most 1000 (GIF: 100)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.absolute().with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{suffix}")
+    try:
+        _encode(partial, frames, Fraction(fps).limit_denominator(1001) or Fraction(1, 1001))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Frames]],
+    path: PathLike,
+    row_labels: Sequence[str] | None = None,
+    num_columns: int = 8,
+    scale: int = 1,
+) -> None:
+    """Draw clips as a picture: a row a line, of each clip evenly spaced frames from first to last.
+
+    Args:
+        rows: For each row its clips, each uint8 (F, H, W, 3), RGB; sizes and lengths may differ.
+        path: The PNG to write. Missing folders are made.
+        row_labels: A line of text above each row.
+        num_columns: Frames to show of each clip; shorter clips show every frame.
+        scale: Enlargement, by repeating pixels.
+
+    Raises:
+        ValueError: No rows, an empty row, clips of another dtype or shape, too few labels, or another suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path is {path}; a contact sheet ends in .png")
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("rows is empty or has an empty row; each row needs a clip at least")
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise ValueError(f"row_labels has {len(row_labels)} labels; there are {len(rows)} rows")
+    if num_columns < 1 or scale < 1:
+        raise ValueError(f"num_columns is {num_columns} and scale is {scale}; both must be at least 1")
+    lines = []
+    for i, row in enumerate(rows):
+        tiles = []
+        for j, clip in enumerate(row):
+            _check_frames(f"rows[{i}][{j}]", clip)
+            picked = np.linspace(0, len(clip) - 1, min(num_columns, len(clip))).round().astype(int)
+            tiles += [Image.fromarray(clip[k].repeat(scale, 0).repeat(scale, 1)) for k in picked]
+        if row_labels is not None:
+            lines.append(_draw_text(row_labels[i]))
+        lines.append(_join(tiles, across=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _join(lines, across=False).save(path)
+
+
+def _draw_text(text: str) -> Image.Image:
+    font = ImageFont.load_default(12)
+    image = Image.new("RGB", (4 + int(font.getlength(text)), 16), "white")
+    ImageDraw.Draw(image).text((2, 1), text, fill="black", font=font)
+    return image
+
+
+def _join(images: Sequence[Image.Image], across: bool, gap: int = 2) -> Image.Image:
+    widths, heights = [image.width for image in images], [image.height for image in images]
+    length = sum(widths if across else heights) + gap * (len(images) - 1)
+    joined = Image.new("RGB", (length, max(heights)) if across else (max(widths), length), "white")
+    at = 0
+    for image in images:
+        joined.paste(image, (at, 0) if across else (0, at))
+        at += (image.width if across else image.height) + gap
+    return joined
+
+
+def _check_frames(field: str, frames: Frames) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"{field} is {frames.dtype} {frames.shape}; it must be uint8 (F, H, W, 3), F >= 1")
+
+
+def _check_length(path: PathLike, num_frames: int, wanted: range) -> None:
+    if wanted[-1] >= num_frames:
+        raise VideoError(
+            path,
+            f"has {num_frames} frames; a clip of {len(wanted)} frames at interval {wanted.step} needs "
+            f"{wanted[-1] - wanted[0] + 1}, from frame {wanted[0]} on",
+        )
+
+
+def _check_complete(path: PathLike, index: _Index, num_decoded: int) -> None:
+    if index.pts is not None and num_decoded < len(index.pts):
+        raise VideoError(path, f"is damaged: {num_decoded} of its {len(index.pts)} frames can be decoded")
+
+
+def _check_shape(path: PathLike, frame: str, shape: tuple[int, int], first: tuple[int, int]) -> None:
+    if shape != first:
+        raise VideoError(path, f"{frame} is {shape[1]}x{shape[0]}; the first frame is {first[1]}x{first[0]}")
+
+
+# Folders of frames
+
+
+@lru_cache(maxsize=4096)
+def _sorted_images(folder: str, mtime_ns: int) -> tuple[str, ...]:
+    def natural(name: str) -> tuple[list[str | int], str]:
+        parts = re.split(r"(\d+)", name.casefold())
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if Path(e.name).suffix.lower() in FRAME_SUFFIXES and e.is_file()]
+    # Hidden files are what other systems leave behind ("._frame1.png"), or are being written.
+    return tuple(sorted((name for name in names if not name.startswith(".")), key=natural))
+
+
+def _list_frames(folder: PathLike) -> tuple[str, ...]:
+    return _sorted_images(os.path.abspath(folder), os.stat(folder).st_mtime_ns)
+
+
+def _frame_names(folder: PathLike) -> tuple[str, ...]:
+    if not (names := _list_frames(folder)):
+        raise VideoError(folder, f"is a folder without frames ({', '.join(sorted(FRAME_SUFFIXES))})")
+    return names
+
+
+def _image_shape(folder: PathLike, name: str) -> tuple[int, int]:
+    with _open_image(folder, name) as image:
+        # EXIF orientations 5 to 8 swap the axes.
+        return (image.height, image.width) if image.getexif().get(0x0112, 1) < 5 else image.size
+
+
+@contextlib.contextmanager
+def _open_image(folder: PathLike, name: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(os.path.join(folder, name)) as image:
+            yield image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(folder, f"frame {name} cannot be read: {error}") from error
+
+
+def _read_images(folder: PathLike, names: Sequence[str]) -> Iterator[Frames]:
+    first = _image_shape(folder, _frame_names(folder)[0])
+    for name in names:
+        with _open_image(folder, name) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow clips instead of scaling
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                pixels = _on_black(np.asarray(image.convert("RGBA")))
+            else:
+                pixels = np.array(image.convert("RGB"))
+        _check_shape(folder, f"frame {name}", (pixels.shape[0], pixels.shape[1]), first)
+        yield pixels
+
+
+# Video files
+
+
+def _file_key(path: PathLike) -> tuple[str, int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise VideoError(path, f"cannot be found: {error.strerror}") from error
+    if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
+        raise VideoError(path, f"is not a folder of frames and not one of {', '.join(sorted(VIDEO_SUFFIXES))}")
+    if not status.st_size:
+        raise VideoError(path, "is an empty file")
+    return os.path.abspath(path), status.st_mtime_ns, status.st_size
+
+
+@contextlib.contextmanager
+def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the first real video stream; what FFmpeg cannot do inside the block becomes a `VideoError`."""
+    try:
+        # An absolute path, as FFmpeg takes what precedes a colon in a relative one for a protocol.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise VideoError(path, "has no video stream")
+            if streams[0].codec_context is None:
+                raise VideoError(path, "has a video stream of an unknown codec")
+            # Loader workers are the parallelism; threads inside each would only contend.
+            streams[0].codec_context.thread_count = 1
+            yield container, streams[0]
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"cannot be decoded: {error.strerror}") from error
+
+
+def _decode(path: PathLike) -> Generator[VideoFrame, None, None]:
+    with _open(path) as (container, stream):
+        first, i = None, 0
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise VideoError(path, f"is damaged or cut off at about frame {i}")
+            for frame in packet.decode():
+                assert isinstance(frame, VideoFrame)
+                if frame.is_corrupt:
+                    raise VideoError(path, f"frame {i} is damaged")
+                first = first or (frame.height, frame.width)
+                _check_shape(path, f"frame {i}", (frame.height, frame.width), first)
+                yield frame
+                i += 1
+
+
+@lru_cache(maxsize=16384)
+def _index(path: str, mtime_ns: int, size: int) -> _Index:
+    with _open(path) as (container, stream):
+        # What names its own length betrays a missing end, which demuxing would pass over in silence.
+        needed = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        if (needed := max(needed, _declared_size(path))) > size:
+            raise VideoError(path, f"is cut off: {size} of {needed} bytes are there")
+        packets: list[tuple[int | None, int | None, bool]] = []
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise VideoError(path, f"is damaged or cut off at about frame {len(packets)}")
+            if packet.size and not packet.is_discard:
+                packets.append((packet.pts, packet.dts, packet.is_keyframe))
+        trusted = stream.codec.canonical_name in _ONE_FRAME_A_PACKET and "avi" not in container.format.name
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
+        if container.format.name == "gif" and container.duration:  # the rate of the stream is a guess
+            fps = len(packets) * av.time_base / container.duration
+    with contextlib.closing(_decode(path)) as decoded:
+        head = list(itertools.islice(decoded, _NUM_VERIFIED))
+    if not head:
+        raise VideoError(path, "has no frame that can be decoded")
+    height, width, _ = _to_rgb(path, head[0]).shape
+    times = sorted({pts for pts, _, _ in packets if pts is not None})
+    # Frames that lost their reference at the start, and fields in packets of their own, show in the head.
+    if not trusted or len(times) < len(packets) or [frame.pts for frame in head] != times[:_NUM_VERIFIED]:
+        return _Index(None, (), height, width, fps)
+    keys = tuple(sorted((pts, dts) for pts, dts, is_key in packets if is_key and pts is not None))
+    return _Index(np.array(times, np.int64), keys, height, width, fps)
+
+
+@lru_cache(maxsize=16384)
+def _count_decoded(path: str, mtime_ns: int, size: int) -> int:
+    return sum(1 for _ in _decode(path))
+
+
+def _declared_size(path: str) -> int:
+    """Bytes a Matroska, AVI or GIF file says it has; 0 for others and where it does not say."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        file.seek(-1, os.SEEK_END)
+        last, end = file.read(1), file.tell()
+    if head[:3] == b"GIF":
+        return end + (last not in b";\0")  # the last byte is a semicolon, which some writers pad
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return size + 8 if size < 0xFFFFFFFF else 0
+    at = head.find(b"\x18\x53\x80\x67") + 4  # the Matroska segment, then its size in a run of 7-bit groups
+    if head[:4] != b"\x1a\x45\xdf\xa3" or at < 8 or not head[at : at + 1].strip(b"\0"):
+        return 0
+    length = 9 - head[at].bit_length()
+    unknown = (1 << 7 * length) - 1
+    size = int.from_bytes(head[at : at + length], "big") & unknown
+    return at + length + size if size < unknown else 0
+
+
+def _read_from_keyframe(path: PathLike, index: _Index, wanted: range) -> list[Frames] | None:
+    """The clip, or None if only decoding from the beginning can tell it exactly."""
+    assert index.pts is not None
+    first_pts = int(index.pts[wanted[0]])
+    num_before = bisect.bisect_right(index.keys, first_pts, key=lambda key: key[0])
+    if not num_before or index.keys[num_before - 1][0] <= index.pts[0]:
+        return None
+    with contextlib.suppress(VideoError), _open(path) as (container, stream):
+        pts, dts = index.keys[num_before - 1]
+        for time in (pts, pts if dts is None else dts):  # Matroska seeks by pts, MP4 by dts
+            container.seek(time, stream=stream)
+            packets = container.demux(stream)
+            key = next(packets)
+            if key.is_keyframe and key.pts is not None and key.pts <= first_pts:
+                break
+        else:
+            return None
+        clip: list[Frames] = []
+        i = first = int(np.searchsorted(index.pts, key.pts))
+        for packet in itertools.chain([key], packets):
+            for frame in packet.decode():
+                assert isinstance(frame, VideoFrame)
+                if frame.pts is not None and frame.pts < key.pts:
+                    continue  # leads an open group of pictures; refers to frames before the keyframe
+                if frame.pts != index.pts[i] or frame.is_corrupt or (i == first and not frame.key_frame):
+                    return None
+                if i in wanted:
+                    clip.append(_to_rgb(path, frame))
+                    if clip[-1].shape[:2] != (index.height, index.width):
+                        return None
+                if len(clip) == len(wanted):
+                    return clip
+                i += 1
+    return None
+
+
+def _to_rgb(path: PathLike, frame: VideoFrame) -> Frames:
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        pixels = _on_black(frame.to_ndarray(format="rgba", threads=1))
+    else:
+        pixels = cast(Frames, frame.to_ndarray(format="rgb24", threads=1))
+    if (matrix := cast(Any, frame.side_data.get("DISPLAYMATRIX"))) is None:
+        return pixels
+    # Source pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
+    if a == d == 0 and b and c:
+        pixels, flip_x, flip_y = pixels.transpose(1, 0, 2), c < 0, b < 0
+    elif b == c == 0 and a and d:
+        flip_x, flip_y = a < 0, d < 0
+    else:
+        raise VideoError(path, "is turned by other than quarter turns, which cannot be read")
+    return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
+def _on_black(rgba: npt.NDArray[Any]) -> Frames:
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)
+
+
+def _encode(path: Path, frames: Frames, rate: Fraction) -> None:
+    is_gif = path.suffix == ".gif"
+    with av.open(str(path), "w", options={} if is_gif else {"movflags": "faststart"}) as container:
+        stream = container.add_stream("gif" if is_gif else "libx264", rate=rate)
+        if not is_gif:
+            to_even = ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0))
+            frames = np.pad(frames, to_even, "edge")
+            stream.options = {"crf": "12"}
+            # Tagged, since players guess the matrix of untagged files from their size.
+            stream.codec_context.colorspace, stream.codec_context.color_range = 6, ColorRange.MPEG
+        stream.pix_fmt = "pal8" if is_gif else "yuv420p"
+        stream.height, stream.width = frames.shape[1:3]
+        for i, pixels in enumerate(frames):
+            frame = _quantize(pixels) if is_gif else _to_yuv(pixels)
+            frame.pts, frame.time_base = i, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _quantize(pixels: Frames) -> VideoFrame:
+    image = Image.fromarray(pixels).quantize(256)
+    colors = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    palette = np.full((256, 4), 255, np.uint8)  # ARGB
+    palette[: len(colors), 1:] = colors
+    return VideoFrame.from_ndarray(cast(Any, (np.asarray(image), palette)), format="pal8")
+
+
+def _to_yuv(pixels: Frames) -> VideoFrame:
+    return VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU601,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND,
+    )
