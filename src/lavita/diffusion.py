@@ -1,0 +1,157 @@
+"""The diffusion process: noise schedule, q(z_t | z_0), and the hybrid objective L_simple + L_vlb.
+
+Notation of Ho et al. 2020 and Nichol & Dhariwal 2021; timesteps t count from 0 here, T - 1 the noisiest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+NUM_TIMESTEPS = 1000
+BETA_START, BETA_END = 1e-4, 0.02
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Per-sample losses, float32 (B,)."""
+
+    total: torch.Tensor
+    """`mse + vlb`."""
+    mse: torch.Tensor
+    """L_simple: mean squared error of the noise (Eq. 1 of the paper)."""
+    vlb: torch.Tensor
+    """The timestep's term of L_vlb in bits a value; 0 without a learned variance."""
+
+
+class GaussianDiffusion:
+    """A linear schedule of T = 1000 steps from 1e-4 to 0.02; its tables are float64."""
+
+    def __init__(self, num_timesteps: int = NUM_TIMESTEPS) -> None:
+        """Computes the tables of the schedule."""
+        self.num_timesteps = num_timesteps
+        self.betas = torch.linspace(BETA_START, BETA_END, num_timesteps, dtype=torch.float64)
+        alphas = 1.0 - self.betas
+        self.alphas_cumprod = alphas.cumprod(0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        # q(z_{t-1} | z_t, z_0): Ho et al. 2020, Eq. 6-7.
+        self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
+        # Its first value is 0, whose logarithm does not exist: the second stands in for it.
+        self.posterior_log_variance = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
+        self.posterior_mean_start = self.betas * previous.sqrt() / (1 - self.alphas_cumprod)
+        self.posterior_mean_noisy = (1 - previous) * alphas.sqrt() / (1 - self.alphas_cumprod)
+
+    def q_sample(self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """z_t = sqrt(alpha-bar_t) z_0 + sqrt(1 - alpha-bar_t) noise (Sec. 3.1).
+
+        Args:
+            latents: z_0, (B, ...).
+            timesteps: int64 (B,) in 0..T-1.
+            noise: standard normal, like `latents`.
+        """
+        signal = _per_sample(self.alphas_cumprod.sqrt(), timesteps, latents)
+        sigma = _per_sample((1 - self.alphas_cumprod).sqrt(), timesteps, latents)
+        return signal * latents + sigma * noise
+
+    def losses(
+        self, output: torch.Tensor, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
+    ) -> Losses:
+        """The hybrid objective (Nichol & Dhariwal 2021, Eq. 16), weighted as DiT trains it: L_simple + L_vlb.
+
+        Args:
+            output: the model's, (B, F, 2C, H, W) with a learned variance or (B, F, C, H, W) without.
+            latents: z_0, (B, F, C, H, W).
+            timesteps: int64 (B,) in 0..T-1.
+            noise: what `q_sample` was given.
+
+        Raises:
+            ValueError: for an output of another shape.
+        """
+        output = output.float()
+        channels = latents.shape[2]
+        if output.shape == latents.shape:
+            mse = _mean_per_sample((noise - output).square())
+            return Losses(mse, mse, torch.zeros_like(mse))
+        if output.shape[2] != 2 * channels:
+            raise ValueError(f"output has {output.shape[2]} channels, but latents of {channels} need {2 * channels}")
+        predicted, variance = output.split(channels, dim=2)
+        mse = _mean_per_sample((noise - predicted).square())
+        # The bound trains the variance only: through the mean it would disturb L_simple.
+        vlb = self.vlb_term(predicted.detach(), variance, latents, timesteps, noise)
+        return Losses(mse + vlb, mse, vlb)
+
+    def vlb_term(
+        self,
+        predicted_noise: torch.Tensor,
+        variance: torch.Tensor,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """The term of L_vlb at each sample's timestep, in bits a value, (B,).
+
+        KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t)) for t > 0, and at t = 0 the likelihood of z_0 under a
+        Gaussian that is integrated over bins of 2/255, as images have them (Ho et al. 2020, Eq. 5 and 13).
+
+        Args:
+            predicted_noise: (B, F, C, H, W).
+            variance: the model's v, which interpolates between the two bounds of the log-variance; -1 is
+                beta-tilde, 1 is beta (Nichol & Dhariwal 2021, Eq. 15).
+            latents: z_0.
+            timesteps: (B,).
+            noise: the true one.
+        """
+        noisy = self.q_sample(latents, timesteps, noise)
+        start_scale = _per_sample(self.alphas_cumprod.rsqrt(), timesteps, latents)
+        noise_scale = _per_sample((1 / self.alphas_cumprod - 1).sqrt(), timesteps, latents)
+        predicted_start = start_scale * noisy - noise_scale * predicted_noise
+        mean_start = _per_sample(self.posterior_mean_start, timesteps, latents)
+        # Both means share their share of z_t, so it cancels in their difference.
+        mean_difference = mean_start * (latents - predicted_start)
+
+        true_log = _per_sample(self.posterior_log_variance, timesteps, latents)
+        log_beta = _per_sample(self.betas.log(), timesteps, latents)
+        share = (variance + 1) / 2
+        model_log = share * log_beta + (1 - share) * true_log
+        kl = 0.5 * (
+            model_log - true_log - 1 + (true_log - model_log).exp() + mean_difference.square() * (-model_log).exp()
+        )
+        mean_noisy = _per_sample(self.posterior_mean_noisy, timesteps, latents)
+        model_mean = mean_start * predicted_start + mean_noisy * noisy
+        likelihood = discretized_gaussian_log_likelihood(latents, model_mean, 0.5 * model_log)
+        first = timesteps == 0
+        return torch.where(first, -_mean_per_sample(likelihood), _mean_per_sample(kl)) / math.log(2)
+
+
+def discretized_gaussian_log_likelihood(
+    values: torch.Tensor, means: torch.Tensor, log_scales: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability, in nats, of the bin of width 2/255 around each value; the outermost bins are open.
+
+    Args:
+        values: where; beyond +-0.999 the bin reaches to infinity, as for images on [-1, 1].
+        means: of the Gaussian.
+        log_scales: logarithms of its standard deviations.
+    """
+    centered = values - means
+    inverse = (-log_scales).exp()
+    upper = _normal_cdf(inverse * (centered + 1 / 255))
+    lower = _normal_cdf(inverse * (centered - 1 / 255))
+    upper = torch.where(values > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(values < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _per_sample(table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    values = table.to(like.device)[timesteps].to(like.dtype)
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _mean_per_sample(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).mean(1)

@@ -1,0 +1,50 @@
+"""An exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def decay_at(decay: float, step: int) -> float:
+    """The decay of a step (from 1), warmed up as `(1 + step) / (10 + step)` so that short runs forget their start."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class EMA:
+    """Float32 copies of a model's trainable weights that follow them slowly."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts at the model's weights; `decay` in [0, 1) is that of long runs (see `decay_at`)."""
+        self.decay = decay
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves towards the weights after optimizer step `step` (from 1)."""
+        current = [p.detach().float() for p in self._parameters.values()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay_at(self.decay, step))
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Takes over saved weights; KeyError where one is missing."""
+        for name, mine in self.weights.items():
+            mine.copy_(weights[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the model has the average's weights; after, its own again, bit for bit."""
+        backup = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._copy(self.weights)
+        try:
+            yield
+        finally:
+            self._copy(backup)
+
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name])
