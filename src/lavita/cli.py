@@ -1,0 +1,253 @@
+"""The commands: parse, call, print. Heavy libraries load inside a command, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lavita.config import AutoencoderConfig, RunConfig
+
+app = typer.Typer(
+    name="lavita",
+    help="Train, sample and evaluate latent video diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+autoencoder_app = typer.Typer(help="Train and score autoencoders.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(autoencoder_app, name="autoencoder")
+
+
+class SamplerName(StrEnum):
+    """The names of `pipeline.SAMPLERS`, here because that module takes seconds to load."""
+
+    unipc = "unipc"
+    dpmpp = "dpm++"
+    ddim = "ddim"
+    ddpm = "ddpm"
+
+
+class VideoFormat(StrEnum):
+    """What generated videos are written as."""
+
+    mp4 = "mp4"
+    gif = "gif"
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Fields of the configuration, as a.b=c: train.steps=1000", show_default=False),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", help="YAML file, or the name of a packaged one: demo", show_default=False),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's data, model, samples and page.")] = Path("runs/demo"),
+) -> None:
+    """Render arcade videos, train a small model on them, generate more, and show it all on a page."""
+    from lavita.demo import run_demo
+
+    run_demo(out)
+
+
+@data_app.command("arcade")
+def data_arcade(
+    out: Annotated[Path, typer.Argument(help="Folder to write train/<game>/ and heldout/<game>/ into.")],
+    train_episodes: Annotated[int, typer.Option(min=0, help="Training videos a game.")] = 24,
+    heldout_episodes: Annotated[int, typer.Option(min=0, help="Held-out videos a game.")] = 6,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames of a video, at 15 a second.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the players.")] = 0,
+) -> None:
+    """Render the arcade data set: 8 games, 64x64 pixels, H.264. Needs the extra `demo`."""
+    from lavita.data.demo import render_dataset
+    from lavita.runtime import Progress
+
+    progress = Progress("rendering video", 8 * (train_episodes + heldout_episodes))
+    render_dataset(out, train_episodes, heldout_episodes, num_frames, seed, lambda done, total: progress.update(done))
+    print(out)
+
+
+@autoencoder_app.command("train")
+def autoencoder_train(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of videos; may be given several times.", show_default=False),
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
+) -> None:
+    """Train an autoencoder on the frames of videos. Run the same command again to resume."""
+    from lavita.config import AutoencoderConfig
+    from lavita.train_autoencoder import train_autoencoder
+
+    chosen: dict[str, Any] = {}
+    if data:
+        chosen["data"] = [str(path) for path in data]
+    if run_dir:
+        chosen["run_dir"] = str(run_dir)
+    settings: AutoencoderConfig = _load(AutoencoderConfig, config, overrides, chosen)
+    print(train_autoencoder(settings))
+
+
+@autoencoder_app.command("evaluate")
+def autoencoder_evaluate(
+    data: Annotated[list[Path], typer.Option(help="Folder of videos; may be given several times.")],
+    autoencoder: Annotated[str, typer.Argument(help="Folder, hub id, or builtin.")] = "builtin",
+    resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.", show_default=False)] = None,
+) -> None:
+    """PSNR of reconstructed frames: the whole picture, and the pixels that move."""
+    from lavita.autoencoder import autoencoder_source, load_autoencoder
+    from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
+
+    vae = load_autoencoder(autoencoder_source(autoencoder, resolution))
+    show_quality({str(root): reconstruction_quality(vae, root, resolution) for root in data}, out)
+
+
+@app.command()
+def encode(
+    data: Annotated[Path, typer.Option(help="Folder of videos.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    autoencoder: Annotated[
+        str, typer.Option(help="Folder, hub id, builtin, or auto: builtin up to 128 pixels.")
+    ] = "auto",
+    resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 256,
+    flip: Annotated[bool, typer.Option(help="Encode mirrored frames, too.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Encode every frame of every video once, so that training reads latents. Run it again to go on."""
+    from lavita.autoencoder import autoencoder_source, load_autoencoder
+    from lavita.data.latents import encode_dataset
+    from lavita.runtime import pick_device
+
+    vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
+    manifest = encode_dataset(data, out, vae, resolution, flip)
+    print(f"{out}: {len(manifest['videos'])} videos, {len(manifest['broken'])} broken")
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of videos.", show_default=False)] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
+) -> None:
+    """Train a model. Run the same command again to resume; Ctrl-C saves a checkpoint first."""
+    from lavita.config import RunConfig
+    from lavita.train import Stopped
+    from lavita.train import train as run
+
+    chosen: dict[str, Any] = {}
+    if data:
+        chosen["data"] = {"path": str(data)}
+    if run_dir:
+        chosen["run_dir"] = str(run_dir)
+    settings: RunConfig = _load(RunConfig, config, overrides, chosen)
+    try:
+        print(run(settings))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from stopped
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option(help="Folder to write the videos into.")],
+    model: Annotated[
+        str, typer.Argument(help="Pipeline folder or hub id; builtin is the arcade model of the package.")
+    ] = "builtin",
+    classes: Annotated[
+        str, typer.Option(help="Names or numbers, comma separated, or all. Unused without classes.")
+    ] = "all",
+    seeds: Annotated[str, typer.Option(help="One video a class for each seed: 0-7 or 1,5,9.")] = "0-3",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations; 250 for ddpm.")] = 25,
+    sampler: Annotated[SamplerName, typer.Option(help="ddpm is the paper's.")] = SamplerName.unipc,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1 for no guidance. [default: 1.5 with classes]", show_default=False)
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="[default: the model's]", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos at once; does not change them.")] = 8,
+    video_format: Annotated[VideoFormat, typer.Option("--format", help="Of the files.")] = VideoFormat.mp4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Generate videos: OUT/<class>/<seed>.mp4. Finished files are left alone."""
+    from lavita.generate import generate
+
+    written = generate(
+        model,
+        out,
+        classes=classes,
+        seeds=seeds,
+        steps=steps,
+        sampler=sampler.value,
+        guidance_scale=guidance_scale,
+        num_frames=num_frames,
+        batch_size=batch_size,
+        suffix=f".{video_format.value}",
+        device=device,
+    )
+    print(f"{out}: {len(written)} videos")
+
+
+@app.command()
+def evaluate(
+    real: Annotated[Path, typer.Option(help="Folder of class folders of real training videos.")],
+    generated: Annotated[Path, typer.Option(help="Folder of class folders of generated videos.")],
+    held_out: Annotated[
+        Path | None, typer.Option(help="Real videos to check the classifier on.", show_default=False)
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Comma separated.")] = "accuracy,motion",
+    frame_interval: Annotated[int, typer.Option(min=1, help="That of the generated videos.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the report as JSON, too.", show_default=False)] = None,
+) -> None:
+    """Score generated videos against real ones."""
+    from lavita.evaluation.scores import print_scores, score, write_scores
+
+    result = score(real, generated, held_out, metrics.split(","), frame_interval=frame_interval)
+    print_scores(result)
+    if out is not None:
+        write_scores(result, out)
+
+
+def main() -> None:
+    """Runs a command; bad input, as any `ValueError`, is one line on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+
+
+def _load(cls: Any, config: str | None, overrides: list[str] | None, chosen: dict[str, Any]) -> Any:
+    """The options of a command win over its configuration file, `a.b=c` over both."""
+    from lavita.config import ConfigError, load_config, read_yaml
+
+    words = overrides or []
+    if config is None and not chosen and not words:
+        raise ConfigError("nothing to train on: give --config FILE or --data DIR")
+    values: dict[str, Any] = {}
+    file = None
+    if config is not None:
+        packaged = Path(str(files("lavita") / "configs" / f"{config}.yaml"))
+        file = packaged if "/" not in config and packaged.exists() else Path(config)
+        values = read_yaml(file)
+    for key, value in chosen.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = {**values[key], **value} if both else value
+    return load_config(cls, values, words, source=str(file) if file else "")

@@ -1,0 +1,282 @@
+"""Typed run configuration: defaults in one place, then a YAML file, then `a.b=c` on the command line.
+
+An unknown key is an error, everywhere. The resolved configuration of a run is saved in its folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, its value and what is allowed."""
+
+
+class StrictConfig(BaseModel):
+    """Base of all configuration sections: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(StrictConfig):
+    """Which videos, which frames of them, and at what size."""
+
+    path: Path | None = None
+    """Folder of videos (any tree of video files or frame folders); not needed beside a `latent_cache`."""
+    class_folders: bool = False
+    """Take the name of each video's parent folder as its class."""
+    num_frames: int = Field(16, ge=1)
+    """Frames of a clip."""
+    frame_interval: int = Field(3, ge=1)
+    """Every how many frames of the file one is taken; 3 in the paper."""
+    resolution: int = Field(256, ge=8)
+    """Side of the square frames in pixels, after a center crop."""
+    horizontal_flip: bool = True
+    """Mirror each clip with probability 1/2; the paper's only augmentation."""
+    latent_cache: Path | None = None
+    """Folder that `lavita encode` wrote; without it the videos are read and encoded at every step."""
+    broken: Literal["skip", "error"] = "skip"
+    """What a video that cannot be used does: it is always named; `error` stops the run there."""
+
+
+class ModelConfig(StrictConfig):
+    """The transformer; fields left out come from the preset."""
+
+    preset: str = "S/2"
+    """Size and patch: one of S, B, L, XL, or `tiny`, `small` for laptops, then /2, /4 or /8."""
+    variant: Literal[1, 2] = 2
+    """1: all spatial blocks, then all temporal ones; 2: alternating (Sec. 3.2 of the paper)."""
+    class_dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    """Probability of training a clip without its label, which classifier-free guidance needs."""
+    learn_sigma: bool = True
+    """Predict the variance beside the noise."""
+
+
+class TrainConfig(StrictConfig):
+    """The optimisation."""
+
+    steps: int = Field(100_000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(8, ge=1)
+    """Clips of one optimizer step."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches that the clips of one step are computed in; divides `batch_size`."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Constant rate of AdamW after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    clip_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm where they exceed it."""
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the weights' moving average; short runs warm it up (`ema.decay_at`)."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where the processor has bf16 matrix products, else fp32."""
+    device: str = "auto"
+    """`auto`: the first GPU if there is one, else the CPU."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: initial weights, clips, noise."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines of `metrics.jsonl`."""
+    checkpoint_every: int = Field(1_000, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the last checkpoints are kept."""
+    sample_every: int = Field(1_000, ge=0)
+    """Steps between two sets of sample videos; 0 for none."""
+    num_samples: int = Field(8, ge=1)
+    """Videos in a set of samples: the same seeds and labels every time."""
+
+    @model_validator(mode="after")
+    def _accumulation_divides(self) -> TrainConfig:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
+        return self
+
+
+class RunConfig(StrictConfig):
+    """One training run: `lavita train --config FILE`."""
+
+    run_dir: Path = Path("runs/train")
+    """Where checkpoints, metrics, samples and the pipeline go."""
+    autoencoder: str = "auto"
+    """Path or hub id of an `AutoencoderKL`; `builtin` is the one in the package;
+    `auto`: `builtin` up to 128 pixels, Stable Diffusion's above."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+class AutoencoderConfig(StrictConfig):
+    """Training of an autoencoder: `lavita autoencoder train`."""
+
+    run_dir: Path = Path("runs/autoencoder")
+    """Where checkpoints, metrics and the autoencoder go."""
+    data: list[Path] = Field(min_length=1)
+    """Folders of videos."""
+    data_weights: list[PositiveFloat] | None = None
+    """How often each folder is drawn from, whatever its size; equally by default."""
+    held_out: list[Path] = []
+    """Folders whose frames are never trained on; PSNR is measured on them."""
+    resolution: int = Field(64, ge=8)
+    """Side of the training crops in pixels."""
+    downsampling: Literal[2, 4, 8, 16] = 4
+    """Pixels of a latent pixel's side."""
+    latent_channels: int = Field(4, ge=1)
+    """Channels of the latents."""
+    block_out_channels: list[int] | None = None
+    """Width at each resolution, finest first; by default doubling from 32."""
+    layers_per_block: int = Field(1, ge=1)
+    """Residual blocks at each resolution of the encoder."""
+    steps: int = Field(20_000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(8, ge=2, multiple_of=2)
+    """Frames of one step: half as many pairs of successive frames."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak rate of AdamW: it rises over 200 steps and falls along a cosine to 1% of it."""
+    kl_weight: float = Field(1e-4, ge=0)
+    """Weight of the KL divergence to a unit Gaussian, in nats a latent value."""
+    motion_weight: float = Field(4.0, ge=0)
+    """How much more a moving pixel counts in the reconstruction loss than a still one."""
+    edge_weight: float = Field(0.5, ge=0)
+    """Weight of the L1 distance between image gradients."""
+    horizontal_flip: bool = True
+    """Mirror pairs with probability 1/2."""
+    memory_gib: float = Field(2.0, gt=0)
+    """Decoded frames kept in memory; a random part of each video where they are more."""
+    save_dtype: Literal["float32", "float16"] = "float32"
+    """Weights on disk; `float16` halves the file."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where the processor has bf16 matrix products, else fp32."""
+    device: str = "auto"
+    """`auto`: the first GPU if there is one, else the CPU."""
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, draws and noise."""
+    log_every: int = Field(20, ge=1)
+    """Steps between two lines of `metrics.jsonl`."""
+    checkpoint_every: int = Field(1_000, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the last checkpoints are kept."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> AutoencoderConfig:
+        if self.data_weights is not None and len(self.data_weights) != len(self.data):
+            raise ValueError(f"data_weights has {len(self.data_weights)} numbers for {len(self.data)} folders")
+        levels = self.downsampling.bit_length()
+        if self.block_out_channels is not None and len(self.block_out_channels) != levels:
+            raise ValueError(
+                f"block_out_channels has {len(self.block_out_channels)} widths, but downsampling "
+                f"{self.downsampling} needs {levels}"
+            )
+        if self.resolution % self.downsampling:
+            raise ValueError(
+                f"resolution is {self.resolution}, but must be a multiple of downsampling ({self.downsampling})"
+            )
+        return self
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels at each resolution, finest first."""
+        return self.block_out_channels or [32 * 2**i for i in range(self.downsampling.bit_length())]
+
+
+Config = TypeVar("Config", bound=StrictConfig)
+
+
+def load_config(
+    cls: type[Config], values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = ""
+) -> Config:
+    """Builds a configuration from values and dotted overrides; what neither names has its default.
+
+    Args:
+        cls: the configuration class.
+        values: nested fields, as `read_yaml` gives them.
+        overrides: `a.b=c` strings, which win; the right side is parsed as YAML.
+        source: where the values come from, for messages.
+
+    Raises:
+        ConfigError: for an unknown key, or a value that does not fit.
+    """
+    merged: dict[str, Any] = {}
+    _merge(merged, values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r} is not of the form key=value, for example train.steps=1000")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+        if isinstance(value, str) and _is_number(value):
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+        nested: dict[str, Any] = {}
+        inner = nested
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+        _merge(merged, nested)
+    try:
+        return cls.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_first_error(cls, error, source)) from error
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Reads a YAML mapping; ConfigError where the file is missing or is not one."""
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def save_config(config: StrictConfig, file: Path) -> None:
+    """Writes every field of a configuration as YAML."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            inner = into.get(key)
+            into[key] = inner = inner if isinstance(inner, dict) else {}
+            _merge(inner, value)
+        else:
+            into[key] = value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _first_error(cls: type[StrictConfig], error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    where = f"{source}: " if source else ""
+    if first["type"] == "extra_forbidden":
+        section: Any = cls
+        for part in first["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        known = ", ".join(sorted(section.model_fields))
+        return f"{where}unknown key {field!r}; known here: {known}"
+    if first["type"] == "missing":
+        return f"{where}{field!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}{field or cls.__name__} is {first['input']!r}: {message}" if field else f"{where}{message}"

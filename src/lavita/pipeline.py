@@ -1,0 +1,219 @@
+"""Noise -> latents -> frames: the pipeline, in diffusers' layout, and its samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from lavita.autoencoder import decode
+from lavita.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
+from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.runtime import Precision, autocast
+
+Sampler = Literal["unipc", "dpm++", "ddim", "ddpm"]
+SAMPLERS: tuple[Sampler, ...] = ("unipc", "dpm++", "ddim", "ddpm")
+
+
+def make_scheduler(sampler: str, learn_sigma: bool = True) -> SchedulerMixin:
+    """A scheduler of the training's noise schedule.
+
+    Args:
+        sampler: `ddpm` is the paper's (250 steps; with the model's learned variance where it has one); `ddim`
+            (eta 0), `dpm++` and `unipc` take 20 to 50 steps and use the predicted noise only.
+        learn_sigma: whether the model predicts a variance.
+
+    Raises:
+        ValueError: for another name.
+    """
+    schedule: dict[str, Any] = {
+        "num_train_timesteps": NUM_TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+    }
+    if sampler == "ddpm":
+        variance = "learned_range" if learn_sigma else "fixed_small"
+        return DDPMScheduler(**schedule, variance_type=variance, timestep_spacing="linspace", clip_sample=False)
+    if sampler == "ddim":
+        return DDIMScheduler(**schedule, timestep_spacing="trailing", clip_sample=False)
+    if sampler == "dpm++":
+        return DPMSolverMultistepScheduler(
+            **schedule, algorithm_type="dpmsolver++", timestep_spacing="trailing", final_sigmas_type="zero"
+        )
+    if sampler == "unipc":
+        return UniPCMultistepScheduler(**schedule, timestep_spacing="trailing", final_sigmas_type="zero")
+    raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
+
+
+@dataclass
+class LavitaPipelineOutput(BaseOutput):
+    """What the pipeline returns."""
+
+    frames: npt.NDArray[np.uint8] | torch.Tensor
+    """uint8 `(B, F, H, W, 3)`, or float32 latents `(B, F, C, h, w)`."""
+
+
+class LavitaPipeline(DiffusionPipeline):
+    """Generates videos: `LavitaPipeline.from_pretrained(folder)(class_labels=["boxing"]).frames`.
+
+    Load it with this class: `DiffusionPipeline.from_pretrained` does not know it.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(self, transformer: LavitaTransformer3DModel, vae: AutoencoderKL, scheduler: SchedulerMixin) -> None:
+        """Puts the three together; `make_scheduler` makes the scheduler.
+
+        Raises:
+            ValueError: where the transformer's latents are not the autoencoder's.
+        """
+        super().__init__()
+        channels, expected = transformer.config["in_channels"], vae.config["latent_channels"]
+        if channels != expected:
+            raise ValueError(f"the transformer has {channels} latent channels, but the autoencoder {expected}")
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str] | None = None,
+        num_videos: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: Literal["uint8", "latent"] = "uint8",
+        precision: Precision = "auto",
+        return_dict: bool = True,
+    ) -> LavitaPipelineOutput | tuple[npt.NDArray[np.uint8] | torch.Tensor]:
+        """Generates a batch of videos.
+
+        Args:
+            class_labels: a class a video, by number or name; a class-conditional model needs them.
+            num_videos: how many, for an unconditional model; 1 by default.
+            num_frames: F; the model's training length by default, and at most that.
+            num_inference_steps: network evaluations (twice as many samples of them with guidance).
+            guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
+            generator: one for all, or one a video, so that a video depends on its own alone; CPU generators give
+                the same noise on every device.
+            latents: initial noise (B, F, C, h, w) instead of the generator's.
+            output_type: `uint8` frames or scaled `latent`s.
+            precision: see `runtime.autocast`.
+            return_dict: a `LavitaPipelineOutput`, or a tuple.
+
+        Raises:
+            ValueError: for labels, lengths or a guidance that do not fit the model.
+        """
+        config = self.transformer.config
+        device = self.transformer.device
+        labels = self._labels(class_labels)
+        batch = len(labels) if labels is not None else (1 if num_videos is None else num_videos)
+        frames = config["num_frames"] if num_frames is None else num_frames
+        guided = guidance_scale != 1.0
+        self._check(labels, num_videos, frames, num_inference_steps, guided, output_type)
+        size, channels = config["sample_size"], config["in_channels"]
+        shape = (batch, frames, channels, size, size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call needs {shape}")
+        null = config["num_classes"]
+        label_tensor = None if labels is None else torch.tensor(labels, device=device)
+        if guided and label_tensor is not None:
+            label_tensor = torch.cat([label_tensor, torch.full_like(label_tensor, null)])
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        learned_variance = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
+        # Schedulers split noise from variance, and draw a sample's noise, along the second axis: (B, C, F, h, w).
+        state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma
+        extra = {"generator": generator} if isinstance(self.scheduler, DDPMScheduler) else {}
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)
+            inputs = torch.cat([scaled, scaled]) if guided else scaled
+            with autocast(device, precision):
+                output = self.transformer(inputs, timestep.expand(len(inputs)), label_tensor).sample.float()
+            noise, variance = output[:, :, :channels], output[:, :, channels:]
+            if guided:
+                conditional, unconditional = noise.chunk(2)
+                noise = unconditional + guidance_scale * (conditional - unconditional)
+                variance = variance[:batch]
+            prediction = torch.cat([noise, variance], dim=2) if learned_variance else noise
+            state = self.scheduler.step(prediction.transpose(1, 2), timestep, state, **extra).prev_sample
+        latents = state.transpose(1, 2)
+        result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
+        return LavitaPipelineOutput(frames=result) if return_dict else (result,)
+
+    def _labels(self, class_labels: Sequence[int | str] | None) -> list[int] | None:
+        num_classes, names = self.transformer.config["num_classes"], self.transformer.config["class_names"]
+        if not num_classes:
+            if class_labels is not None:
+                raise ValueError("class_labels were given, but this model is unconditional")
+            return None
+        if class_labels is None or isinstance(class_labels, str):
+            raise ValueError(f"class_labels is {class_labels!r}, but this model needs a list, one class a video")
+        known = ", ".join(names) if names else f"0..{num_classes - 1}"
+        labels = []
+        for label in class_labels:
+            number = names.index(label) if names and label in names else label
+            if not isinstance(number, int) or not 0 <= number < num_classes:
+                raise ValueError(f"class label is {label!r}; allowed: {known}")
+            labels.append(number)
+        return labels
+
+    def _check(
+        self,
+        labels: list[int] | None,
+        num_videos: int | None,
+        frames: int,
+        steps: int,
+        guided: bool,
+        output_type: str,
+    ) -> None:
+        most = self.transformer.config["num_frames"]
+        if not 1 <= frames <= most:
+            raise ValueError(f"num_frames is {frames}, but this model makes 1 to {most}")
+        if not 1 <= steps <= NUM_TIMESTEPS:
+            raise ValueError(f"num_inference_steps is {steps}, but must be in 1..{NUM_TIMESTEPS}")
+        if labels is not None and num_videos is not None and num_videos != len(labels):
+            raise ValueError(f"num_videos is {num_videos}, but there are {len(labels)} class_labels")
+        if guided and labels is None:
+            raise ValueError("guidance_scale other than 1 needs a class-conditional model")
+        if output_type not in ("uint8", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; allowed: uint8, latent")
+
+
+def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> LavitaPipeline:
+    """Loads a pipeline folder (or hub id) in float32; ValueError, in one line, where it is none."""
+    folder = Path(source)
+    if folder.exists() and not (folder / "model_index.json").exists():
+        raise ValueError(f"{source}: holds no pipeline (no model_index.json in it)")
+    if not folder.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
+        raise ValueError(f"{source}: no such folder; a model is a pipeline's folder or a hub id")
+    try:
+        pipeline = LavitaPipeline.from_pretrained(str(source), torch_dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"{source}: cannot load a pipeline ({' '.join(str(error).split())[:200]})") from error
+    for name, parameter in pipeline.transformer.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{source}: its transformer's weights lack {name}")
+    pipeline.transformer.requires_grad_(False)
+    return pipeline.to(device)

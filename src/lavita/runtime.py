@@ -1,0 +1,129 @@
+"""What a run stands on: device, precision, seeds, a progress line and the metrics file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name; `auto` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: for a name that torch does not know or a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}, which is not available here; allowed: auto, cpu, cuda") from error
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware (AMX or AVX-512 BF16 on a CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 autocast, or nothing for `fp32`; `auto` asks the processor."""
+    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def generator(seed: int, *stream: int | str) -> torch.Generator:
+    """A CPU generator that is a pure function of a seed and the stream's names and numbers.
+
+    Nothing random here has any other state, so a resumed run draws what the uninterrupted one would have drawn.
+    """
+    return torch.Generator().manual_seed(int(numpy_generator(seed, *stream).integers(2**63)))
+
+
+def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
+    """Like `generator`, for numpy."""
+    digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+
+class Metrics:
+    """Appends one JSON object a line to a file; a resumed run first drops the lines it will write again."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Opens `path`; lines with a `step` above `resume_step`, and a half-written last one, are dropped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= resume_step:
+                kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, **record: float | int) -> None:
+        """Appends one object."""
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Progress:
+    """One live line with an ETA on a terminal; one line every 30 seconds elsewhere, as in a log file."""
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        """Starts at `done` of `total` units of work called `what`."""
+        self.what, self.total, self.done = what, total, done
+        self._first, self._start = done, time.monotonic()
+        self._live = sys.stderr.isatty()
+        self._printed = float("-inf")
+        self._width = 0
+
+    def update(self, done: int, note: str = "") -> None:
+        """Shows that `done` units are finished, and a note such as the loss."""
+        self.done = done
+        now = time.monotonic()
+        finished = done >= self.total
+        if now - self._printed < (0.1 if self._live else 30) and not finished:
+            return
+        self._printed = now
+        elapsed = now - self._start
+        fresh = done - self._first
+        left = f"ETA {_clock(elapsed / fresh * (self.total - done))}" if fresh and not finished else ""
+        timing = left or f"took {_clock(elapsed)}" if fresh else ""
+        line = "  ".join(part for part in (f"{self.what} {done:,}/{self.total:,}", note, timing) if part)
+        if self._live:
+            end = "\n" if finished else "\r"
+            print(line.ljust(self._width), end=end, file=sys.stderr, flush=True)
+            self._width = len(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own without tearing the live one."""
+        print(f"\r{text.ljust(self._width)}" if self._live else text, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
