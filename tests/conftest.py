@@ -1,0 +1,54 @@
+"""Tiny networks with random weights: no gate is closed, so that everything reaches the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from lavita.models.transformer import LavitaTransformer3DModel
+
+MakeTransformer = Callable[..., LavitaTransformer3DModel]
+
+
+@pytest.fixture
+def make_transformer() -> MakeTransformer:
+    """Builds a tiny transformer; any field of its constructor can be given."""
+
+    def make(**fields: Any) -> LavitaTransformer3DModel:
+        sizes = {"sample_size": 8, "num_frames": 2, "hidden_size": 32, "num_blocks": 2, "num_heads": 2}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = LavitaTransformer3DModel(**{**sizes, **fields})
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_transformer(make_transformer: MakeTransformer) -> LavitaTransformer3DModel:
+    """Three classes, clips of 2 frames, latents of 4 x 8 x 8: those of `tiny_vae` at 16 pixels."""
+    return make_transformer(num_classes=3, class_names=["boxing", "enduro", "pong"], fps=4.0)
+
+
+@pytest.fixture
+def tiny_vae() -> AutoencoderKL:
+    """16-pixel frames to latents of 4 x 8 x 8."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            layers_per_block=1,
+            mid_block_add_attention=False,
+            sample_size=16,
+        )
+    return vae.eval().requires_grad_(False)

@@ -1,0 +1,59 @@
+"""Copies trained weights into the package, in half precision: the autoencoder, or the arcade model.
+
+    python tools/package_weights.py autoencoder runs/autoencoder/autoencoder
+    python tools/package_weights.py arcade runs/arcade
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from lavita.autoencoder import load_autoencoder
+from lavita.config import read_yaml
+from lavita.pipeline import load_pipeline
+
+WEIGHTS = Path(__file__).parents[1] / "src" / "lavita" / "weights"
+
+
+def replace_weights(name: str) -> Path:
+    """The empty folder of a packaged model; its model card stays."""
+    folder = WEIGHTS / name
+    for old in folder.glob("*"):
+        if old.name != "README.md":
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def main(name: str, source: Path) -> None:
+    """Packages an autoencoder's folder, or the pipeline and the training record of a run's folder."""
+    if name == "autoencoder":
+        load_autoencoder(str(source)).half().save_pretrained(replace_weights(name))
+        return
+    records = [json.loads(line) for line in (source / "metrics.jsonl").read_text().splitlines()]
+    gaps = [after["step"] - before["step"] for before, after in zip(records, records[1:], strict=False)]
+    batch_size = read_yaml(source / "config.yaml")["train"]["batch_size"]
+    seconds = sum(gap * batch_size / row["clips_per_second"] for gap, row in zip(gaps, records[1:], strict=True))
+    pipeline = load_pipeline(source / "pipeline")
+    pipeline.to(torch.float16)
+    folder = replace_weights(name)
+    pipeline.save_pretrained(folder)
+    card = {
+        "steps": records[-1]["step"],
+        "minutes": round(seconds / 60, 1),
+        "loss": round(sum(row["loss"] for row in records[-20:]) / len(records[-20:]), 4),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    (folder / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ("autoencoder", "arcade"):
+        sys.exit(__doc__)
+    main(sys.argv[1], Path(sys.argv[2]))
