@@ -22,15 +22,12 @@ def posterior(start: np.ndarray, noisy: np.ndarray, t: int) -> tuple[np.ndarray,
     step_precision = (1 - BETAS[t]) / BETAS[t]
     variance = 1 / (prior_precision + step_precision)
     mean = variance * (
-        prior_precision * np.sqrt(ALPHA_BAR[t - 1]) * start
-        + step_precision * noisy / np.sqrt(1 - BETAS[t])
+        prior_precision * np.sqrt(ALPHA_BAR[t - 1]) * start + step_precision * noisy / np.sqrt(1 - BETAS[t])
     )
     return mean, variance
 
 
-def reference_vlb(
-    predicted: np.ndarray, v: np.ndarray, start: np.ndarray, t: int, noise: np.ndarray
-) -> float:
+def reference_vlb(predicted: np.ndarray, v: np.ndarray, start: np.ndarray, t: int, noise: np.ndarray) -> float:
     """One sample's term of L_vlb in bits a value."""
     noisy = np.sqrt(ALPHA_BAR[t]) * start + np.sqrt(1 - ALPHA_BAR[t]) * noise
     predicted_start = (noisy - np.sqrt(1 - ALPHA_BAR[t]) * predicted) / np.sqrt(ALPHA_BAR[t])
@@ -142,7 +139,7 @@ def test_q_sample_equals_diffusers() -> None:
 
 def test_an_output_of_other_channels_is_refused() -> None:
     latents = torch.zeros(1, 2, 4, 8, 8)
-    with pytest.raises(ValueError, match="output has 5 channels, but latents of 4 need 8"):
+    with pytest.raises(ValueError, match="output has 5 channels, but latents of 4 need 4 or 8"):
         GaussianDiffusion().losses(torch.zeros(1, 2, 5, 8, 8), latents, torch.tensor([3]), latents)
 
 
@@ -152,3 +149,30 @@ def test_the_bins_of_all_pixel_values_sum_to_one() -> None:
         mean_, log_scale = torch.full_like(values, mean), torch.full_like(values, scale).log()
         total = discretized_gaussian_log_likelihood(values, mean_, log_scale).exp().sum().item()
         assert total == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 40, 500, 999])
+def test_a_velocity_has_the_bound_of_the_noise_that_it_stands_for(timestep: int) -> None:
+    torch.manual_seed(0)
+    latents, noise, predicted = torch.randn(3, 2, 2, 4, 3, 3, dtype=torch.float64)
+    variance = torch.rand(2, 2, 4, 3, 3, dtype=torch.float64) * 2 - 1
+    timesteps = torch.full((2,), timestep)
+    by_noise, by_velocity = GaussianDiffusion(), GaussianDiffusion("v_prediction")
+    alpha_bar = by_noise.alphas_cumprod[timestep]
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+    # z_0 = sqrt(a) z_t - sqrt(1 - a) v and noise = sqrt(a) v + sqrt(1 - a) z_t: a rotation and its inverse.
+    velocity = (predicted - (1 - alpha_bar).sqrt() * noisy) / alpha_bar.sqrt()
+    expected = by_noise.vlb_term(predicted, variance, latents, timesteps, noise)
+    output = torch.cat([velocity, variance], dim=2).float()
+    losses = by_velocity.losses(output, latents, timesteps, noise)
+    assert torch.allclose(losses.vlb.double(), expected, rtol=1e-3, atol=1e-4)
+    true = by_velocity.velocity(latents, timesteps, noise)
+    assert torch.allclose(alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * true, latents, atol=1e-12)
+    assert torch.allclose(
+        losses.mse.double(), (true - velocity.float()).square().flatten(1).mean(1), rtol=1e-5, atol=1e-9
+    )
+
+
+def test_an_unknown_prediction_is_refused() -> None:
+    with pytest.raises(ValueError, match="prediction_type is 'x0'; allowed: epsilon, v_prediction"):
+        GaussianDiffusion("x0")

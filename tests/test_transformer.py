@@ -45,7 +45,7 @@ class SlowTransformer:
 
     def __init__(self, model: LavitaTransformer3DModel) -> None:
         self.config = model.config
-        self.weights = {name: value.double().numpy() for name, value in model.named_parameters()}
+        self.weights = {name: value.detach().double().numpy() for name, value in model.named_parameters()}
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
@@ -252,7 +252,7 @@ def test_places_mix_in_spatial_blocks_only() -> None:
     condition = torch.randn(1, 1, 1, 32)
     x = torch.randn(1, 3, 5, 32)
     other = x.clone()
-    other[:, 1, 2] += 1
+    other[:, 1, 2] += torch.randn(32)
     for axis, frames, places in (("space", [1], [0, 1, 2, 3, 4]), ("time", [0, 1, 2], [2])):
         block = TransformerBlock(32, 2, 4.0, axis)  # type: ignore[arg-type]
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Copies trained weights into the package, in half precision: the autoencoder, or the arcade model.
 
-    python tools/package_weights.py autoencoder runs/autoencoder/autoencoder
-    python tools/package_weights.py arcade runs/arcade
+python tools/package_weights.py autoencoder runs/autoencoder/autoencoder
+python tools/package_weights.py arcade runs/arcade
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
         raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
     try:
         vae, report = AutoencoderKL.from_pretrained(
-            str(folder) if folder.exists() else source, torch_dtype=torch.float32, output_loading_info=True
+            str(folder) if folder.exists() else source, dtype=torch.float32, output_loading_info=True
         )
     except OSError as error:
         raise ValueError(f"{source}: cannot load an autoencoder ({' '.join(str(error).split())[:200]})") from error

@@ -59,9 +59,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's data, model, samples and page.")] = Path("runs/demo"),
 ) -> None:
     """Render arcade videos, train a small model on them, generate more, and show it all on a page."""
-    from lavita.demo import run_demo
+    from lavita.demo import StageFailed, run_demo
 
-    run_demo(out)
+    try:
+        run_demo(out)
+    except StageFailed as failed:
+        raise typer.Exit(failed.code) from failed
 
 
 @data_app.command("arcade")
@@ -93,7 +96,6 @@ def autoencoder_train(
 ) -> None:
     """Train an autoencoder on the frames of videos. Run the same command again to resume."""
     from lavita.config import AutoencoderConfig
-    from lavita.train_autoencoder import train_autoencoder
 
     chosen: dict[str, Any] = {}
     if data:
@@ -101,6 +103,8 @@ def autoencoder_train(
     if run_dir:
         chosen["run_dir"] = str(run_dir)
     settings: AutoencoderConfig = _load(AutoencoderConfig, config, overrides, chosen)
+    from lavita.train_autoencoder import train_autoencoder
+
     print(train_autoencoder(settings))
 
 
@@ -149,8 +153,6 @@ def train(
 ) -> None:
     """Train a model. Run the same command again to resume; Ctrl-C saves a checkpoint first."""
     from lavita.config import RunConfig
-    from lavita.train import Stopped
-    from lavita.train import train as run
 
     chosen: dict[str, Any] = {}
     if data:
@@ -158,6 +160,9 @@ def train(
     if run_dir:
         chosen["run_dir"] = str(run_dir)
     settings: RunConfig = _load(RunConfig, config, overrides, chosen)
+    from lavita.train import Stopped
+    from lavita.train import train as run
+
     try:
         print(run(settings))
     except Stopped as stopped:
@@ -213,12 +218,15 @@ def evaluate(
     ] = None,
     metrics: Annotated[str, typer.Option(help="Comma separated.")] = "accuracy,motion",
     frame_interval: Annotated[int, typer.Option(min=1, help="That of the generated videos.")] = 1,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the classifier for the next time.", show_default=False)
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON, too.", show_default=False)] = None,
 ) -> None:
-    """Score generated videos against real ones."""
+    """Score generated videos against real ones, class by class."""
     from lavita.evaluation.scores import print_scores, score, write_scores
 
-    result = score(real, generated, held_out, metrics.split(","), frame_interval=frame_interval)
+    result = score(real, generated, held_out, metrics.split(","), frame_interval=frame_interval, cache_dir=cache)
     print_scores(result)
     if out is not None:
         write_scores(result, out)

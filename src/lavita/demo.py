@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ def run_demo(out: Path) -> None:
             print(f"finished before, in {seconds[stage.command]:.0f} s", flush=True)
             continue
         start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "lavita", *stage.arguments], check=False).returncode
+        code = _run([sys.executable, "-m", "lavita", *stage.arguments])
         if code:
             print("stopped here; the same command goes on with this stage", file=sys.stderr)
             raise StageFailed(code)
@@ -126,6 +127,15 @@ def run_demo(out: Path) -> None:
             f"motion within a factor of 2 for {row['motion_within_factor_2']} of {row['num_classes']} classes"
         )
     print(f"\nOpen {out / 'index.html'} in a browser, or look at {out / 'contact_sheet.png'}")
+
+
+def _run(command: list[str]) -> int:
+    # Ctrl-C reaches the command as well, which saves what it has; here it only waits for that.
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        return subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def summarize(out: Path, commands: list[tuple[str, float]]) -> dict[str, Any]:

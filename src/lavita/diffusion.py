@@ -12,6 +12,7 @@ import torch
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Losses:
     total: torch.Tensor
     """`mse + vlb`."""
     mse: torch.Tensor
-    """L_simple: mean squared error of the noise (Eq. 1 of the paper)."""
+    """L_simple: mean squared error of the noise (Eq. 1 of the paper), or of the velocity."""
     vlb: torch.Tensor
     """The timestep's term of L_vlb in bits a value; 0 without a learned variance."""
 
@@ -29,8 +30,21 @@ class Losses:
 class GaussianDiffusion:
     """A linear schedule of T = 1000 steps from 1e-4 to 0.02; its tables are float64."""
 
-    def __init__(self, num_timesteps: int = NUM_TIMESTEPS) -> None:
-        """Computes the tables of the schedule."""
+    def __init__(self, prediction_type: str = "epsilon", num_timesteps: int = NUM_TIMESTEPS) -> None:
+        """Computes the tables of the schedule.
+
+        Args:
+            prediction_type: what the model's first channels predict: `epsilon`, the noise, as in the paper; or
+                `v_prediction`, the velocity sqrt(alpha-bar_t) noise - sqrt(1 - alpha-bar_t) z_0 (Salimans & Ho 2022,
+                App. D), whose error counts alike at all noise levels.
+            num_timesteps: T.
+
+        Raises:
+            ValueError: for another prediction type.
+        """
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}")
+        self.prediction_type = prediction_type
         self.num_timesteps = num_timesteps
         self.betas = torch.linspace(BETA_START, BETA_END, num_timesteps, dtype=torch.float64)
         alphas = 1.0 - self.betas
@@ -51,9 +65,17 @@ class GaussianDiffusion:
             timesteps: int64 (B,) in 0..T-1.
             noise: standard normal, like `latents`.
         """
-        signal = _per_sample(self.alphas_cumprod.sqrt(), timesteps, latents)
-        sigma = _per_sample((1 - self.alphas_cumprod).sqrt(), timesteps, latents)
+        signal, sigma = self._signal_and_sigma(timesteps, latents)
         return signal * latents + sigma * noise
+
+    def velocity(self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The velocity sqrt(alpha-bar_t) noise - sqrt(1 - alpha-bar_t) z_0; arguments as `q_sample`."""
+        signal, sigma = self._signal_and_sigma(timesteps, latents)
+        return signal * noise - sigma * latents
+
+    def _signal_and_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        signal = _per_sample(self.alphas_cumprod.sqrt(), timesteps, like)
+        return signal, _per_sample((1 - self.alphas_cumprod).sqrt(), timesteps, like)
 
     def losses(
         self, output: torch.Tensor, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
@@ -71,15 +93,23 @@ class GaussianDiffusion:
         """
         output = output.float()
         channels = latents.shape[2]
-        if output.shape == latents.shape:
-            mse = _mean_per_sample((noise - output).square())
+        if output.shape[2] not in (channels, 2 * channels):
+            raise ValueError(
+                f"output has {output.shape[2]} channels, but latents of {channels} need {channels} or {2 * channels}"
+            )
+        prediction, variance = output[:, :, :channels], output[:, :, channels:]
+        velocity = self.prediction_type == "v_prediction"
+        target = self.velocity(latents, timesteps, noise) if velocity else noise
+        mse = _mean_per_sample((target - prediction).square())
+        if not variance.shape[2]:
             return Losses(mse, mse, torch.zeros_like(mse))
-        if output.shape[2] != 2 * channels:
-            raise ValueError(f"output has {output.shape[2]} channels, but latents of {channels} need {2 * channels}")
-        predicted, variance = output.split(channels, dim=2)
-        mse = _mean_per_sample((noise - predicted).square())
         # The bound trains the variance only: through the mean it would disturb L_simple.
-        vlb = self.vlb_term(predicted.detach(), variance, latents, timesteps, noise)
+        predicted_noise = prediction.detach()
+        if velocity:
+            noisy = self.q_sample(latents, timesteps, noise)
+            signal, sigma = self._signal_and_sigma(timesteps, latents)
+            predicted_noise = signal * predicted_noise + sigma * noisy
+        vlb = self.vlb_term(predicted_noise, variance, latents, timesteps, noise)
         return Losses(mse + vlb, mse, vlb)
 
     def vlb_term(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lavita.pipeline import load_pipeline, make_scheduler
+from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
 from lavita.video import write_video
 
@@ -76,10 +76,12 @@ def generate(
         ValueError: for a model, class, seed or length that does not exist or fit.
     """
     numbers = parse_seeds(seeds)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
     pipeline = load_pipeline(model_source(model), pick_device(device))
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.transformer.config
-    pipeline.scheduler = make_scheduler(sampler, config["learn_sigma"])
+    pipeline.use_sampler(sampler)
     names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
     jobs: list[tuple[Path, int | None, int]] = []
     if config["num_classes"]:

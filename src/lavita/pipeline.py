@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -20,6 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import BaseOutput
+from diffusers.utils.logging import disable_progress_bar
 from diffusers.utils.torch_utils import randn_tensor
 
 from lavita.autoencoder import decode
@@ -31,13 +31,16 @@ Sampler = Literal["unipc", "dpm++", "ddim", "ddpm"]
 SAMPLERS: tuple[Sampler, ...] = ("unipc", "dpm++", "ddim", "ddpm")
 
 
-def make_scheduler(sampler: str, learn_sigma: bool = True) -> SchedulerMixin:
+def make_scheduler(sampler: str, learn_sigma: bool = True, prediction_type: str = "epsilon") -> SchedulerMixin:
     """A scheduler of the training's noise schedule.
 
     Args:
         sampler: `ddpm` is the paper's (250 steps; with the model's learned variance where it has one); `ddim`
-            (eta 0), `dpm++` and `unipc` take 20 to 50 steps and use the predicted noise only.
+            (eta 0), `dpm++` and `unipc` take 20 to 50 steps and use the predicted noise only. DDIM is DPM-Solver++ of
+            order 1 (Lu et al. 2022b, Sec. 4), and made so: `DDIMScheduler` assumes a wrong noise level after each
+            step where the number of steps does not divide 1000.
         learn_sigma: whether the model predicts a variance.
+        prediction_type: what else it predicts: `epsilon` or `v_prediction`.
 
     Raises:
         ValueError: for another name.
@@ -47,20 +50,35 @@ def make_scheduler(sampler: str, learn_sigma: bool = True) -> SchedulerMixin:
         "beta_start": BETA_START,
         "beta_end": BETA_END,
         "beta_schedule": "linear",
-        "prediction_type": "epsilon",
+        "prediction_type": prediction_type,
     }
     if sampler == "ddpm":
         variance = "learned_range" if learn_sigma else "fixed_small"
         return DDPMScheduler(**schedule, variance_type=variance, timestep_spacing="linspace", clip_sample=False)
-    if sampler == "ddim":
-        return DDIMScheduler(**schedule, timestep_spacing="trailing", clip_sample=False)
-    if sampler == "dpm++":
+    if sampler in ("ddim", "dpm++"):
         return DPMSolverMultistepScheduler(
-            **schedule, algorithm_type="dpmsolver++", timestep_spacing="trailing", final_sigmas_type="zero"
+            **schedule,
+            algorithm_type="dpmsolver++",
+            solver_order=1 if sampler == "ddim" else 2,
+            timestep_spacing="trailing",
+            final_sigmas_type="zero",
         )
     if sampler == "unipc":
         return UniPCMultistepScheduler(**schedule, timestep_spacing="trailing", final_sigmas_type="zero")
     raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
+
+
+def set_timesteps(scheduler: SchedulerMixin, num_steps: int, device: torch.device | str = "cpu") -> None:
+    """Makes a scheduler take exactly `num_steps` steps.
+
+    For some numbers (61, 103, 121 ...) floating point gives diffusers' trailing spacing one more, to timestep -1.
+    """
+    scheduler.set_timesteps(num_steps, device=device)
+    if scheduler.timesteps[-1] < 0:
+        scheduler.timesteps = scheduler.timesteps[:-1]
+        scheduler.num_inference_steps = num_steps
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
 
 
 @dataclass
@@ -83,13 +101,22 @@ class LavitaPipeline(DiffusionPipeline):
         """Puts the three together; `make_scheduler` makes the scheduler.
 
         Raises:
-            ValueError: where the transformer's latents are not the autoencoder's.
+            ValueError: where the transformer's latents are not the autoencoder's, or the scheduler takes its
+                prediction for something else.
         """
         super().__init__()
         channels, expected = transformer.config["in_channels"], vae.config["latent_channels"]
         if channels != expected:
             raise ValueError(f"the transformer has {channels} latent channels, but the autoencoder {expected}")
+        predicted, taken = transformer.config["prediction_type"], scheduler.config["prediction_type"]
+        if predicted != taken:
+            raise ValueError(f"the transformer predicts {predicted}, but the scheduler takes it for {taken}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+
+    def use_sampler(self, sampler: str) -> None:
+        """Replaces the scheduler by one of `SAMPLERS` that fits the model; ValueError for another name."""
+        config = self.transformer.config
+        self.scheduler = make_scheduler(sampler, config["learn_sigma"], config["prediction_type"])
 
     @torch.no_grad()
     def __call__(
@@ -103,8 +130,7 @@ class LavitaPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: Literal["uint8", "latent"] = "uint8",
         precision: Precision = "auto",
-        return_dict: bool = True,
-    ) -> LavitaPipelineOutput | tuple[npt.NDArray[np.uint8] | torch.Tensor]:
+    ) -> LavitaPipelineOutput:
         """Generates a batch of videos.
 
         Args:
@@ -118,7 +144,6 @@ class LavitaPipeline(DiffusionPipeline):
             latents: initial noise (B, F, C, h, w) instead of the generator's.
             output_type: `uint8` frames or scaled `latent`s.
             precision: see `runtime.autocast`.
-            return_dict: a `LavitaPipelineOutput`, or a tuple.
 
         Raises:
             ValueError: for labels, lengths or a guidance that do not fit the model.
@@ -130,6 +155,10 @@ class LavitaPipeline(DiffusionPipeline):
         frames = config["num_frames"] if num_frames is None else num_frames
         guided = guidance_scale != 1.0
         self._check(labels, num_videos, frames, num_inference_steps, guided, output_type)
+        if batch < 1:
+            raise ValueError(f"{batch} videos were asked for, but a call makes at least 1")
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator has {len(generator)} generators, but this call makes {batch} videos")
         size, channels = config["sample_size"], config["in_channels"]
         shape = (batch, frames, channels, size, size)
         if latents is None:
@@ -141,7 +170,7 @@ class LavitaPipeline(DiffusionPipeline):
         if guided and label_tensor is not None:
             label_tensor = torch.cat([label_tensor, torch.full_like(label_tensor, null)])
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        set_timesteps(self.scheduler, num_inference_steps, device)
         learned_variance = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
         # Schedulers split noise from variance, and draw a sample's noise, along the second axis: (B, C, F, h, w).
         state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma
@@ -160,7 +189,7 @@ class LavitaPipeline(DiffusionPipeline):
             state = self.scheduler.step(prediction.transpose(1, 2), timestep, state, **extra).prev_sample
         latents = state.transpose(1, 2)
         result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
-        return LavitaPipelineOutput(frames=result) if return_dict else (result,)
+        return LavitaPipelineOutput(frames=result)
 
     def _labels(self, class_labels: Sequence[int | str] | None) -> list[int] | None:
         num_classes, names = self.transformer.config["num_classes"], self.transformer.config["class_names"]
@@ -208,8 +237,9 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
         raise ValueError(f"{source}: holds no pipeline (no model_index.json in it)")
     if not folder.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
         raise ValueError(f"{source}: no such folder; a model is a pipeline's folder or a hub id")
+    disable_progress_bar()
     try:
-        pipeline = LavitaPipeline.from_pretrained(str(source), torch_dtype=torch.float32)
+        pipeline = LavitaPipeline.from_pretrained(str(source), dtype=torch.float32)
     except OSError as error:
         raise ValueError(f"{source}: cannot load a pipeline ({' '.join(str(error).split())[:200]})") from error
     for name, parameter in pipeline.transformer.named_parameters():

@@ -24,7 +24,7 @@ from lavita.config import ConfigError, RunConfig, save_config
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipSampler, clip_span
 from lavita.data.latents import CacheSource, ClipSource, VideoSource
-from lavita.diffusion import GaussianDiffusion
+from lavita.diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from lavita.ema import EMA
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
@@ -92,7 +92,7 @@ def train(config: RunConfig) -> Path:
     )
     torch.manual_seed(settings.seed)
     model = build_model(config, vae, source).to(device).train()
-    diffusion = GaussianDiffusion()
+    diffusion = GaussianDiffusion(config.model.prediction_type)
     ema = EMA(model, settings.ema_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
@@ -203,6 +203,7 @@ def build_model(config: RunConfig, vae: AutoencoderKL, source: ClipSource) -> La
         config.model.preset,
         variant=config.model.variant,
         learn_sigma=config.model.learn_sigma,
+        prediction_type=config.model.prediction_type,
         sample_size=latent_size(vae, config.data.resolution),
         in_channels=vae.config["latent_channels"],
         num_frames=config.data.num_frames,
@@ -224,7 +225,7 @@ def make_batch(
     random = generator(seed, "step", step)
     latents = mean + std * torch.randn(mean.shape, generator=random)
     noise = torch.randn(mean.shape, generator=random)
-    timesteps = torch.randint(0, GaussianDiffusion().num_timesteps, (size,), generator=random)
+    timesteps = torch.randint(0, NUM_TIMESTEPS, (size,), generator=random)
     labels = None
     if num_classes := model.config["num_classes"]:
         labels = torch.tensor([draw.video.label for draw in draws])
@@ -279,7 +280,7 @@ def write_samples(
     num_samples, folder = config.train.num_samples, config.run_dir / "samples"
     names = source.catalog.class_names
     labels: list[int | str] | None = [i % len(names) for i in range(num_samples)] if names else None
-    pipeline = LavitaPipeline(model.eval(), vae, make_scheduler("unipc"))
+    pipeline = make_pipeline(model.eval(), vae)
     pipeline.set_progress_bar_config(disable=True)
     videos: list[npt.NDArray[np.uint8]] = []
     for first in range(0, num_samples, config.train.batch_size):
@@ -298,11 +299,17 @@ def write_samples(
     contact_sheet([[video] for video in videos], folder / f"step-{step:08d}.png")
 
 
+def make_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL) -> LavitaPipeline:
+    """The pipeline of a model, with UniPC as its sampler."""
+    scheduler = make_scheduler("unipc", model.config["learn_sigma"], model.config["prediction_type"])
+    return LavitaPipeline(model, vae, scheduler)
+
+
 def save_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL, folder: Path) -> None:
     """Saves model and autoencoder as a pipeline in diffusers' layout, replacing an older one whole."""
     partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
-    LavitaPipeline(model, vae, make_scheduler("unipc")).save_pretrained(partial)
+    make_pipeline(model, vae).save_pretrained(partial)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

@@ -26,7 +26,7 @@ from lavita.models.embeddings import (
 # Width, blocks (spatial and temporal together, as the paper counts them) and heads.
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (64, 2, 2),
-    "small": (320, 8, 5),
+    "small": (256, 8, 4),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
@@ -80,7 +80,8 @@ class TransformerOutput(BaseOutput):
     """What the model returns."""
 
     sample: torch.Tensor
-    """(B, F, 2C, H, W) with `learn_sigma`: predicted noise, then predicted variance; else (B, F, C, H, W)."""
+    """(B, F, 2C, H, W) with `learn_sigma`: predicted noise (or velocity, by the configuration's `prediction_type`),
+    then predicted variance; else (B, F, C, H, W)."""
 
 
 class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
@@ -107,6 +108,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         class_names: list[str] | None = None,
         learn_sigma: bool = True,
+        prediction_type: str = "epsilon",
         frame_interval: int = 1,
         fps: float = 8.0,
     ) -> None:
@@ -125,6 +127,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             num_classes: 0 for an unconditional model.
             class_names: names of the classes, in the order of their labels; for people.
             learn_sigma: predict the variance too.
+            prediction_type: what the weights predict, `epsilon` or `v_prediction` (see `diffusion`); a fact about
+                them, which the forward pass ignores and samplers need.
             frame_interval: that of the training clips; a fact about the weights, which the forward pass
                 ignores.
             fps: frames a second of a generated video: the data's over `frame_interval`; a fact as well.

@@ -1,0 +1,1 @@
+"""Evaluation: whether generated videos show what was asked for, and move as real ones do."""

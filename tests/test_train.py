@@ -1,0 +1,423 @@
+"""The training loop: exact resuming, accumulation, the cache, what a run writes, and how it is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from scipy import stats
+from tiny_data import write_videos
+
+from lavita import train as module
+from lavita.autoencoder import encode
+from lavita.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.config import ConfigError, RunConfig, load_config, read_yaml
+from lavita.data.clips import ClipSampler, read_pixels
+from lavita.data.latents import VideoSource, encode_dataset
+from lavita.ema import EMA
+from lavita.pipeline import load_pipeline
+from lavita.runtime import generator
+from lavita.train import Stopped, train
+from lavita.video import probe, write_video
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_vae: AutoencoderKL) -> MakeConfig:
+    """Configurations of tiny runs on three tiny videos; `name` is that of the run's folder."""
+    write_videos(tmp_path / "videos")
+    tiny_vae.register_to_config(scaling_factor=1.5, shift_factor=0.1)
+    tiny_vae.save_pretrained(tmp_path / "vae")
+
+    def make(name: str, *overrides: str) -> RunConfig:
+        values = {
+            "run_dir": str(tmp_path / name),
+            "autoencoder": str(tmp_path / "vae"),
+            "data": {
+                "path": str(tmp_path / "videos"),
+                "class_folders": True,
+                "num_frames": 2,
+                "frame_interval": 2,
+                "resolution": 16,
+            },
+            "model": {"preset": "tiny/4", "class_dropout": 0.3},
+            "train": {
+                "steps": 4,
+                "batch_size": 4,
+                "learning_rate": 1e-3,
+                "precision": "fp32",
+                "device": "cpu",
+                "log_every": 1,
+                "sample_every": 0,
+            },
+        }
+        return load_config(RunConfig, values, overrides)
+
+    return make
+
+
+def metrics_of(config: RunConfig, *dropped: str) -> list[dict[str, float]]:
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in dropped} for line in lines]
+
+
+def last_state(config: RunConfig) -> dict[str, Any]:
+    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
+    assert loaded is not None
+    return {"step": loaded[0], **loaded[1]}
+
+
+def assert_equal(one: Any, other: Any, where: str = "state") -> None:
+    """Nested dicts and lists are the same, tensors to the bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}.{index}")
+    else:
+        assert one == other, where
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Sends SIGINT to this process at the `call`-th call of a function that the main thread runs."""
+    real, calls = getattr(owner, name), []
+
+    def signalling(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, signalling)
+
+
+# --- the optimisation
+
+
+def test_micro_batches_equal_one_batch(make_config: MakeConfig) -> None:
+    runs = [
+        make_config(f"run-{parts}", f"train.accumulation={parts}", "train.clip_grad_norm=0.1", "train.steps=3")
+        for parts in (1, 2, 4)
+    ]
+    for config in runs:
+        train(config)
+    whole, whole_metrics = last_state(runs[0]), metrics_of(runs[0], "clips_per_second")
+    assert min(line["grad_norm"] for line in whole_metrics) > 0.1, "gradients are clipped"
+    for config in runs[1:]:
+        for line, expected in zip(metrics_of(config, "clips_per_second"), whole_metrics, strict=True):
+            assert line == pytest.approx(expected, rel=1e-5)
+        state = last_state(config)
+        for name, tensor in whole["model"].items():
+            torch.testing.assert_close(state["model"][name], tensor, rtol=0, atol=1e-5, msg=name)
+        for index, moments in whole["optimizer"]["state"].items():
+            mine = state["optimizer"]["state"][index]["exp_avg"]
+            torch.testing.assert_close(mine, moments["exp_avg"], rtol=1e-3, atol=1e-7)
+
+
+def test_the_loss_falls_on_one_clip(make_config: MakeConfig, tmp_path: Path) -> None:
+    write_videos(tmp_path / "one", ["only.mp4"], num_frames=2)
+    config = make_config(
+        "run",
+        f"data.path={tmp_path / 'one'}",
+        "data.class_folders=false",
+        "data.frame_interval=1",
+        "data.horizontal_flip=false",
+        "model.preset=tiny/2",
+        "train.learning_rate=3e-3",
+        "train.batch_size=8",
+        "train.steps=80",
+    )
+    train(config)
+    losses = [line["loss"] for line in metrics_of(config)]
+    assert losses[0] > 0.9, "a fresh model predicts no noise at all"
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_a_share_of_the_labels_is_dropped(make_config: MakeConfig) -> None:
+    config = make_config("run", "train.batch_size=16")
+    source = module.open_source(config, module.load_autoencoder(config.autoencoder))
+    blank = torch.zeros(2, 4, 8, 8)
+    source.read = lambda *_: (blank, blank)  # type: ignore[method-assign]
+    sampler = ClipSampler(source.catalog, 2, 2, True, seed=0)
+    model = module.build_model(config, module.load_autoencoder(config.autoencoder), source)
+    dropped = total = 0
+    timesteps = []
+    for step in range(100):
+        batch = module.make_batch(config, source, sampler, model, step)
+        assert batch.labels is not None
+        truth = torch.tensor([sampler.draw(step, index).video.label for index in range(16)])
+        null = batch.labels == 2
+        assert torch.equal(batch.labels[~null], truth[~null])
+        dropped, total = dropped + int(null.sum()), total + 16
+        timesteps += batch.timesteps.tolist()
+    assert stats.binomtest(dropped, total, 0.3).pvalue > 1e-3
+    assert stats.kstest(timesteps, stats.randint(0, 1000).cdf).pvalue > 1e-3
+
+
+def test_latents_are_samples_of_the_posterior(make_config: MakeConfig) -> None:
+    """z = mean + std noise, with the mean and std of the drawn clip, and another noise each time."""
+    config = make_config("run", "train.batch_size=2")
+    vae = module.load_autoencoder(config.autoencoder)
+    source = module.open_source(config, vae)
+    assert isinstance(source, VideoSource)
+    sampler = ClipSampler(source.catalog, 2, 2, True, seed=0)
+    model = module.build_model(config, vae, source)
+    batch = module.make_batch(config, source, sampler, model, 5)
+    standard = []
+    for index in range(2):
+        mean, std = encode(vae, read_pixels(sampler.draw(5, index), 2, 2, 16), "fp32")
+        standard.append((batch.latents[index] - mean) / std)
+    values = torch.stack(standard).flatten()
+    assert abs(values.mean().item()) < 0.1
+    assert abs(values.std().item() - 1) < 0.1
+    assert not torch.allclose(values.view_as(batch.noise), batch.noise, atol=0.1)
+    again = module.make_batch(config, source, sampler, model, 5)
+    assert torch.equal(again.latents, batch.latents) and torch.equal(again.noise, batch.noise)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> None:
+    with pytest.raises(FloatingPointError, match=r"at step 2; lower train\.learning_rate"):
+        train(make_config("run", "train.learning_rate=1e30"))
+    config = make_config("run", "train.learning_rate=1e-3")
+    assert not list_checkpoints(config.run_dir / "checkpoints")
+    train(config)  # nothing was saved, so that the advice can be followed in the same folder
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3, 4]
+
+
+# --- resuming
+
+
+def test_resuming_equals_an_uninterrupted_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_config("whole", "train.log_every=3", "train.checkpoint_every=2", "train.warmup_steps=3")
+    train(whole)
+    assert [file.name for file in list_checkpoints(whole.run_dir / "checkpoints")] == [
+        "step-00000002.pt",
+        "step-00000004.pt",
+    ]
+
+    killed = make_config("whole", "train.log_every=3", "train.checkpoint_every=2", "train.warmup_steps=3")
+    expected, expected_metrics = last_state(whole), metrics_of(whole, "clips_per_second")
+    assert [line["step"] for line in expected_metrics] == [3, 4]
+    list_checkpoints(killed.run_dir / "checkpoints")[-1].unlink()  # as a kill before step 4 would leave it
+    train(killed)
+    assert_equal(last_state(killed), expected)
+    assert metrics_of(killed, "clips_per_second") == expected_metrics
+
+    stopped = make_config("stopped", "train.log_every=3", "train.warmup_steps=3")
+    with monkeypatch.context() as patch:
+        stop_after(patch, EMA, "update", call=2)
+        with pytest.raises(Stopped, match="stopped at step 2 of 4"):
+            train(stopped)
+    assert last_state(stopped)["step"] == 2
+    assert (stopped.run_dir / "pipeline" / "model_index.json").exists()
+    train(stopped)
+    assert_equal(last_state(stopped), expected)
+    assert metrics_of(stopped, "clips_per_second") == expected_metrics
+
+
+@pytest.mark.parametrize(("owner", "name"), [(module, "write_samples"), (module, "save_pipeline")])
+def test_a_signal_at_any_moment_loses_no_step(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    monkeypatch.setattr(module, "write_samples", lambda *_: None)
+    stop_after(monkeypatch, owner, name, call=1)
+    config = make_config("run", "train.sample_every=1", "train.checkpoint_every=2")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped) as caught:
+        train(config)
+    saved = last_state(config)["step"]
+    assert str(caught.value).startswith(f"stopped at step {saved} of 4")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_run_is_left_alone_and_can_be_extended(make_config: MakeConfig) -> None:
+    config = make_config("run", "train.steps=2")
+    folder = train(config)
+    before, line = last_state(config), metrics_of(config)
+    assert train(config) == folder
+    assert metrics_of(config) == line
+    assert_equal(last_state(config), before)
+    train(make_config("run", "train.steps=3", "train.log_every=2", "train.keep_checkpoints=1"))
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3]
+    assert len(list_checkpoints(config.run_dir / "checkpoints")) == 1
+
+
+def test_resuming_something_else_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    train(make_config("run", "train.steps=1"))
+
+    with pytest.raises(ConfigError, match=r"started with data\.frame_interval=2, but 3 was asked for; use another run"):
+        train(make_config("run", "data.frame_interval=3"))
+    with pytest.raises(ConfigError, match=r"train\.learning_rate=0\.001, but 0\.002"):
+        train(make_config("run", "train.learning_rate=2e-3"))
+
+    write_videos(tmp_path / "videos", ["c/0.mp4"])
+    with pytest.raises(ValueError, match="a model with num_classes=2, but this data and configuration give 3"):
+        train(make_config("run"))
+    (tmp_path / "videos" / "c" / "0.mp4").unlink()
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    vae.decoder.conv_out.bias.data += 1
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="was trained with another autoencoder; use another run_dir"):
+        train(make_config("run"))
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("run")
+    overrides = [
+        f"data.path={tmp_path / 'videos'}",
+        "data.class_folders=true",
+        "data.num_frames=2",
+        "data.frame_interval=2",
+        "data.resolution=16",
+        f"autoencoder={tmp_path / 'vae'}",
+        "model={preset: tiny/4, class_dropout: 0.3}",
+        "train={steps: 1000000, batch_size: 4, learning_rate: 1e-3, precision: fp32}",
+        "train={device: cpu, log_every: 1, sample_every: 0}",
+    ]
+    command = [sys.executable, "-m", "lavita", "train", "--run-dir", str(config.run_dir), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        metrics = config.run_dir / "metrics.jsonl"
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1]
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=300)
+    assert run.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    step = last_state(config)["step"]
+    assert f"stopped at step {step:,} of 1,000,000; the same command goes on from there" in err
+
+    resumed = make_config("run", f"train.steps={step + 2}", "train.checkpoint_every=1000")
+    train(resumed)
+    assert [line["step"] for line in metrics_of(resumed)] == list(range(1, step + 3))
+
+
+# --- the cache
+
+
+@pytest.mark.parametrize("class_folders", ["true", "false"])
+def test_training_from_the_cache_equals_training_from_the_videos(
+    make_config: MakeConfig, tmp_path: Path, class_folders: str
+) -> None:
+    straight = make_config("straight", f"data.class_folders={class_folders}")
+    vae = module.load_autoencoder(straight.autoencoder)
+    assert straight.data.path is not None
+    encode_dataset(straight.data.path, tmp_path / "cache", vae, 16, True, precision="fp32")
+    cached = make_config(
+        "cached",
+        f"data.latent_cache={tmp_path / 'cache'}",
+        "data.path=null",
+        f"data.class_folders={class_folders}",
+    )
+    both = make_config("both", f"data.latent_cache={tmp_path / 'cache'}", f"data.class_folders={class_folders}")
+    for config in (straight, cached, both):
+        train(config)
+        for line, expected in zip(metrics_of(config), metrics_of(straight), strict=True):
+            # A last bit of float16 may round to the other side.
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    fields = load_pipeline(cached.run_dir / "pipeline").transformer.config
+    assert (fields["num_classes"], fields["class_names"]) == ((2, ["a", "b"]) if class_folders == "true" else (0, None))
+    assert (fields["frame_interval"], fields["fps"]) == (2, 5.0)
+
+
+def test_data_that_does_not_fit_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path is missing: name a folder of videos, or a data\.latent_cache"):
+        train(make_config("run", "data.path=null"))
+    with pytest.raises(ValueError, match="no finished latent cache"):
+        train(make_config("run", f"data.latent_cache={tmp_path}"))
+    with pytest.raises(ValueError, match="has 10 frames, but a clip needs 11"):
+        train(make_config("run", "data.frame_interval=10", "data.broken=error"))
+    with pytest.raises(ValueError, match="resolution is 17, but this autoencoder needs a multiple of 2"):
+        train(make_config("run", "data.resolution=17"))
+    with pytest.raises(ValueError, match="device is 'abacus', which is not available here"):
+        train(make_config("run", "train.device=abacus"))
+    assert not (tmp_path / "run").exists(), "a run that cannot start leaves nothing behind"
+
+
+# --- what a run writes
+
+
+def test_what_a_run_writes(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[Path, np.ndarray] = {}
+
+    def recording(path: Path, frames: np.ndarray, fps: float) -> None:
+        written[path] = frames
+        write_video(path, frames, fps)
+
+    monkeypatch.setattr(module, "write_video", recording)
+    config = make_config("run", "train.warmup_steps=4", "train.ema_decay=0.5", "train.sample_every=3")
+    folder = train(config)
+
+    lines = metrics_of(config)
+    assert [set(line) for line in lines] == [{"step", "loss", "lr", "grad_norm", "clips_per_second"}] * 4
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["lr"] for line in lines] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert all(line["grad_norm"] > 0 and line["clips_per_second"] > 0 for line in lines)
+
+    assert folder == config.run_dir / "pipeline"
+    state = last_state(config)
+    pipeline = load_pipeline(folder)
+    for name, parameter in pipeline.transformer.named_parameters():
+        assert torch.equal(parameter, state["ema"][name]), name
+    assert any(not torch.equal(state["ema"][name], state["model"][name]) for name in state["ema"])
+
+    samples = sorted(path.relative_to(config.run_dir / "samples").as_posix() for path in config.run_dir.rglob("*.mp4"))
+    assert samples == [f"step-0000000{step}/{i}.mp4" for step in (3, 4) for i in range(8)]
+    assert probe(config.run_dir / "samples" / samples[-1]).num_frames == 2
+    assert (config.run_dir / "samples" / "step-00000004.png").exists()
+    # The last samples are those of the saved pipeline, labels in turn.
+    seed = generator(3, "sample")
+    (video,) = pipeline(["b"], num_inference_steps=module.SAMPLE_STEPS, generator=[seed], precision="fp32").frames
+    sampled = written[config.run_dir / "samples" / "step-00000004" / "3.mp4"]
+    assert np.abs(sampled.astype(int) - video).max() <= 1
+    assert not np.array_equal(sampled, written[config.run_dir / "samples" / "step-00000004" / "1.mp4"])
+    assert load_config(RunConfig, read_yaml(config.run_dir / "config.yaml")) == config
+
+
+def test_samples_have_the_same_seeds_and_labels_each_time(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[str, np.ndarray] = {}
+    monkeypatch.setattr(module, "write_video", lambda path, frames, fps: written.update({path.as_posix(): frames}))
+    monkeypatch.setattr(module, "contact_sheet", lambda *_: None)
+
+    def sample(step: int, batch_size: int) -> list[np.ndarray]:
+        written.clear()
+        config = make_config("run", f"train.batch_size={batch_size}", "train.num_samples=3")
+        vae = module.load_autoencoder(config.autoencoder)
+        source = module.open_source(config, vae)
+        torch.manual_seed(0)
+        model = module.build_model(config, vae, source)
+        torch.nn.init.normal_(model.final_layer.linear.weight, std=0.05)
+        torch.manual_seed(step)  # what else is random does not matter
+        module.write_samples(config, model.train(), vae, source, step)
+        assert model.training
+        return list(written.values())
+
+    first = sample(1, batch_size=4)
+    assert len(first) == 3
+    assert not np.array_equal(first[0], first[2]), "two seeds of a class are two videos"
+    np.testing.assert_array_equal(sample(2, batch_size=4), first)
+    difference = np.abs(np.stack(sample(3, batch_size=2)).astype(int) - np.stack(first))
+    assert difference.max() <= 1, "a sample does not depend on the batch that it is made in"
