@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,9 +38,10 @@ def main(name: str, source: Path) -> None:
         load_autoencoder(str(source)).half().save_pretrained(replace_weights(name))
         return
     records = [json.loads(line) for line in (source / "metrics.jsonl").read_text().splitlines()]
-    gaps = [after["step"] - before["step"] for before, after in zip(records, records[1:], strict=False)]
     batch_size = read_yaml(source / "config.yaml")["train"]["batch_size"]
-    seconds = sum(gap * batch_size / row["clips_per_second"] for gap, row in zip(gaps, records[1:], strict=True))
+    seconds = sum(
+        (after["step"] - before["step"]) * batch_size / after["clips_per_second"] for before, after in pairwise(records)
+    )
     pipeline = load_pipeline(source / "pipeline")
     pipeline.to(torch.float16)
     folder = replace_weights(name)
