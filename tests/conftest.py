@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.pipeline import LavitaPipeline, make_scheduler
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
 
@@ -52,3 +53,11 @@ def tiny_vae() -> AutoencoderKL:
             sample_size=16,
         )
     return vae.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def pipeline(tiny_transformer: LavitaTransformer3DModel, tiny_vae: AutoencoderKL) -> LavitaPipeline:
+    """Random weights, all of them in use."""
+    pipeline = LavitaPipeline(tiny_transformer, tiny_vae, make_scheduler("unipc"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -13,12 +13,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file, save_file
 
-from lavita import generate as generate_module
 from lavita.diffusion import GaussianDiffusion
-from lavita.generate import generate, parse_seeds
 from lavita.models.transformer import LavitaTransformer3DModel, TransformerOutput
 from lavita.pipeline import SAMPLERS, LavitaPipeline, load_pipeline, make_scheduler, set_timesteps
-from lavita.video import probe
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
 
@@ -47,33 +44,27 @@ def class_means(labels: np.ndarray) -> np.ndarray:
 def make_gaussian(tiny_vae: AutoencoderKL, make_transformer: MakeTransformer) -> Callable[..., LavitaPipeline]:
     """Builds a pipeline whose transformer knows the exact noise of Gaussian data; `.seen` are its timesteps."""
 
-    def make(sampler: str, learn_sigma: bool = True) -> LavitaPipeline:
-        transformer = make_transformer(num_classes=3, learn_sigma=learn_sigma)
+    def make(sampler: str, learn_sigma: bool = True, prediction_type: str = "epsilon") -> LavitaPipeline:
+        transformer = make_transformer(num_classes=3, learn_sigma=learn_sigma, prediction_type=prediction_type)
 
         def forward(latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> TransformerOutput:
             assert timesteps.shape == labels.shape == (len(latents),)
             t = int(timesteps[0])
             pipeline.seen.append(t)
             noisy = latents.double().numpy()
-            parts = [exact_noise(noisy, t, class_means(labels.numpy()))]
-            parts += [some_variance(noisy, t)] * learn_sigma
+            prediction = exact_noise(noisy, t, class_means(labels.numpy()))
+            if prediction_type == "v_prediction":
+                prediction = (prediction - np.sqrt(1 - ALPHA_BAR[t]) * noisy) / np.sqrt(ALPHA_BAR[t])
+            parts = [prediction] + [some_variance(noisy, t)] * learn_sigma
             return TransformerOutput(sample=torch.from_numpy(np.concatenate(parts, axis=2)).float())
 
         transformer.forward = forward  # type: ignore[method-assign]
-        pipeline = LavitaPipeline(transformer, tiny_vae, make_scheduler(sampler, learn_sigma))
+        pipeline = LavitaPipeline(transformer, tiny_vae, make_scheduler(sampler, learn_sigma, prediction_type))
         pipeline.seen = []
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     return make
-
-
-@pytest.fixture
-def pipeline(tiny_transformer: LavitaTransformer3DModel, tiny_vae: AutoencoderKL) -> LavitaPipeline:
-    """Random weights, all of them in use."""
-    pipeline = LavitaPipeline(tiny_transformer, tiny_vae, make_scheduler("unipc"))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
@@ -123,11 +114,14 @@ def ancestral(
     raise AssertionError("unreachable")
 
 
-@pytest.mark.parametrize(("learn_sigma", "guidance"), [(True, 1.0), (True, 2.0), (False, 1.0)])
+@pytest.mark.parametrize(
+    ("learn_sigma", "guidance", "prediction_type"),
+    [(True, 1.0, "epsilon"), (True, 2.0, "epsilon"), (False, 1.0, "epsilon"), (True, 2.0, "v_prediction")],
+)
 def test_ddpm_equals_the_respaced_posterior(
-    learn_sigma: bool, guidance: float, make_gaussian: Callable[..., LavitaPipeline]
+    learn_sigma: bool, guidance: float, prediction_type: str, make_gaussian: Callable[..., LavitaPipeline]
 ) -> None:
-    gaussian = make_gaussian("ddpm", learn_sigma)
+    gaussian = make_gaussian("ddpm", learn_sigma, prediction_type)
     labels, seeds, steps = [2, 0], (5, 6), 250
     latents = gaussian(
         class_labels=labels,
@@ -170,13 +164,15 @@ def exact_flow(state: torch.Tensor, mean: float) -> torch.Tensor:
         ("unipc", (0.02, 0.05), (0.002, 0.01)),
     ],
 )
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_fast_samplers_converge_to_the_exact_flow(
     sampler: str,
+    prediction_type: str,
     at_25: tuple[float, float],
     at_300: tuple[float, float],
     make_gaussian: Callable[..., LavitaPipeline],
 ) -> None:
-    gaussian = make_gaussian(sampler)
+    gaussian = make_gaussian(sampler, prediction_type=prediction_type)
     state = torch.randn(24, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for steps, (bound, spread) in ((25, at_25), (300, at_300)):
         gaussian.seen.clear()
@@ -344,6 +340,19 @@ def test_an_autoencoder_of_other_channels_is_refused(
         LavitaPipeline(make_transformer(in_channels=3), tiny_vae, make_scheduler("unipc"))
 
 
+def test_a_scheduler_of_another_prediction_is_refused(
+    make_transformer: MakeTransformer, tiny_vae: AutoencoderKL
+) -> None:
+    transformer = make_transformer(prediction_type="v_prediction", learn_sigma=False)
+    with pytest.raises(ValueError, match="transformer predicts v_prediction, but the scheduler takes it for epsilon"):
+        LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc"))
+    pipeline = LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc", False, "v_prediction"))
+    for sampler in SAMPLERS:
+        pipeline.use_sampler(sampler)
+        assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
+        assert getattr(pipeline.scheduler.config, "variance_type", None) != "learned_range"
+
+
 # ---- folders
 
 
@@ -372,91 +381,3 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path, pipeline: LavitaP
     )
     with pytest.raises(ValueError, match=r"weights lack .*blocks\.1\.mlp\.fc1\.weight"):
         load_pipeline(tmp_path)
-
-
-# ---- generate()
-
-
-@pytest.mark.parametrize(
-    ("text", "seeds"),
-    [("0-3", [0, 1, 2, 3]), ("1,5,9", [1, 5, 9]), ("7", [7]), ("4-5, 2", [4, 5, 2]), ("3-3", [3])],
-)
-def test_seeds(text: str, seeds: list[int]) -> None:
-    assert parse_seeds(text) == seeds
-
-
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1-2-3", "1,,2", "1.5", "3-1"])
-def test_what_are_no_seeds(text: str) -> None:
-    with pytest.raises(ValueError, match=f"seeds is '{text}'"):
-        parse_seeds(text)
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path, pipeline: LavitaPipeline) -> str:
-    pipeline.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-def test_generate_writes_a_folder_and_skips_what_is_there(tmp_path: Path, model_folder: str) -> None:
-    out = tmp_path / "out"
-    options: dict[str, Any] = {"classes": "pong, 0", "seeds": "4-5", "steps": 2, "suffix": ".mp4", "device": "cpu"}
-    written = generate(model_folder, out, **options)
-    expected = [out / name / f"{seed}.mp4" for name in ("pong", "boxing") for seed in (4, 5)]
-    assert written == expected
-    assert sorted(file for file in out.rglob("*") if file.is_file()) == sorted(expected)
-    info = probe(expected[0])
-    assert (info.num_frames, info.width, info.height, info.fps) == (2, 16, 16, 4.0)
-
-    before = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in expected}
-    expected[1].unlink()
-    assert generate(model_folder, out, **options) == expected
-    after = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in expected}
-    assert [file for file in expected if before[file] != after[file]] == [expected[1]]
-
-
-def test_generated_videos_do_not_depend_on_the_batch(
-    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    videos: dict[Path, np.ndarray] = {}
-    monkeypatch.setattr(generate_module, "write_video", lambda path, frames, fps: videos.update({path: frames}))
-    for batch_size in (1, 4, 6):
-        out = tmp_path / str(batch_size)
-        assert len(generate(model_folder, out, seeds="0-1", steps=2, batch_size=batch_size, device="cpu")) == 6
-    for name in ("boxing", "enduro", "pong"):
-        for seed in (0, 1):
-            one, four, six = (videos[tmp_path / size / name / f"{seed}.mp4"].astype(int) for size in "146")
-            # Sums of floats may round another way.
-            assert max(np.abs(one - four).max(), np.abs(one - six).max()) <= 1
-    boxing = tmp_path / "1" / "boxing"
-    assert (videos[boxing / "0.mp4"] != videos[boxing / "1.mp4"]).any()
-
-
-def test_generate_from_an_unconditional_model(
-    tmp_path: Path, make_transformer: MakeTransformer, tiny_vae: AutoencoderKL
-) -> None:
-    folder, out = tmp_path / "model", tmp_path / "out"
-    LavitaPipeline(make_transformer(), tiny_vae, make_scheduler("unipc")).save_pretrained(folder)
-    written = generate(str(folder), out, seeds="3", steps=2, num_frames=1, suffix=".gif", device="cpu")
-    assert written == [out / "3.gif"]
-    assert probe(written[0]).num_frames == 1
-    with pytest.raises(ValueError, match="classes is 'pong', but this model is unconditional"):
-        generate(str(folder), out, classes="pong", device="cpu")
-
-
-def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str) -> None:
-    out = tmp_path / "out"
-    for options, message in (
-        ({"classes": "pong,chess"}, "class is 'chess'; allowed: all, boxing, enduro, pong, or 0-2"),
-        ({"classes": "3"}, "class is '3'"),
-        ({"classes": ""}, "class is ''"),
-        ({"seeds": "x"}, "seeds is 'x'"),
-        ({"sampler": "euler"}, "sampler is 'euler'"),
-        ({"num_frames": 9}, "num_frames is 9"),
-        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
-        ({"device": "toaster"}, "device is 'toaster'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            generate(model_folder, out, **{"device": "cpu", **options})
-    with pytest.raises(ValueError, match="no such folder"):
-        generate(str(tmp_path / "missing"), out, device="cpu")
-    assert not out.exists()

@@ -27,8 +27,8 @@ from lavita.data.clips import ClipSampler, read_pixels
 from lavita.data.latents import VideoSource, encode_dataset
 from lavita.ema import EMA
 from lavita.pipeline import load_pipeline
-from lavita.runtime import generator
-from lavita.train import Stopped, train
+from lavita.runtime import Stopped, generator
+from lavita.train import train
 from lavita.video import probe, write_video
 
 MakeConfig = Callable[..., RunConfig]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -94,7 +95,7 @@ def autoencoder_train(
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
 ) -> None:
-    """Train an autoencoder on the frames of videos. Run the same command again to resume."""
+    """Train an autoencoder on frames of videos. Run the same command again to resume; Ctrl-C saves a checkpoint."""
     from lavita.config import AutoencoderConfig
 
     chosen: dict[str, Any] = {}
@@ -105,7 +106,7 @@ def autoencoder_train(
     settings: AutoencoderConfig = _load(AutoencoderConfig, config, overrides, chosen)
     from lavita.train_autoencoder import train_autoencoder
 
-    print(train_autoencoder(settings))
+    _train(train_autoencoder, settings)
 
 
 @autoencoder_app.command("evaluate")
@@ -160,14 +161,9 @@ def train(
     if run_dir:
         chosen["run_dir"] = str(run_dir)
     settings: RunConfig = _load(RunConfig, config, overrides, chosen)
-    from lavita.train import Stopped
     from lavita.train import train as run
 
-    try:
-        print(run(settings))
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(130) from stopped
+    _train(run, settings)
 
 
 @app.command()
@@ -240,6 +236,16 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+
+
+def _train(run: Callable[[Any], Path], settings: Any) -> None:
+    from lavita.runtime import Stopped
+
+    try:
+        print(run(settings))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(130) from stopped
 
 
 def _load(cls: Any, config: str | None, overrides: list[str] | None, chosen: dict[str, Any]) -> Any:

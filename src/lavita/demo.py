@@ -18,7 +18,7 @@ from typing import Any
 
 from lavita.page import write_page
 
-SEEDS = "0-7"
+SEEDS = "0-5"
 SAMPLE_STEPS = "20"
 
 

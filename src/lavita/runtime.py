@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +61,31 @@ def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
     """Like `generator`, for numpy."""
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved a checkpoint; the same command goes on from there."""
+
+
+@contextmanager
+def stop_requested() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM comes; a second one stops at once.
+
+    The loop looks at it between two steps, so that a checkpoint never holds half a step.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Metrics:

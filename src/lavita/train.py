@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from lavita.diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from lavita.ema import EMA
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
-from lavita.runtime import Metrics, Progress, autocast, generator, pick_device
+from lavita.runtime import Metrics, Progress, Stopped, autocast, generator, pick_device, stop_requested
 from lavita.video import contact_sheet, write_video
 
 # What may differ when a run is resumed: how long, and what is written down, but nothing that changes a step.
@@ -43,10 +40,6 @@ RESUMABLE = {
     "run_dir",
 }
 SAMPLE_STEPS = 20
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved a checkpoint; the same command goes on from there."""
 
 
 @dataclass
@@ -315,24 +308,3 @@ def save_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL, folder: P
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def stop_requested() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes; a second one stops at once.
-
-    The loop looks at it between two steps, so that a checkpoint never holds half a step.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -21,8 +21,18 @@ from lavita.autoencoder import encode, load_autoencoder, to_pixels
 from lavita.checkpoint import check_resumable, load_last_checkpoint, save_checkpoint
 from lavita.config import AutoencoderConfig, save_config
 from lavita.data.catalog import scan
+from lavita.ema import EMA
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
-from lavita.runtime import Metrics, Progress, autocast, generator, numpy_generator, pick_device
+from lavita.runtime import (
+    Metrics,
+    Progress,
+    Stopped,
+    autocast,
+    generator,
+    numpy_generator,
+    pick_device,
+    stop_requested,
+)
 from lavita.video import iter_frames
 
 Frames = npt.NDArray[np.uint8]
@@ -180,6 +190,7 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
 
     Raises:
         ValueError: where configuration, data and run folder do not fit together.
+        Stopped: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         FloatingPointError: where the loss is no longer finite.
     """
     run_dir = config.run_dir
@@ -191,22 +202,21 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     ]
     torch.manual_seed(config.seed)
     vae = build_autoencoder(config).to(device)
-    # The average's own warm-up: over the first steps it follows the weights closely.
-    average = [p.detach().clone() for p in vae.parameters()]
+    ema = EMA(vae, EMA_DECAY)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
     step = 0
     if (resumed := load_last_checkpoint(run_dir / "checkpoints")) is not None:
         step, state = resumed
         vae.load_state_dict(state["model"])
-        average = [tensor.to(device) for tensor in state["average"]]
+        ema.load(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
     metrics = Metrics(run_dir / "metrics.jsonl", step)
     progress = Progress("autoencoder step", config.steps, step)
     factor = config.downsampling
     latent_shape = (config.latent_channels, config.resolution // factor, config.resolution // factor)
 
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1) as reader, stop_requested() as stop:
         upcoming = reader.submit(draw_pairs, sources, config, step)
         while step < config.steps:
             pixels = to_pixels(upcoming.result(), device)
@@ -229,19 +239,21 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
-            torch._foreach_lerp_(average, [p.detach() for p in vae.parameters()], 1 - decay)
+            ema.update(step)
 
             if step % config.log_every == 0 or step == config.steps:
                 metrics.write(step=step, loss=value, lr=rate, grad_norm=norm, **parts)
             progress.update(step, f"loss {value:.4f}  L1 {parts['reconstruction']:.4f}")
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                state = {"model": vae.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
+            stopping = bool(stop) and step < config.steps  # read once: a later signal waits for the next step
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+                state = {"model": vae.state_dict(), "ema": ema.weights, "optimizer": optimizer.state_dict()}
                 save_checkpoint(run_dir / "checkpoints", step, state, config.keep_checkpoints)
+            if stopping:
+                metrics.close()
+                raise Stopped(f"stopped at step {step:,} of {config.steps:,}; the same command goes on from there")
     metrics.close()
 
-    for parameter, mean in zip(vae.parameters(), average, strict=True):
-        parameter.data.copy_(mean)
+    vae.load_state_dict(ema.weights)
     vae.eval().requires_grad_(False)
     measure_scaling(vae, sources, config)
     folder = run_dir / "autoencoder"

@@ -1,0 +1,104 @@
+"""A folder of generated videos: what is written, what is skipped, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import AutoencoderKL
+
+from lavita import generate as generate_module
+from lavita.generate import generate, parse_seeds
+from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.pipeline import LavitaPipeline, make_scheduler
+from lavita.video import probe
+
+MakeTransformer = Callable[..., LavitaTransformer3DModel]
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("0-3", [0, 1, 2, 3]), ("1,5,9", [1, 5, 9]), ("7", [7]), ("4-5, 2", [4, 5, 2]), ("3-3", [3])],
+)
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1-2-3", "1,,2", "1.5", "3-1"])
+def test_what_are_no_seeds(text: str) -> None:
+    with pytest.raises(ValueError, match=f"seeds is '{text}'"):
+        parse_seeds(text)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, pipeline: LavitaPipeline) -> str:
+    pipeline.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_generate_writes_a_folder_and_skips_what_is_there(tmp_path: Path, model_folder: str) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"classes": "pong, 0", "seeds": "4-5", "steps": 2, "suffix": ".mp4", "device": "cpu"}
+    written = generate(model_folder, out, **options)
+    expected = [out / name / f"{seed}.mp4" for name in ("pong", "boxing") for seed in (4, 5)]
+    assert written == expected
+    assert sorted(file for file in out.rglob("*") if file.is_file()) == sorted(expected)
+    info = probe(expected[0])
+    assert (info.num_frames, info.width, info.height, info.fps) == (2, 16, 16, 4.0)
+
+    before = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in expected}
+    expected[1].unlink()
+    assert generate(model_folder, out, **options) == expected
+    after = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in expected}
+    assert [file for file in expected if before[file] != after[file]] == [expected[1]]
+
+
+def test_generated_videos_do_not_depend_on_the_batch(
+    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos: dict[Path, np.ndarray] = {}
+    monkeypatch.setattr(generate_module, "write_video", lambda path, frames, fps: videos.update({path: frames}))
+    for batch_size in (1, 4, 6):
+        out = tmp_path / str(batch_size)
+        assert len(generate(model_folder, out, seeds="0-1", steps=2, batch_size=batch_size, device="cpu")) == 6
+    for name in ("boxing", "enduro", "pong"):
+        for seed in (0, 1):
+            one, four, six = (videos[tmp_path / size / name / f"{seed}.mp4"].astype(int) for size in "146")
+            # Sums of floats may round another way.
+            assert max(np.abs(one - four).max(), np.abs(one - six).max()) <= 1
+    boxing = tmp_path / "1" / "boxing"
+    assert (videos[boxing / "0.mp4"] != videos[boxing / "1.mp4"]).any()
+
+
+def test_generate_from_an_unconditional_model(
+    tmp_path: Path, make_transformer: MakeTransformer, tiny_vae: AutoencoderKL
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    LavitaPipeline(make_transformer(), tiny_vae, make_scheduler("unipc")).save_pretrained(folder)
+    written = generate(str(folder), out, seeds="3", steps=2, num_frames=1, suffix=".gif", device="cpu")
+    assert written == [out / "3.gif"]
+    assert probe(written[0]).num_frames == 1
+    with pytest.raises(ValueError, match="classes is 'pong', but this model is unconditional"):
+        generate(str(folder), out, classes="pong", device="cpu")
+
+
+def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str) -> None:
+    out = tmp_path / "out"
+    for options, message in (
+        ({"classes": "pong,chess"}, "class is 'chess'; allowed: all, boxing, enduro, pong, or 0-2"),
+        ({"classes": "3"}, "class is '3'"),
+        ({"classes": ""}, "class is ''"),
+        ({"seeds": "x"}, "seeds is 'x'"),
+        ({"sampler": "euler"}, "sampler is 'euler'"),
+        ({"num_frames": 9}, "num_frames is 9"),
+        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
+        ({"device": "toaster"}, "device is 'toaster'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model_folder, out, **{"device": "cpu", **options})
+    with pytest.raises(ValueError, match="no such folder"):
+        generate(str(tmp_path / "missing"), out, device="cpu")
+    assert not out.exists()
