@@ -11,10 +11,11 @@ import pytest
 from diffusers import AutoencoderKL
 
 from lavita import generate as generate_module
+from lavita.evaluation.protocol import compare
 from lavita.generate import generate, parse_seeds
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
-from lavita.video import probe
+from lavita.video import probe, write_video
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
 
@@ -45,7 +46,7 @@ def test_generate_writes_a_folder_and_skips_what_is_there(tmp_path: Path, model_
     written = generate(model_folder, out, **options)
     expected = [out / name / f"{seed}.mp4" for name in ("pong", "boxing") for seed in (4, 5)]
     assert written == expected
-    assert sorted(file for file in out.rglob("*") if file.is_file()) == sorted(expected)
+    assert sorted(file for file in out.rglob("*.*")) == sorted([*expected, out / "generation.json"])
     info = probe(expected[0])
     assert (info.num_frames, info.width, info.height, info.fps) == (2, 16, 16, 4.0)
 
@@ -102,3 +103,37 @@ def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str)
     with pytest.raises(ValueError, match="no such folder"):
         generate(str(tmp_path / "missing"), out, device="cpu")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"steps": 3}, "steps=2, not 3"),
+        ({"sampler": "ddim"}, "sampler=unipc, not ddim"),
+        ({"guidance_scale": 2.0}, "guidance_scale=1.5, not 2.0"),
+        ({"num_frames": 1}, "num_frames=2, not 1"),
+    ],
+)
+def test_a_folder_never_holds_videos_made_in_two_ways(
+    tmp_path: Path, model_folder: str, changed: dict[str, Any], named: str
+) -> None:
+    out = tmp_path / "out"
+    generate(model_folder, out, seeds="0", steps=2)
+    with pytest.raises(ValueError, match=named):
+        generate(model_folder, out, **{"seeds": "1", "steps": 2, **changed})
+    assert not list(out.rglob("1.mp4"))
+    (out / "generation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation\.json: damaged"):
+        generate(model_folder, out, seeds="0", steps=2)
+
+
+def test_the_frame_interval_of_the_model_decides_how_it_is_scored(
+    tmp_path: Path, make_transformer: Callable[..., LavitaTransformer3DModel], tiny_vae: AutoencoderKL
+) -> None:
+    transformer = make_transformer(num_classes=1, class_names=["a"], frame_interval=3)
+    LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc")).save_pretrained(tmp_path / "model")
+    generate(str(tmp_path / "model"), tmp_path / "out", seeds="0", steps=2)
+    write_video(tmp_path / "real" / "a" / "0.gif", np.zeros((8, 16, 16, 3), dtype=np.uint8), 10)
+    assert compare(tmp_path / "real", tmp_path / "out").frame_interval == 3
+    with pytest.raises(ValueError, match=r"frame_interval is 1, but the model of .*out has 3"):
+        compare(tmp_path / "real", tmp_path / "out", frame_interval=1)

@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_data import paint, write_broken, write_videos
 
-from lavita.autoencoder import decode, encode, fingerprint, to_frames, to_pixels
+from lavita.autoencoder import decode, encode, to_frames, to_pixels
+from lavita.checkpoint import fingerprint
 from lavita.data import latents
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels

@@ -5,8 +5,6 @@ Tensor order: frames uint8 `(..., H, W, 3)` outside, latents float32 `(..., C, h
 
 from __future__ import annotations
 
-import hashlib
-import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -74,17 +72,6 @@ def latent_size(vae: AutoencoderKL, resolution: int) -> int:
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}, but this autoencoder needs a multiple of {factor}")
     return resolution // factor
-
-
-def fingerprint(vae: AutoencoderKL) -> str:
-    """SHA-256 of an autoencoder's configuration and weights: which latents are interchangeable."""
-    digest = hashlib.sha256()
-    public = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    digest.update(json.dumps(public, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def to_pixels(frames: Frames, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from lavita.config import ConfigError, StrictConfig, read_yaml
 
@@ -40,6 +43,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     for old in [other for other in list_checkpoints(folder) if other <= file][:-keep]:
         old.unlink()
     return file
+
+
+def fingerprint(model: ModelMixin) -> str:
+    """SHA-256 of a diffusers model's configuration and weights: equal where models are interchangeable."""
+    digest = hashlib.sha256()
+    public = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    digest.update(json.dumps(public, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

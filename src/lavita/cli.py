@@ -213,7 +213,10 @@ def evaluate(
         Path | None, typer.Option(help="Real videos to check the classifier on.", show_default=False)
     ] = None,
     metrics: Annotated[str, typer.Option(help="Comma separated.")] = "accuracy,motion",
-    frame_interval: Annotated[int, typer.Option(min=1, help="That of the generated videos.")] = 1,
+    frame_interval: Annotated[
+        int | None,
+        typer.Option(min=1, help="[default: that of the model that `lavita sample` recorded]", show_default=False),
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps the classifier for the next time.", show_default=False)
     ] = None,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lavita.checkpoint import fingerprint
+from lavita.data.catalog import GENERATION, read_generation
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
 from lavita.video import write_video
@@ -54,7 +58,7 @@ def generate(
     """Writes `out/<class>/<seed>.mp4`, or `out/<seed>.mp4` for an unconditional model.
 
     A video depends on its class and seed alone, not on the batch that it is made in. Files that are there already
-    are left alone.
+    are left alone; `out/generation.json` records how they were made, and a folder never holds two kinds.
 
     Args:
         model: pipeline folder, hub id, or `builtin`.
@@ -73,7 +77,8 @@ def generate(
         All the files asked for, written now or before.
 
     Raises:
-        ValueError: for a model, class, seed or length that does not exist or fit.
+        ValueError: for a model, class, seed or length that does not exist or fit, or a folder whose videos were made
+            in another way.
     """
     numbers = parse_seeds(seeds)
     if batch_size < 1:
@@ -94,6 +99,17 @@ def generate(
     if guidance_scale is None:
         guidance_scale = DEFAULT_GUIDANCE if config["num_classes"] else 1.0
 
+    settings = {
+        "transformer": fingerprint(pipeline.transformer),
+        "autoencoder": fingerprint(pipeline.vae),
+        "sampler": sampler,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "num_frames": num_frames or config["num_frames"],
+        "frame_interval": config["frame_interval"],
+        "fps": config["fps"],
+    }
+    check_generation(out, settings)
     missing = [job for job in jobs if not job[0].exists()]
     progress = Progress("video", len(jobs), len(jobs) - len(missing))
     for first in range(0, len(missing), batch_size):
@@ -106,10 +122,31 @@ def generate(
             guidance_scale=guidance_scale,
             generator=[generator(seed, "sample") for _, _, seed in batch],
         ).frames
+        write_generation(out, settings)
         for (path, _, _), frames in zip(batch, np.asarray(videos), strict=True):
             write_video(path, frames, config["fps"])
         progress.update(progress.done + len(batch))
     return [path for path, _, _ in jobs]
+
+
+def check_generation(out: Path, settings: dict[str, Any]) -> None:
+    """Refuses to add to a folder whose videos were made in another way.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    before = read_generation(out)
+    for key, value in settings.items():
+        if before is not None and before.get(key) != value:
+            raise ValueError(f"{out}: holds videos made with {key}={before.get(key)}, not {value}; use another folder")
+
+
+def write_generation(out: Path, settings: dict[str, Any]) -> None:
+    """Records how a folder's videos are made, in `generation.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f"{GENERATION}.partial"
+    partial.write_text(json.dumps(settings, indent=1))
+    partial.replace(out / GENERATION)
 
 
 def _parse_classes(text: str, names: list[str]) -> list[int]:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 
-from lavita.autoencoder import autoencoder_source, fingerprint, latent_size, load_autoencoder
-from lavita.checkpoint import check_resumable, load_last_checkpoint, save_checkpoint
+from lavita.autoencoder import autoencoder_source, latent_size, load_autoencoder
+from lavita.checkpoint import check_resumable, fingerprint, load_last_checkpoint, save_checkpoint
 from lavita.config import ConfigError, RunConfig, save_config
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipSampler, clip_span

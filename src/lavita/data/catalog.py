@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lavita.video import VIDEO_SUFFIXES, VideoError, VideoInfo, is_frame_folder, probe
+
+GENERATION = "generation.json"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class Catalog:
     """Sorted; empty without classes."""
     broken: tuple[str, ...]
     """One message a video that cannot be used, each beginning with its path."""
+
+
+def read_generation(root: Path) -> dict[str, Any] | None:
+    """How the videos of a generated folder were made, as `generation.json` says; None where nothing does.
+
+    Raises:
+        ValueError: where that file is damaged.
+    """
+    file = root / GENERATION
+    if not file.exists():
+        return None
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: damaged; remove it to use the folder without it") from error
+    return settings
 
 
 def find_videos(root: Path) -> Iterator[Path]:

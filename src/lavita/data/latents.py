@@ -21,7 +21,8 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lavita.autoencoder import encode, fingerprint, latent_size
+from lavita.autoencoder import encode, latent_size
+from lavita.checkpoint import fingerprint
 from lavita.data.catalog import Catalog, Video, scan
 from lavita.data.clips import ClipDraw, center_crop_resize, clip_span, mirror, read_pixels
 from lavita.runtime import Precision, Progress

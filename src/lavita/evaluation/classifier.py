@@ -306,7 +306,9 @@ def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
 
     # Half of the frames have their colours turned about grey in any direction (which mixes hue, saturation and
     # brightness), half have their channels exchanged and inverted; some of both then become grey.
-    turned = torch.linalg.qr(torch.randn(num, 3, 3, generator=rng)).Q
+    turned, triangular = torch.linalg.qr(torch.randn(num, 3, 3, generator=rng))
+    # Without this the signs of a QR decomposition favour some directions, and colours tell again (Mezzadri 2007).
+    turned = turned * triangular.diagonal(dim1=1, dim2=2).sign()[:, None]
     exchanged = torch.eye(3)[torch.rand(num, 3, generator=rng).argsort(1)]
     exchanged = exchanged * torch.where(torch.rand(num, 3, 1, generator=rng) < 0.5, -1.0, 1.0)
     mix = torch.where(torch.rand(num, 1, 1, generator=rng) < 0.5, turned, exchanged)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lavita.data.catalog import Catalog, Video, scan
+from lavita.data.catalog import Catalog, Video, read_generation, scan
 from lavita.data.clips import center_crop_resize, clip_span
 from lavita.video import iter_frames
 
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def compare(
-    real: Path, generated: Path, held_out: Path | None = None, frame_interval: int = 1, seed: int = 0
+    real: Path, generated: Path, held_out: Path | None = None, frame_interval: int | None = None, seed: int = 0
 ) -> Comparison:
     """Reads the headers of all videos and checks that they can be compared.
 
@@ -63,14 +63,19 @@ def compare(
         real: folder of class folders of real videos.
         generated: folder of class folders of generated clips, all of one size and length.
         held_out: like `real`, of videos that were not trained on.
-        frame_interval: that of the model, >= 1.
+        frame_interval: that of the model, >= 1; by default what `lavita sample` recorded beside the clips, else 1.
         seed: of everything random in the metrics.
 
     Raises:
         ValueError: for a folder that is missing or holds no usable video, videos outside class folders, generated or
             held-out classes that `real` does not have, generated clips of several sizes, or real videos all shorter
-            than a clip.
+            than a clip, or a frame interval other than the recorded one.
     """
+    recorded = (read_generation(generated) or {}).get("frame_interval")
+    if frame_interval is None:
+        frame_interval = recorded or 1
+    elif recorded not in (None, frame_interval):
+        raise ValueError(f"frame_interval is {frame_interval}, but the model of {generated} has {recorded}")
     if frame_interval < 1:
         raise ValueError(f"frame_interval is {frame_interval}; it must be at least 1")
     clips = scan(generated, class_folders=True, broken="error")

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lavita.data.catalog import read_generation
 from lavita.evaluation.classifier import VERSION, Classifier, cached_classifier, recolour, shuffle_patches
 from lavita.evaluation.motion import compare_motion, motion
 from lavita.evaluation.protocol import Comparison, compare
@@ -149,7 +150,7 @@ def score(
     generated: Path,
     held_out: Path | None = None,
     metrics: Sequence[str] = ("accuracy", "motion"),
-    frame_interval: int = 1,
+    frame_interval: int | None = None,
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
@@ -162,7 +163,8 @@ def score(
         generated: folder of class folders, named as the real ones, of clips of one size: `<class>/<seed>.mp4`.
         held_out: like `real`, of videos that the model was not trained on; they check the classifier.
         metrics: names in `METRICS`.
-        frame_interval: that of the model: frames of a real video from one frame of a clip to the next.
+        frame_interval: that of the model: frames of a real video from one frame of a clip to the next; by default
+            the recorded one (see `protocol.compare`).
         seed: of the classifier and its checks.
         cache_dir: trained classifiers are kept here, so that the next call with the same videos has one.
 
@@ -188,6 +190,7 @@ def _protocol(comparison: Comparison, held_out: Path | None, metrics: list[str])
     return {
         "real": str(comparison.real.root),
         "generated": str(comparison.generated.root),
+        "generation": read_generation(comparison.generated.root),
         "held_out": None if held_out is None else str(held_out),
         "metrics": metrics,
         "classes": list(comparison.class_names),
