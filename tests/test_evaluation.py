@@ -247,7 +247,7 @@ def test_classifier_is_blind_to_colour(tmp_path: Path, monkeypatch: pytest.Monke
     assert belief_in_truth(blind) == pytest.approx(1 / 3, abs=0.05)
     # The same classes are easy for the same network where colours are left alone.
     monkeypatch.setattr(classifier_module, "augment", lambda pixels, rng: pixels)
-    seeing = train_classifier(root, SIZE, num_steps=40)
+    seeing = train_classifier(root, SIZE, num_steps=150)
     assert share_recognised(seeing, unseen) == 1
     assert belief_in_truth(seeing) > 0.8
 
