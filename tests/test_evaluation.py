@@ -348,7 +348,7 @@ def test_score(tmp_path: Path, shapes: Path, trained: list[int]) -> None:
     read = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert read == report
     stream = io.StringIO()
-    print_scores(read, Console(file=stream, width=200))
+    print_scores(read, Console(file=stream, width=80))
     for text in ("stripes", "75.0%", "85.7%", "held-out", f"{moved['num_within_factor_two']} of 2"):
         assert text in stream.getvalue()
 

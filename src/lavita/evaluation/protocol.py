@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lavita.data.catalog import Catalog, Video, read_generation, scan
 from lavita.data.clips import center_crop_resize, clip_span
+from lavita.runtime import Progress
 from lavita.video import iter_frames
 
 Frames = npt.NDArray[np.uint8]
@@ -47,11 +48,12 @@ class Comparison:
 
     def real_clips(self, catalog: Catalog, class_names: Collection[str]) -> Iterator[tuple[str, Frames]]:
         """Clips of a catalog's videos, of some classes, as (class, uint8 `(F, resolution, resolution, 3)`)."""
-        for video in spread_videos(catalog):
-            name = class_of(catalog, video)
-            if name in class_names:
-                for clip in cut_clips(video.info.path, self.num_frames, self.frame_interval, self.resolution):
-                    yield name, clip
+        videos = [video for video in spread_videos(catalog) if class_of(catalog, video) in class_names]
+        progress = Progress(f"{catalog.root}: video", len(videos))
+        for number, video in enumerate(videos, start=1):
+            for clip in cut_clips(video.info.path, self.num_frames, self.frame_interval, self.resolution):
+                yield class_of(catalog, video), clip
+            progress.update(number)
 
 
 def compare(

@@ -239,10 +239,10 @@ def print_scores(scores: Mapping[str, Any], console: Console | None = None) -> N
     )
     table.add_column("class")
     if recognised:
-        for heading in ("clips", "recognised", "95% interval"):
+        for heading in ("clips", "recognised", "95%\ninterval"):
             table.add_column(heading, justify="right")
     if moved:
-        for heading in ("motion, real", "generated", "ratio", "within factor 2"):
+        for heading in ("motion\nreal / gen.", "ratio", "within\n2x"):
             table.add_column(heading, justify="right")
     for name in protocol["classes"]:
         cells = [name]
@@ -256,14 +256,14 @@ def print_scores(scores: Mapping[str, Any], console: Console | None = None) -> N
             row = moved["per_class"][name]
             ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
             within = "yes" if row["within_factor_two"] else "no"
-            cells += [f"{row['real']:.2f}", f"{row['generated']:.2f}", ratio, within]
+            cells += [f"{row['real']:.2f} / {row['generated']:.2f}", ratio, within]
         table.add_row(*cells)
     table.add_section()
     total = ["all"]
     if recognised:
         total += _accuracy_cells(recognised["num_clips"], recognised["accuracy"], recognised["interval_95"])
     if moved:
-        total += ["", "", "", f"{moved['num_within_factor_two']} of {moved['num_classes']}"]
+        total += ["", "", f"{moved['num_within_factor_two']} of {moved['num_classes']}"]
     table.add_row(*total)
     console.print(table)
     if recognised:
@@ -271,7 +271,7 @@ def print_scores(scores: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def _accuracy_cells(num_clips: int, share: float, interval: Sequence[float]) -> list[str]:
-    return [str(num_clips), f"{share:.1%}", f"{interval[0]:.1%} - {interval[1]:.1%}"]
+    return [str(num_clips), f"{share:.1%}", f"{100 * interval[0]:.0f}-{interval[1]:.0%}"]
 
 
 def _describe_controls(recognised: Mapping[str, Any]) -> str:
