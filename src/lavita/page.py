@@ -147,8 +147,7 @@ def _class_table(names: list[str], models: dict[str, Any]) -> str:
         for row in models.values():
             motion = row["motion"][name]
             mark = "" if motion["within_factor_two"] else " no"
-            cells.append(
-                f"<td class=n>{row['accuracy_per_class'][name]:.0%}</td><td class='n{mark}'>{motion['ratio']:.2f}</td>"
-            )
+            ratio = "-" if motion["ratio"] is None else f"{motion['ratio']:.2f}"
+            cells.append(f"<td class=n>{row['accuracy_per_class'][name]:.0%}</td><td class='n{mark}'>{ratio}</td>")
         body.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
     return f"<table><tr><th>game</th>{head}</tr>{''.join(body)}</table>"
