@@ -11,6 +11,8 @@ from lavita.video import contact_sheet, read_clip
 
 SHEET_CLIPS = 2
 SHEET_FRAMES = 8
+# Videos of a class on the page. 8 classes of them stay below the 75 that Chromium plays at a time.
+PAGE_CLIPS = {"real": 2, "trained here": 3, "shipped": 4}
 
 
 def write_page(out: Path, summary: dict[str, Any]) -> None:
@@ -91,7 +93,7 @@ h1 {{ margin-bottom: 0; }} h2 {{ margin: 2rem 0 .5rem; }}
 .big {{ font-size: 2rem; font-weight: 600; }}
 .row {{ display: flex; align-items: center; gap: 6px; margin: 4px 0; overflow-x: auto; }}
 .row > span {{ flex: 0 0 7.5rem; font-size: .85rem; opacity: .8; }}
-video {{ width: 104px; height: 104px; image-rendering: pixelated; border-radius: 4px; background: #8883; }}
+video {{ width: 192px; height: 192px; image-rendering: pixelated; border-radius: 4px; background: #8883; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .9rem; }}
 td, th {{ border-bottom: 1px solid #8884; padding: .25rem .5rem; text-align: left; }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; }}
@@ -133,7 +135,7 @@ def _section(out: Path, name: str) -> str:
     for kind, paths in _rows(out, name):
         videos = "".join(
             f'<video src="{path.relative_to(out).as_posix()}" autoplay loop muted playsinline></video>'
-            for path in paths[:8]
+            for path in paths[: PAGE_CLIPS[kind]]
         )
         rows.append(f'<div class="row"><span>{kind}</span>{videos}</div>')
     return f"<h2>{html.escape(name.replace('_', ' '))}</h2>\n" + "\n".join(rows)
