@@ -18,9 +18,9 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from lavita import video
+from lavita.sheets import contact_sheet
 from lavita.video import (
     VideoError,
-    contact_sheet,
     is_frame_folder,
     iter_frames,
     probe,

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lavita.video import contact_sheet, read_clip
+from lavita.sheets import contact_sheet
+from lavita.video import read_clip
 
 SHEET_CLIPS = 2
 SHEET_FRAMES = 8

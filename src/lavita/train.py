@@ -26,7 +26,8 @@ from lavita.ema import EMA
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
 from lavita.runtime import Metrics, Progress, Stopped, autocast, generator, pick_device, stop_requested
-from lavita.video import contact_sheet, write_video
+from lavita.sheets import contact_sheet
+from lavita.video import write_video
 
 # What may differ when a run is resumed: how long, and what is written down, but nothing that changes a step.
 RESUMABLE = {
