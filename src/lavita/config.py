@@ -64,6 +64,9 @@ class ModelConfig(StrictConfig):
 class TrainConfig(StrictConfig):
     """The optimisation."""
 
+    init_from: str | None = None
+    """Weights to start from, not from random ones: a pipeline's folder or hub id; `builtin` is the arcade model of
+    the package."""
     steps: int = Field(100_000, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(8, ge=1)
@@ -71,9 +74,11 @@ class TrainConfig(StrictConfig):
     accumulation: int = Field(1, ge=1)
     """Micro-batches that the clips of one step are computed in; divides `batch_size`."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Constant rate of AdamW after the warm-up."""
+    """Constant rate of AdamW, between the warm-up and the decay."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the rate rises from 0."""
+    decay_steps: int = Field(0, ge=0)
+    """Last steps of the run, over which the rate falls linearly to 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     clip_grad_norm: float = Field(1.0, gt=0)

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 
 from lavita.autoencoder import autoencoder_source, latent_size, load_autoencoder
 from lavita.checkpoint import check_resumable, fingerprint, load_last_checkpoint, save_checkpoint
-from lavita.config import ConfigError, RunConfig, save_config
+from lavita.config import ConfigError, RunConfig, TrainConfig, save_config
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipSampler, clip_span
 from lavita.data.latents import CacheSource, ClipSource, VideoSource
@@ -29,9 +29,11 @@ from lavita.runtime import Metrics, Progress, Stopped, autocast, generator, pick
 from lavita.sheets import contact_sheet
 from lavita.video import write_video
 
-# What may differ when a run is resumed: how long, and what is written down, but nothing that changes a step.
+# What may differ when a run is resumed: how long it is and how it ends, and what is written down, but nothing that
+# changes a step before the end.
 RESUMABLE = {
     "train.steps",
+    "train.decay_steps",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -86,6 +88,11 @@ def train(config: RunConfig) -> Path:
     )
     torch.manual_seed(settings.seed)
     model = build_model(config, vae, source).to(device).train()
+    if settings.init_from is not None:
+        from lavita.pipeline import load_pipeline
+        from lavita.generate import model_source
+        model.load_state_dict(load_pipeline(model_source(settings.init_from)).transformer.state_dict())
+        model.train()
     diffusion = GaussianDiffusion(config.model.prediction_type)
     ema = EMA(model, settings.ema_decay)
     optimizer = torch.optim.AdamW(
@@ -109,7 +116,7 @@ def train(config: RunConfig) -> Path:
             batch = upcoming.result()
             upcoming = reader.submit(make_batch, config, source, sampler, model, step + 1)
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+                group["lr"] = learning_rate(settings, step)
 
             # Gradients of the micro-batches add up to the whole batch's mean; they are clipped once, together.
             loss = torch.zeros((), device=device)
@@ -172,6 +179,17 @@ def train(config: RunConfig) -> Path:
                 raise Stopped(f"stopped at step {step:,} of {settings.steps:,}; the same command goes on from there")
     metrics.close()
     return run_dir / "pipeline"
+
+
+def learning_rate(settings: TrainConfig, step: int) -> float:
+    """The rate of a step (from 0): up to the set one, constant, and down to 0 in the last `decay_steps`.
+
+    A constant rate can be stopped and decayed at any time, so the length of a run need not be known at its start
+    (Haegele et al. 2024, Sec. 3).
+    """
+    rise = (step + 1) / max(1, settings.warmup_steps)
+    fall = (settings.steps - step) / (settings.decay_steps + 1)
+    return settings.learning_rate * min(1.0, rise, fall)
 
 
 def open_source(config: RunConfig, vae: AutoencoderKL) -> ClipSource:

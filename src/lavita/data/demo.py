@@ -79,9 +79,9 @@ GAMES: tuple[Game, ...] = (
     Game(
         "boxing",
         "boxing",
-        crop=(32, 36, 128, 180),
+        crop=(40, 40, 112, 140),
         actions=("UP", "DOWN", "LEFT", "RIGHT", "RIGHTFIRE", "UPFIRE", "DOWNFIRE"),
-        min_motion=2.2,
+        min_motion=3.5,
     ),
     Game(
         "freeway",
@@ -92,7 +92,7 @@ GAMES: tuple[Game, ...] = (
         warmup=(8, 600),
         min_motion=1.5,
     ),
-    Game("skiing", "skiing", crop=(24, 36, 136, 148), actions=("LEFT", "RIGHT", "NOOP", "NOOP"), min_motion=1.2),
+    Game("skiing", "skiing", crop=(40, 36, 120, 116), actions=("LEFT", "RIGHT", "NOOP", "NOOP"), min_motion=1.2),
     # Slow enough to end before the first bridge, whose explosion flashes and recolours the whole screen.
     Game(
         "riverraid",
@@ -114,7 +114,7 @@ GAMES: tuple[Game, ...] = (
     Game(
         "time_pilot",
         "time_pilot",
-        crop=(32, 54, 128, 150),
+        crop=(48, 70, 112, 134),
         actions=("LEFT", "RIGHT", "UP", "DOWN", "FIRE"),
         hold=(6, 20),
         warmup=(70, 150),
@@ -123,7 +123,7 @@ GAMES: tuple[Game, ...] = (
     Game(
         "enduro",
         "enduro",
-        crop=(16, 44, 152, 156),
+        crop=(32, 52, 136, 156),
         actions=("FIRE", "FIRE", "RIGHTFIRE", "LEFTFIRE"),
         warmup=(40, 80),
         max_jump=10.0,

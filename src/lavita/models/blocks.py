@@ -1,19 +1,41 @@
-"""Transformer blocks with S-AdaLN (Sec. 3.4, Fig. 7), spatial and temporal.
+"""Transformer blocks (Sec. 3.2, 3.4, A.2): what mixes along space and time, and how the condition enters.
 
-Legend: B batch, F frames, N tokens a frame, D width, h heads, d = D / h. Tokens are always (B, F, N, D):
-linear layers don't care about the order of tokens, so only attention looks along an axis. S-AdaLN's vectors
-are (B, 1 or F, 1, D): computed once a sample and broadcast over its tokens.
+Legend: B batch, F frames (tokens in time), N tokens a frame, D width, h heads, d = D / h, R conditions a sample: 1,
+or 1 + I where I images with labels of their own follow the video. Tokens are always (B, F, N, D): linear layers
+don't care about the order of tokens, so only attention looks along an axis. The first V of the F frames are the
+video's; the others are images, which nothing temporal may touch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Axis = Literal["space", "time"]
+from lavita.models.embeddings import rotate
+
+# What a block's attention mixes: a frame's tokens; a place's tokens over time; the one, then the other, in two
+# attentions; or both at once, half of the heads each.
+Mixing = Literal["space", "time", "space_then_time", "space_and_time"]
+Conditioning = Literal["s_adaln", "all_tokens"]
+Vectors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What the blocks know about the frames of a batch."""
+
+    num_video: int
+    """V: the first frames, which temporal modules see; 0 runs the model without them (A.4)."""
+    rotation: torch.Tensor | None = None
+    """Rotary positions of the V frames, (2, V, d/2)."""
+    condition_rows: torch.Tensor | None = None
+    """int64 (F,): which of the R conditions a frame has; None where all have the only one."""
+
 
 # Below this many tokens the plain product beats the fused kernel on a CPU, most of all in its backward pass
 # (docs/design.md has the measurement).
@@ -29,7 +51,7 @@ def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.T
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention along one axis of a clip."""
+    """Multi-head self-attention along space, time, or, with half of the heads each, both."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         """`num_heads` divides `hidden_size`."""
@@ -38,16 +60,45 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Tokens (B, F, N, D) to (B, F, N, D): each attends to its frame (`space`) or its place (`time`)."""
+    def forward(
+        self, x: torch.Tensor, mixing: Literal["space", "time", "space_and_time"], frames: Frames
+    ) -> torch.Tensor:
+        """Tokens (B, F, N, D) to (B, F, N, D).
+
+        Each attends to its frame (`space`), to its place in the other frames (`time`; all must be the video's), or to
+        its frame by the first half of the heads and to its place by the second. The heads' outputs go through one
+        linear layer, which adds up what the two halves bring (Sec. 3.2, Variant 4); to an image the second half
+        brings nothing.
+        """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, F, N, 3, h, d)
-        if axis == "space":
-            query, key, value = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, F, h, N, d)
-            mixed = dot_product_attention(query, key, value).transpose(2, 3)  # (B, F, N, h, d)
+        if mixing == "space":
+            mixed = attend_in_space(qkv)
+        elif mixing == "time":
+            mixed = attend_in_time(qkv, frames.rotation)
         else:
-            query, key, value = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, N, h, F, d)
-            mixed = dot_product_attention(query, key, value).permute(0, 3, 1, 2, 4)  # (B, F, N, h, d)
+            half, video = self.num_heads // 2, frames.num_video
+            parts = [attend_in_space(qkv[..., :half, :])]  # (B, F, N, h/2, d)
+            if video:
+                in_time = attend_in_time(qkv[:, :video, ..., half:, :], frames.rotation)  # (B, V, N, h/2, d)
+                parts.append(F.pad(in_time, (0, 0) * 3 + (0, x.shape[1] - video)))  # (B, F, N, h/2, d)
+            else:
+                parts.append(torch.zeros_like(parts[0]))
+            mixed = torch.cat(parts, dim=3)
         return self.proj(mixed.flatten(-2))
+
+
+def attend_in_space(qkv: torch.Tensor) -> torch.Tensor:
+    """Queries, keys and values (B, F, N, 3, h, d) to (B, F, N, h, d): each token attends to its frame."""
+    query, key, value = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, F, h, N, d)
+    return dot_product_attention(query, key, value).transpose(2, 3)
+
+
+def attend_in_time(qkv: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+    """Queries, keys and values (B, F, N, 3, h, d) to (B, F, N, h, d): each token attends to its place."""
+    query, key, value = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, N, h, F, d)
+    if rotation is not None:
+        query, key = rotate(query, rotation), rotate(key, rotation)
+    return dot_product_attention(query, key, value).permute(0, 3, 1, 2, 4)
 
 
 class Mlp(nn.Module):
@@ -77,37 +128,93 @@ def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) ->
 
 
 class TransformerBlock(nn.Module):
-    """The vanilla block (A.2) in adaLN-Zero form, for f attention, then f MLP.
+    """The vanilla block (A.2): attention, or two, then an MLP, each after a LayerNorm and beside a residual path.
 
-    Each adds `gate * f(LayerNorm(x) (1 + scale) + shift)` to x.
+    With S-AdaLN, in adaLN-Zero form, each f of them adds `gate * f(LayerNorm(x) (1 + scale) + shift)` to x; the two
+    attentions of Variant 3 share their three vectors, as its parameter count in Table 3 says. With all tokens, the
+    condition is among the tokens, and each adds `f(LayerNorm(x))`, the norm with weights of its own.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, axis: Axis) -> None:
-        """`axis` is what its attention looks along."""
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, mixing: Mixing, conditioning: Conditioning = "s_adaln"
+    ) -> None:
+        """`mixing` is what its attention looks along; `space_and_time` needs an even `num_heads`."""
         super().__init__()
-        self.axis: Axis = axis
+        self.mixing: Mixing = mixing
         self.attn = Attention(hidden_size, num_heads)
+        self.temporal_attn = Attention(hidden_size, num_heads) if mixing == "space_then_time" else None
         self.mlp = Mlp(hidden_size, mlp_ratio)
-        self.adaLN_modulation = modulation(hidden_size, 6)
+        plain = conditioning == "all_tokens"
+        self.adaLN_modulation = None if plain else modulation(hidden_size, 6)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6) if plain else None
+        self.norm_temporal = nn.LayerNorm(hidden_size, eps=1e-6) if plain and self.temporal_attn else None
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6) if plain else None
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, F, N, D) and their condition (B, 1 or F, 1, D) to tokens (B, F, N, D)."""
-        vectors = self.adaLN_modulation(condition).chunk(6, dim=-1)  # six of (B, 1 or F, 1, D)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
-        x = torch.addcmul(x, gate_attn, self.attn(modulated_norm(x, shift_attn, scale_attn), self.axis))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulated_norm(x, shift_mlp, scale_mlp)))
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames) -> torch.Tensor:
+        """Tokens (B, F, N, D) and, for S-AdaLN, their conditions (B, R, 1, D) to tokens (B, F, N, D)."""
+        if self.mixing == "time":
+            moving, still = x[:, : frames.num_video], x[:, frames.num_video :]
+            if moving.shape[1]:
+                attn_vectors, mlp_vectors = self._vectors(condition, None)
+                moving = residual(moving, self.norm1, attn_vectors, lambda y: self.attn(y, "time", frames))
+                moving = residual(moving, self.norm2, mlp_vectors, self.mlp)
+            return join(moving, still)
+        attn_vectors, mlp_vectors = self._vectors(condition, frames.condition_rows)
+        mixing: Literal["space", "space_and_time"] = "space_and_time" if self.mixing == "space_and_time" else "space"
+        x = residual(x, self.norm1, attn_vectors, lambda y: self.attn(y, mixing, frames))
+        if self.temporal_attn is not None and frames.num_video:
+            moving, still = x[:, : frames.num_video], x[:, frames.num_video :]
+            attend, vectors = self.temporal_attn, attn_vectors and tuple(vector[:, :1] for vector in attn_vectors)
+            moving = residual(moving, self.norm_temporal, vectors, lambda y: attend(y, "time", frames))
+            x = join(moving, still)
+        return residual(x, self.norm2, mlp_vectors, self.mlp)
+
+    def _vectors(self, condition: torch.Tensor | None, rows: torch.Tensor | None) -> tuple[Vectors | None, ...]:
+        """Shift, scale and gate of the attention and of the MLP, each (B, 1 or F, 1, D): F with `rows`."""
+        if self.adaLN_modulation is None or condition is None:
+            return None, None
+        six = self.adaLN_modulation(condition if rows is not None else condition[:, :1])
+        six = six if rows is None else six[:, rows]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six.chunk(6, dim=-1)
+        return (shift_attn, scale_attn, gate_attn), (shift_mlp, scale_mlp, gate_mlp)
+
+
+def residual(
+    x: torch.Tensor, norm: nn.LayerNorm | None, vectors: Vectors | None, layer: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """`x + gate * layer(norm(x) (1 + scale) + shift)` with S-AdaLN's vectors, else `x + layer(norm(x))`."""
+    if vectors is None:
+        assert norm is not None
+        return x + layer(norm(x))
+    shift, scale, gate = vectors
+    return torch.addcmul(x, gate, layer(modulated_norm(x, shift, scale)))
+
+
+def join(video: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The frames of a video, then the images; no copy where there is only the one or the other."""
+    if not images.shape[1]:
+        return video
+    return torch.cat([video, images], dim=1) if video.shape[1] else images
 
 
 class FinalLayer(nn.Module):
-    """The linear decoder (Sec. 3.2): tokens to patches, behind one more modulated norm."""
+    """The linear decoder (Sec. 3.2): tokens to patches, behind one more norm."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
-        """Each token becomes `patch_size` squared pixels of `out_channels`."""
+    def __init__(self, hidden_size: int, patch_values: int, conditioning: Conditioning = "s_adaln") -> None:
+        """Each token becomes `patch_values` numbers."""
         super().__init__()
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = modulation(hidden_size, 2)
+        self.linear = nn.Linear(hidden_size, patch_values)
+        self.adaLN_modulation: nn.Sequential | None = None
+        if conditioning == "s_adaln":
+            self.adaLN_modulation = modulation(hidden_size, 2)
+        else:
+            self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, F, N, D) to patches (B, F, N, P P C_out)."""
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames) -> torch.Tensor:
+        """Tokens (B, F, N, D) and, for S-AdaLN, their conditions (B, R, 1, D) to patches (B, F, N, values)."""
+        if self.adaLN_modulation is None:
+            return self.linear(self.norm(x))
+        assert condition is not None
+        both = self.adaLN_modulation(condition)
+        shift, scale = (both if frames.condition_rows is None else both[:, frames.condition_rows]).chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale))
