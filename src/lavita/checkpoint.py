@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from lavita.config import ConfigError, StrictConfig, read_yaml
+from lavita.config import ConfigError, StrictConfig, load_config, read_yaml
 
 _NAME = re.compile(r"step-(\d+)\.pt")
 
@@ -100,8 +100,10 @@ def check_resumable(run_dir: Path, config: StrictConfig, may_differ: Set[str]) -
     file = run_dir / "config.yaml"
     if not file.exists() or not list_checkpoints(run_dir / "checkpoints"):
         return
-    before, now = _flat(read_yaml(file)), _flat(config.model_dump(mode="json"))
-    for key in sorted({*before, *now} - may_differ):
+    # Through the class: a field that is newer than the run has its default, which is what the run did.
+    started = load_config(type(config), read_yaml(file), source=str(file))
+    before, now = _flat(started.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    for key in sorted(now.keys() - may_differ):
         if before.get(key) != now.get(key):
             raise ConfigError(
                 f"{run_dir} was started with {key}={before.get(key)}, but {now.get(key)} was asked for; "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -76,12 +77,14 @@ def data_arcade(
     num_frames: Annotated[int, typer.Option(min=1, help="Frames of a video, at 15 a second.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the players.")] = 0,
 ) -> None:
-    """Render the arcade data set: 8 games, 64x64 pixels, H.264. Needs the extra `demo`."""
+    """Render the arcade data set: 8 games, 64x64 pixels, H.264, with captions. Needs the extra `demo`."""
     from lavita.data.demo import render_dataset
+    from lavita.data.demo_captions import write_captions
     from lavita.runtime import Progress
 
     progress = Progress("rendering video", 8 * (train_episodes + heldout_episodes))
     render_dataset(out, train_episodes, heldout_episodes, num_frames, seed, lambda done, total: progress.update(done))
+    write_captions(out)
     print(out)
 
 
@@ -133,6 +136,9 @@ def encode(
     ] = "auto",
     resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 256,
     flip: Annotated[bool, typer.Option(help="Encode mirrored frames, too.")] = True,
+    images: Annotated[
+        bool, typer.Option("--images", help="Encode the image files below the folder instead, for joint training.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Encode every frame of every video once, so that training reads latents. Run it again to go on."""
@@ -141,7 +147,7 @@ def encode(
     from lavita.runtime import pick_device
 
     vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
-    manifest = encode_dataset(data, out, vae, resolution, flip)
+    manifest = encode_dataset(data, out, vae, resolution, flip, images=images)
     print(f"{out}: {len(manifest['videos'])} videos, {len(manifest['broken'])} broken")
 
 
@@ -175,34 +181,48 @@ def sample(
     classes: Annotated[
         str, typer.Option(help="Names or numbers, comma separated, or all. Unused without classes.")
     ] = "all",
-    seeds: Annotated[str, typer.Option(help="One video a class for each seed: 0-7 or 1,5,9.")] = "0-3",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="For a model with texts; may be given several times.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Table of prompts: CSV or JSONL with `file` and `caption`.", show_default=False),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="One video a class or prompt for each seed: 0-7 or 1,5,9.")] = "0-3",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations; 250 for ddpm.")] = 25,
     sampler: Annotated[SamplerName, typer.Option(help="ddpm is the paper's.")] = SamplerName.unipc,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="1 for no guidance. [default: 1.5 with classes]", show_default=False)
+        float | None, typer.Option(help="1 for no guidance. default: 1.5 with classes or texts", show_default=False)
     ] = None,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="[default: the model's]", show_default=False)] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="default: the model's", show_default=False)] = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Single images (.png) from the model without its temporal modules.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at once; does not change them.")] = 8,
     video_format: Annotated[VideoFormat, typer.Option("--format", help="Of the files.")] = VideoFormat.mp4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Generate videos: OUT/<class>/<seed>.mp4. Finished files are left alone."""
+    """Generate videos: OUT/<class or prompt>/<seed>.mp4. Finished files are left alone."""
     from lavita.generate import generate
 
     written = generate(
         model,
         out,
         classes=classes,
+        prompts=prompt or (),
+        prompt_table=prompts,
         seeds=seeds,
         steps=steps,
         sampler=sampler.value,
         guidance_scale=guidance_scale,
         num_frames=num_frames,
+        images=images,
         batch_size=batch_size,
         suffix=f".{video_format.value}",
         device=device,
     )
-    print(f"{out}: {len(written)} videos")
+    print(f"{out}: {len(written)} {'images' if images else 'videos'}")
 
 
 @app.command()
@@ -215,7 +235,7 @@ def evaluate(
     metrics: Annotated[str, typer.Option(help="Comma separated.")] = "accuracy,motion",
     frame_interval: Annotated[
         int | None,
-        typer.Option(min=1, help="[default: that of the model that `lavita sample` recorded]", show_default=False),
+        typer.Option(min=1, help="default: that of the model that `lavita sample` recorded", show_default=False),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps the classifier for the next time.", show_default=False)
@@ -229,6 +249,107 @@ def evaluate(
     print_scores(result)
     if out is not None:
         write_scores(result, out)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Preset, S/2 to XL/8, also tiny and small; or folder of a transformer, pipeline or run; or builtin.",
+            show_default=False,
+        ),
+    ] = None,
+    variant: Annotated[int | None, typer.Option(help="1 to 4. Default: 2.", show_default=False)] = None,
+    patch_embedding: Annotated[
+        str | None, typer.Option(help="uniform or compression. Default: uniform.", show_default=False)
+    ] = None,
+    conditioning: Annotated[
+        str | None, typer.Option(help="s_adaln or all_tokens. Default: s_adaln.", show_default=False)
+    ] = None,
+    temporal_position: Annotated[
+        str | None, typer.Option(help="absolute or rope. Default: absolute.", show_default=False)
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
+    text_dim: Annotated[
+        int | None, typer.Option(min=0, help="Width of text embeddings. Default: 0.", show_default=False)
+    ] = None,
+    sample_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the latents. Default: 32.", show_default=False)
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Of a clip. Default: 16, or the folder's.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Clips. Default: 1.", show_default=False)] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=0, help="Images after a clip. Default: 0.", show_default=False)
+    ] = None,
+    table: Annotated[
+        int | None, typer.Option(help="3: instead, the paper's Table 3 beside our count.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count a model's parameters, multiply-accumulates and training memory, without running it.
+
+    Options from --variant to --sample-size are for presets: a folder has its own.
+    """
+    fields: dict[str, Any] = {
+        "variant": variant,
+        "patch_embedding": patch_embedding,
+        "conditioning": conditioning,
+        "temporal_position": temporal_position,
+        "num_classes": num_classes,
+        "text_dim": text_dim,
+        "sample_size": sample_size,
+    }
+    batch: dict[str, Any] = {"batch_size": batch_size, "num_frames": num_frames, "num_images": num_images}
+    fields, batch = ({key: value for key, value in given.items() if value is not None} for given in (fields, batch))
+    if table not in (None, 3):
+        raise ValueError(f"table is {table}; allowed: 3")
+    if (table is None) == (model is None) or (table is not None and (fields or batch)):
+        raise ValueError("give either a model, with options, or --table 3 alone")
+    from lavita.studies import complexity
+
+    if model is None:
+        rows = complexity.table3()
+        if as_json:
+            print(json.dumps(complexity.table3_to_json(rows), indent=1))
+        else:
+            complexity.print_table3(rows)
+        return
+    config = complexity.model_config(model, fields, num_frames)
+    cost, memory = complexity.measure(config, **batch), complexity.training_memory(config, **batch)
+    if as_json:
+        print(json.dumps({"model": model, **cost.to_json(), "training_memory_bytes": memory.to_json()}, indent=1))
+    else:
+        complexity.print_complexity(model, cost, memory)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A Latte file (.pt); or a pipeline folder, to export it.")],
+    out: Annotated[Path, typer.Argument(help="Pipeline folder to write; or a file that ends in .pt, to export.")],
+    weights: Annotated[
+        Literal["ema", "model"] | None,
+        typer.Option(help="Needed where the file holds both; ema is the average.", show_default=False),
+    ] = None,
+    autoencoder: Annotated[
+        str,
+        typer.Option(help="Of its latents: folder, hub id, builtin, or auto: Stable Diffusion's. Unused to export."),
+    ] = "auto",
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="[default: that of the size of its width]", show_default=False)
+    ] = None,
+    frame_interval: Annotated[int, typer.Option(min=1, help="That of its training clips. Unused to export.")] = 3,
+    fps: Annotated[float, typer.Option(min=0.1, help="Frames a second of generated videos. Unused to export.")] = 8.0,
+) -> None:
+    """Make a pipeline of a Latte file, or a Latte file of a pipeline, and say what became of each tensor."""
+    from lavita.convert import convert_latte, export_latte
+
+    if out.suffix == ".pt":
+        print(export_latte(source, out))
+    else:
+        print(convert_latte(source, out, weights, autoencoder, num_heads, frame_interval=frame_interval, fps=fps))
 
 
 def main() -> None:

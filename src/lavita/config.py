@@ -14,6 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 
+DEFAULT_TUBE_SIZE = 2
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, its value and what is allowed."""
 
@@ -41,8 +44,30 @@ class DataConfig(StrictConfig):
     """Mirror each clip with probability 1/2; the paper's only augmentation."""
     latent_cache: Path | None = None
     """Folder that `lavita encode` wrote; without it the videos are read and encoded at every step."""
+    captions: Path | None = None
+    """Table of captions, CSV with a header or JSONL, of `file` (below the folder of videos) and `caption`; a file may
+    have several. Makes the model text-conditional."""
+    num_images: int = Field(0, ge=0)
+    """Image frames that follow every clip in joint training; 8 in the paper. Frames of videos drawn independently, or
+    images of `images`."""
+    images: Path | None = None
+    """Folder of image files for `num_images`, or a cache of one made by `lavita encode --images`."""
+    image_captions: Path | None = None
+    """Table of captions of `images`, like `captions`."""
     broken: Literal["skip", "error"] = "skip"
     """What a video that cannot be used does: it is always named; `error` stops the run there."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> DataConfig:
+        if self.captions is not None and self.class_folders:
+            raise ValueError("captions and class_folders are both set, but a model has texts or classes")
+        if self.images is not None and not self.num_images:
+            raise ValueError("images is set, but num_images is 0: no image would be used")
+        if self.image_captions is not None and (self.images is None or self.captions is None):
+            raise ValueError("image_captions is set, but they need images and captions")
+        if self.images is not None and self.captions is not None and self.image_captions is None:
+            raise ValueError("image_captions is missing: with captions, the images need theirs")
+        return self
 
 
 class ModelConfig(StrictConfig):
@@ -50,23 +75,43 @@ class ModelConfig(StrictConfig):
 
     preset: str = "S/2"
     """Size and patch: one of S, B, L, XL, or `tiny`, `small` for laptops, then /2, /4 or /8."""
-    variant: Literal[1, 2] = 2
-    """1: all spatial blocks, then all temporal ones; 2: alternating (Sec. 3.2 of the paper)."""
+    variant: Literal[1, 2, 3, 4] = 2
+    """1: all spatial blocks, then all temporal ones; 2: alternating; 3: spatial, then temporal attention in each block;
+    4: half of the heads spatial, half temporal (Sec. 3.2 of the paper)."""
+    patch_embedding: Literal["uniform", "compression"] = "uniform"
+    """`uniform`: patches of each frame; `compression`: tubes of several frames (Sec. 3.3)."""
+    tube_size: int | None = Field(None, ge=2)
+    """Frames of a tube, with `compression`; 2 by default."""
+    conditioning: Literal["s_adaln", "all_tokens"] = "s_adaln"
+    """How timestep and label enter: they steer norms and gates, or are tokens (Sec. 3.4)."""
+    temporal_position: Literal["absolute", "rope"] = "absolute"
+    """Sin-cos positions of the frames, or rotary ones (Sec. 3.5)."""
+    text_encoder: str | None = None
+    """With `data.captions`: path or hub id of the text encoder, any of transformers' with a pooled output; by default
+    the CLIP of Stable Diffusion 1.4."""
     class_dropout: float = Field(0.1, ge=0.0, lt=1.0)
-    """Probability of training a clip without its label, which classifier-free guidance needs."""
+    """Probability of training a clip without its label or caption, which classifier-free guidance needs."""
     learn_sigma: bool = True
     """Predict the variance beside the noise."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """What is predicted: the noise, as in the paper, or the velocity, which learns colours and layout in far fewer
     steps."""
 
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> ModelConfig:
+        if self.tube_size is not None and self.patch_embedding == "uniform":
+            raise ValueError(f"tube_size is {self.tube_size}, but has no effect with patch_embedding=uniform")
+        return self
+
 
 class TrainConfig(StrictConfig):
     """The optimisation."""
 
     init_from: str | None = None
-    """Weights to start from, not from random ones: a pipeline's folder or hub id; `builtin` is the arcade model of
-    the package."""
+    """Weights to start from instead of random ones: a pipeline's folder; `builtin`, the arcade model of the package; an
+    image model, as DiT's .pt file or diffusers' folder (Sec. 3.6); or a published .pt checkpoint of this model."""
+    init_weights: Literal["ema", "model"] | None = None
+    """Which weights of a .pt file with both."""
     steps: int = Field(100_000, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(8, ge=1)
@@ -103,9 +148,11 @@ class TrainConfig(StrictConfig):
     """Videos in a set of samples: the same seeds and labels every time."""
 
     @model_validator(mode="after")
-    def _accumulation_divides(self) -> TrainConfig:
+    def _fields_agree(self) -> TrainConfig:
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
+        if self.init_weights is not None and self.init_from is None:
+            raise ValueError("init_weights is set, but has no effect without init_from")
         return self
 
 
@@ -120,6 +167,24 @@ class RunConfig(StrictConfig):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        data, model = self.data, self.model
+        if model.text_encoder is not None and data.captions is None:
+            raise ValueError("model.text_encoder is set, but has no effect without data.captions")
+        if model.patch_embedding == "compression":
+            if data.num_images:
+                raise ValueError(
+                    f"data.num_images is {data.num_images}, but must be 0 with model.patch_embedding=compression: its "
+                    "tokens hold several frames, an image is one"
+                )
+            if data.num_frames % (model.tube_size or DEFAULT_TUBE_SIZE):
+                raise ValueError(
+                    f"data.num_frames is {data.num_frames}, but must be a multiple of model.tube_size "
+                    f"({model.tube_size or DEFAULT_TUBE_SIZE})"
+                )
+        return self
 
 
 class AutoencoderConfig(StrictConfig):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from diffusers import ConfigMixin
+from PIL import Image
 
 from lavita.checkpoint import fingerprint
+from lavita.data.captions import read_captions
 from lavita.data.catalog import GENERATION, read_generation
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
@@ -41,34 +46,50 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+class Job(NamedTuple):
+    """One video to make."""
+
+    path: Path
+    seed: int
+    label: int | None = None
+    prompt: str | None = None
+
+
 def generate(
     model: str,
     out: Path,
     *,
     classes: str = "all",
+    prompts: Sequence[str] = (),
+    prompt_table: Path | None = None,
     seeds: str = "0-3",
     steps: int = 25,
     sampler: str = "unipc",
     guidance_scale: float | None = None,
     num_frames: int | None = None,
+    images: bool = False,
     batch_size: int = 8,
     suffix: str = ".mp4",
     device: str = "auto",
 ) -> list[Path]:
-    """Writes `out/<class>/<seed>.mp4`, or `out/<seed>.mp4` for an unconditional model.
+    """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`.
 
-    A video depends on its class and seed alone, not on the batch that it is made in. Files that are there already
-    are left alone; `out/generation.json` records how they were made, and a folder never holds two kinds.
+    A video depends on its class or prompt and its seed alone, not on the batch that it is made in. Files that are there
+    already are left alone; `out/generation.json` records how they were made, and a folder never holds two kinds.
 
     Args:
         model: pipeline folder, hub id, or `builtin`.
         out: folder; made if missing.
         classes: `all`, or names or numbers, comma separated.
+        prompts: texts for a text-conditional model.
+        prompt_table: a table of prompts, as `captions.read_captions` reads it; the videos of a row are written to
+            `out/<file without its suffix>-<seed>.mp4`.
         seeds: see `parse_seeds`.
         steps: network evaluations.
         sampler: one of `pipeline.SAMPLERS`.
-        guidance_scale: 1 for none; by default 1.5 for a model with classes.
+        guidance_scale: 1 for none; by default 1.5 for a model with classes or texts.
         num_frames: length; by default that of the training clips.
+        images: write single images, `.png`, from the model without its temporal modules (A.4).
         batch_size: videos at once.
         suffix: `.mp4` or `.gif`.
         device: see `runtime.pick_device`.
@@ -77,27 +98,23 @@ def generate(
         All the files asked for, written now or before.
 
     Raises:
-        ValueError: for a model, class, seed or length that does not exist or fit, or a folder whose videos were made
-            in another way.
+        ValueError: for a model, class, prompt, seed or length that does not exist or fit, or a folder whose videos were
+            made in another way.
     """
     numbers = parse_seeds(seeds)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+    if images and num_frames not in (None, 1):
+        raise ValueError(f"num_frames is {num_frames}, but an image has 1")
     pipeline = load_pipeline(model_source(model), pick_device(device))
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.transformer.config
     pipeline.use_sampler(sampler)
-    names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
-    jobs: list[tuple[Path, int | None, int]] = []
-    if config["num_classes"]:
-        for label in _parse_classes(classes, names):
-            jobs += [(out / names[label] / f"{seed}{suffix}", label, seed) for seed in numbers]
-    elif classes != "all":
-        raise ValueError(f"classes is {classes!r}, but this model is unconditional")
-    else:
-        jobs = [(out / f"{seed}{suffix}", None, seed) for seed in numbers]
+    jobs = _plan(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
     if guidance_scale is None:
-        guidance_scale = DEFAULT_GUIDANCE if config["num_classes"] else 1.0
+        guidance_scale = DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
+    if images:
+        num_frames = 1
 
     settings = {
         "transformer": fingerprint(pipeline.transformer),
@@ -106,27 +123,73 @@ def generate(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "num_frames": num_frames or config["num_frames"],
+        "use_temporal": not images,
         "frame_interval": config["frame_interval"],
         "fps": config["fps"],
     }
     check_generation(out, settings)
-    missing = [job for job in jobs if not job[0].exists()]
-    progress = Progress("video", len(jobs), len(jobs) - len(missing))
+    missing = [job for job in jobs if not job.path.exists()]
+    progress = Progress("image" if images else "video", len(jobs), len(jobs) - len(missing))
     for first in range(0, len(missing), batch_size):
         batch = missing[first : first + batch_size]
         videos = pipeline(
-            class_labels=[label for _, label, _ in batch if label is not None] or None,
+            class_labels=[job.label for job in batch if job.label is not None] or None,
+            prompt=[job.prompt for job in batch if job.prompt is not None] or None,
             num_videos=len(batch),
             num_frames=num_frames,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            generator=[generator(seed, "sample") for _, _, seed in batch],
+            generator=[generator(job.seed, "sample") for job in batch],
+            use_temporal=not images,
         ).frames
         write_generation(out, settings)
-        for (path, _, _), frames in zip(batch, np.asarray(videos), strict=True):
-            write_video(path, frames, config["fps"])
+        for job, frames in zip(batch, np.asarray(videos), strict=True):
+            if images:
+                job.path.parent.mkdir(parents=True, exist_ok=True)
+                partial = job.path.with_name(f".{job.path.name}")
+                Image.fromarray(frames[0]).save(partial)
+                partial.replace(job.path)
+            else:
+                write_video(job.path, frames, config["fps"])
         progress.update(progress.done + len(batch))
-    return [path for path, _, _ in jobs]
+    return [job.path for job in jobs]
+
+
+def _plan(
+    config: ConfigMixin,
+    out: Path,
+    suffix: str,
+    seeds: list[int],
+    classes: str,
+    prompts: Sequence[str],
+    prompt_table: Path | None,
+) -> list[Job]:
+    """What to make, for a model with classes, with texts, or with neither."""
+    if (prompts or prompt_table is not None) and not config["text_dim"]:
+        raise ValueError("a prompt was given, but this model has no texts")
+    if config["num_classes"]:
+        names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
+        labels = _parse_classes(classes, names)
+        return [Job(out / names[label] / f"{seed}{suffix}", seed, label) for label in labels for seed in seeds]
+    if classes != "all":
+        raise ValueError(f"classes is {classes!r}, but this model has none")
+    if not config["text_dim"]:
+        return [Job(out / f"{seed}{suffix}", seed) for seed in seeds]
+    rows: list[tuple[str, str]] = [(f"{_slug(prompt)}/", prompt) for prompt in prompts]
+    if prompt_table is not None:
+        for file, texts in read_captions(prompt_table).items():
+            stem = Path(file).with_suffix("").as_posix()
+            if Path(stem).is_absolute() or ".." in Path(stem).parts:
+                raise ValueError(f"{prompt_table}: file is {file!r}, but must lie below the folder of samples")
+            rows += [(f"{stem}-" if len(texts) == 1 else f"{stem}-{i}-", text) for i, text in enumerate(texts)]
+    if not rows:
+        raise ValueError("this model has texts: give --prompt, or a table with --prompts")
+    return [Job(out / f"{name}{seed}{suffix}", seed, prompt=text) for name, text in rows for seed in seeds]
+
+
+def _slug(prompt: str) -> str:
+    """A folder's name from the words of a prompt."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:80] or "no-prompt"
 
 
 def check_generation(out: Path, settings: dict[str, Any]) -> None:

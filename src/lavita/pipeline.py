@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,16 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import BaseOutput
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.logging import disable_progress_bar, get_logger
 from diffusers.utils.torch_utils import randn_tensor
 
 from lavita.autoencoder import decode
 from lavita.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.runtime import Precision, autocast
+from lavita.text import TextEncoder, load_text_encoder
+
+logger = get_logger(__name__)
 
 Sampler = Literal["unipc", "dpm++", "ddim", "ddpm"]
 SAMPLERS: tuple[Sampler, ...] = ("unipc", "dpm++", "ddim", "ddpm")
@@ -112,6 +115,7 @@ class LavitaPipeline(DiffusionPipeline):
         if predicted != taken:
             raise ValueError(f"the transformer predicts {predicted}, but the scheduler takes it for {taken}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self._text_encoder: TextEncoder | None = None
 
     def use_sampler(self, sampler: str) -> None:
         """Replaces the scheduler by one of `SAMPLERS` that fits the model; ValueError for another name."""
@@ -122,10 +126,15 @@ class LavitaPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Sequence[int | str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
         num_videos: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
+        use_temporal: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["uint8", "latent"] = "uint8",
@@ -135,10 +144,17 @@ class LavitaPipeline(DiffusionPipeline):
 
         Args:
             class_labels: a class a video, by number or name; a class-conditional model needs them.
+            prompt: a text a video; a text-conditional model needs them, or `prompt_embeds`.
+            negative_prompt: with guidance, the text to lead away from, one for all or one a video; by default the
+                empty one, which stands for "no caption".
+            prompt_embeds: pooled embeddings (B, text_dim) instead of `prompt`.
+            negative_prompt_embeds: the same instead of `negative_prompt`.
             num_videos: how many, for an unconditional model; 1 by default.
-            num_frames: F; the model's training length by default, and at most that.
+            num_frames: F; the model's training length by default. Longer clips are squeezed into the positions of the
+                trained length (`embeddings.frame_positions`), which a warning says.
             num_inference_steps: network evaluations (twice as many samples of them with guidance).
             guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
+            use_temporal: False leaves the temporal modules out: every frame is an image of its own (A.4).
             generator: one for all, or one a video, so that a video depends on its own alone; CPU generators give
                 the same noise on every device.
             latents: initial noise (B, F, C, h, w) instead of the generator's.
@@ -151,10 +167,12 @@ class LavitaPipeline(DiffusionPipeline):
         config = self.transformer.config
         device = self.transformer.device
         labels = self._labels(class_labels)
-        batch = len(labels) if labels is not None else (1 if num_videos is None else num_videos)
-        frames = config["num_frames"] if num_frames is None else num_frames
         guided = guidance_scale != 1.0
-        self._check(labels, num_videos, frames, num_inference_steps, guided, output_type)
+        embeds = self._embeds(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided)
+        given = labels if labels is not None else None if embeds is None else embeds[0]
+        batch = len(given) if given is not None else (1 if num_videos is None else num_videos)
+        frames = config["num_frames"] if num_frames is None else num_frames
+        self._check(given, num_videos, frames, num_inference_steps, guided, output_type)
         if batch < 1:
             raise ValueError(f"{batch} videos were asked for, but a call makes at least 1")
         if isinstance(generator, list) and len(generator) != batch:
@@ -169,6 +187,7 @@ class LavitaPipeline(DiffusionPipeline):
         label_tensor = None if labels is None else torch.tensor(labels, device=device)
         if guided and label_tensor is not None:
             label_tensor = torch.cat([label_tensor, torch.full_like(label_tensor, null)])
+        text_tensor = None if embeds is None else torch.cat(embeds).to(device)
 
         set_timesteps(self.scheduler, num_inference_steps, device)
         learned_variance = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
@@ -179,7 +198,9 @@ class LavitaPipeline(DiffusionPipeline):
             scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)
             inputs = torch.cat([scaled, scaled]) if guided else scaled
             with autocast(device, precision):
-                output = self.transformer(inputs, timestep.expand(len(inputs)), label_tensor).sample.float()
+                output = self.transformer(
+                    inputs, timestep.expand(len(inputs)), label_tensor, text_tensor, use_temporal=use_temporal
+                ).sample.float()
             noise, variance = output[:, :, :channels], output[:, :, channels:]
             if guided:
                 conditional, unconditional = noise.chunk(2)
@@ -190,6 +211,49 @@ class LavitaPipeline(DiffusionPipeline):
         latents = state.transpose(1, 2)
         result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
         return LavitaPipelineOutput(frames=result)
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Pooled embeddings of texts by the model's text encoder, float32 (B, text_dim); it is loaded once.
+
+        Raises:
+            ValueError: where the model has no texts, or its encoder cannot be loaded.
+        """
+        config = self.transformer.config
+        if not config["text_dim"]:
+            raise ValueError("this model has no texts")
+        if self._text_encoder is None:
+            self._text_encoder = load_text_encoder(config["text_encoder"], self.transformer.device)
+        return self._text_encoder(texts)
+
+    def _embeds(
+        self,
+        prompt: str | Sequence[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt: str | Sequence[str],
+        negative_prompt_embeds: torch.Tensor | None,
+        guided: bool,
+    ) -> list[torch.Tensor] | None:
+        """Embeddings of the prompts, and with guidance those of the negative ones, (B, text_dim) each."""
+        text_dim = self.transformer.config["text_dim"]
+        if not text_dim:
+            if prompt is not None or prompt_embeds is not None:
+                raise ValueError("a prompt was given, but this model has no texts")
+            return None
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("this model has texts: give either prompt or prompt_embeds")
+        if prompt_embeds is None:
+            prompt_embeds = self.encode_text([prompt] if isinstance(prompt, str) else list(prompt or ()))
+        batch = len(prompt_embeds)
+        embeds = [prompt_embeds]
+        if guided:
+            if negative_prompt_embeds is None:
+                texts = [negative_prompt] * batch if isinstance(negative_prompt, str) else list(negative_prompt)
+                negative_prompt_embeds = self.encode_text(texts)
+            embeds.append(negative_prompt_embeds)
+        for name, tensor in zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=False):
+            if tensor.shape != (batch, text_dim):
+                raise ValueError(f"{name} have shape {tuple(tensor.shape)}, but must have {(batch, text_dim)}")
+        return embeds
 
     def _labels(self, class_labels: Sequence[int | str] | None) -> list[int] | None:
         num_classes, names = self.transformer.config["num_classes"], self.transformer.config["class_names"]
@@ -210,22 +274,28 @@ class LavitaPipeline(DiffusionPipeline):
 
     def _check(
         self,
-        labels: list[int] | None,
+        given: Sized | None,
         num_videos: int | None,
         frames: int,
         steps: int,
         guided: bool,
         output_type: str,
     ) -> None:
-        most = self.transformer.config["num_frames"]
-        if not 1 <= frames <= most:
-            raise ValueError(f"num_frames is {frames}, but this model makes 1 to {most}")
+        trained, tube = self.transformer.config["num_frames"], self.transformer.tube_size
+        if frames < 1 or frames % tube:
+            allowed = f"a multiple of {tube}, a tube's frames" if tube > 1 else "at least 1"
+            raise ValueError(f"num_frames is {frames}, but must be {allowed}")
+        if frames > trained:
+            logger.warning(
+                f"{frames} frames were asked for, but the model was trained on {trained}: its temporal positions are "
+                "interpolated"
+            )
         if not 1 <= steps <= NUM_TIMESTEPS:
             raise ValueError(f"num_inference_steps is {steps}, but must be in 1..{NUM_TIMESTEPS}")
-        if labels is not None and num_videos is not None and num_videos != len(labels):
-            raise ValueError(f"num_videos is {num_videos}, but there are {len(labels)} class_labels")
-        if guided and labels is None:
-            raise ValueError("guidance_scale other than 1 needs a class-conditional model")
+        if given is not None and num_videos is not None and num_videos != len(given):
+            raise ValueError(f"num_videos is {num_videos}, but there are {len(given)} class_labels or prompts")
+        if guided and given is None:
+            raise ValueError("guidance_scale other than 1 needs a model with classes or texts")
         if output_type not in ("uint8", "latent"):
             raise ValueError(f"output_type is {output_type!r}; allowed: uint8, latent")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ import torch
 from diffusers import AutoencoderKL
 
 from lavita.autoencoder import autoencoder_source, latent_size, load_autoencoder
-from lavita.checkpoint import check_resumable, fingerprint, load_last_checkpoint, save_checkpoint
-from lavita.config import ConfigError, RunConfig, TrainConfig, save_config
-from lavita.data.catalog import scan
-from lavita.data.clips import ClipSampler, clip_span
-from lavita.data.latents import CacheSource, ClipSource, VideoSource
-from lavita.diffusion import NUM_TIMESTEPS, GaussianDiffusion
+from lavita.checkpoint import check_resumable, fingerprint, list_checkpoints, load_last_checkpoint, save_checkpoint
+from lavita.config import DEFAULT_TUBE_SIZE, RunConfig, TrainConfig, save_config
+from lavita.convert import initialize
+from lavita.data.batches import BatchMaker
+from lavita.diffusion import GaussianDiffusion
 from lavita.ema import EMA
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
 from lavita.runtime import Metrics, Progress, Stopped, autocast, generator, pick_device, stop_requested
 from lavita.sheets import contact_sheet
+from lavita.text import DEFAULT_TEXT_ENCODER, load_text_encoder
 from lavita.video import write_video
 
 # What may differ when a run is resumed: how long it is and how it ends, and what is written down, but nothing that
@@ -43,19 +43,6 @@ RESUMABLE = {
     "run_dir",
 }
 SAMPLE_STEPS = 20
-
-
-@dataclass
-class Batch:
-    """The clips of one optimizer step; everything in it is a pure function of the seed and the step."""
-
-    latents: torch.Tensor
-    """z_0, (B, F, C, h, w)."""
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    """int64 (B,)."""
-    labels: torch.Tensor | None
-    """int64 (B,), the null class where a label was dropped; None for an unconditional model."""
 
 
 def train(config: RunConfig) -> Path:
@@ -78,21 +65,17 @@ def train(config: RunConfig) -> Path:
     check_resumable(run_dir, config, RESUMABLE)
     device = pick_device(settings.device)
     vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
-    source = open_source(config, vae)
-    sampler = ClipSampler(
-        source.catalog,
-        config.data.num_frames,
-        config.data.frame_interval,
-        config.data.horizontal_flip,
-        settings.seed,
-    )
+    batches = BatchMaker(config, vae)
+    if batches.captions is not None:
+        batches.embed_captions(load_text_encoder(config.model.text_encoder, device))
     torch.manual_seed(settings.seed)
-    model = build_model(config, vae, source).to(device).train()
-    if settings.init_from is not None:
-        from lavita.pipeline import load_pipeline
-        from lavita.generate import model_source
-        model.load_state_dict(load_pipeline(model_source(settings.init_from)).transformer.state_dict())
-        model.train()
+    model = build_model(config, vae, batches).to(device)
+    if settings.init_from is not None and not list_checkpoints(run_dir / "checkpoints"):
+        report = str(initialize(model, settings.init_from, settings.init_weights))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "init.txt").write_text(report + "\n")
+        print(report, file=sys.stderr)
+    model.train()
     diffusion = GaussianDiffusion(config.model.prediction_type)
     ema = EMA(model, settings.ema_decay)
     optimizer = torch.optim.AdamW(
@@ -102,32 +85,33 @@ def train(config: RunConfig) -> Path:
     save_config(config, run_dir / "config.yaml")
     metrics = Metrics(run_dir / "metrics.jsonl", step)
     progress = Progress("step", settings.steps, step)
-    classes = f", {len(source.catalog.class_names)} classes" if source.catalog.class_names else ""
+    classes = f", {len(batches.class_names)} classes" if batches.class_names else ""
+    texts = f", {len(batches.captions.texts) - 1:,} captions" if batches.captions is not None else ""
     progress.message(
-        f"{len(source.catalog.videos):,} videos{classes}, {sampler.num_clips:,} clips; "
+        f"{len(batches.source.catalog.videos):,} videos{classes}{texts}, {batches.sampler.num_clips:,} clips; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {device}; {run_dir}"
     )
     micro = settings.batch_size // settings.accumulation
     since, clips = time.monotonic(), 0
 
     with ThreadPoolExecutor(1) as reader, stop_requested() as stop:
-        upcoming = reader.submit(make_batch, config, source, sampler, model, step)
+        upcoming = reader.submit(batches.make, step)
         while step < settings.steps:
             batch = upcoming.result()
-            upcoming = reader.submit(make_batch, config, source, sampler, model, step + 1)
+            upcoming = reader.submit(batches.make, step + 1)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step)
 
             # Gradients of the micro-batches add up to the whole batch's mean; they are clipped once, together.
             loss = torch.zeros((), device=device)
             for first in range(0, settings.batch_size, micro):
-                part = slice(first, first + micro)
-                latents, noise = batch.latents[part].to(device), batch.noise[part].to(device)
-                timesteps = batch.timesteps[part].to(device)
-                labels = batch.labels[part].to(device) if batch.labels is not None else None
+                part = batch.part(first, micro, device)
+                noisy = diffusion.q_sample(part.latents, part.timesteps, part.noise)
                 with autocast(device, settings.precision):
-                    output = model(diffusion.q_sample(latents, timesteps, noise), timesteps, labels).sample
-                part_loss = diffusion.losses(output, latents, timesteps, noise).total.mean()
+                    output = model(
+                        noisy, part.timesteps, part.class_labels, part.text_embeds, num_images=batches.num_images
+                    ).sample
+                part_loss = diffusion.losses(output, part.latents, part.timesteps, part.noise).total.mean()
                 (part_loss / settings.accumulation).backward()
                 loss += part_loss.detach() / settings.accumulation
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
@@ -157,7 +141,7 @@ def train(config: RunConfig) -> Path:
                 since, clips, losses = time.monotonic(), 0, []
             if settings.sample_every and (step % settings.sample_every == 0 or step == settings.steps):
                 with ema.applied():
-                    write_samples(config, model, vae, source, step)
+                    write_samples(config, model, vae, batches, step)
                 since, clips = time.monotonic(), 0
             stopping = bool(stop) and step < settings.steps  # read once: a later signal waits for the next step
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopping:
@@ -192,28 +176,17 @@ def learning_rate(settings: TrainConfig, step: int) -> float:
     return settings.learning_rate * min(1.0, rise, fall)
 
 
-def open_source(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
-    """The latent cache if the configuration names one, else the videos."""
-    data = config.data
-    span = clip_span(data.num_frames, data.frame_interval)
-    latent_size(vae, data.resolution)
-    if data.latent_cache is not None:
-        cache = CacheSource(data.latent_cache, data.class_folders, span, data.broken)
-        cache.check(vae, data.resolution, data.horizontal_flip, data.path)
-        return cache
-    if data.path is None:
-        raise ConfigError("data.path is missing: name a folder of videos, or a data.latent_cache")
-    catalog = scan(data.path, data.class_folders, span, data.broken)
-    return VideoSource(catalog, vae, data.resolution, config.train.precision)
-
-
-def build_model(config: RunConfig, vae: AutoencoderKL, source: ClipSource) -> LavitaTransformer3DModel:
+def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> LavitaTransformer3DModel:
     """The freshly initialised model of a run, which carries the facts about its data."""
-    names = list(source.catalog.class_names)
-    rates = sorted(video.info.fps for video in source.catalog.videos)
+    names, table = list(batches.class_names), batches.text_table
+    rates = sorted(video.info.fps for video in batches.source.catalog.videos)
     return LavitaTransformer3DModel.from_preset(
         config.model.preset,
         variant=config.model.variant,
+        patch_embedding=config.model.patch_embedding,
+        tube_size=config.model.tube_size or DEFAULT_TUBE_SIZE,
+        conditioning=config.model.conditioning,
+        temporal_position=config.model.temporal_position,
         learn_sigma=config.model.learn_sigma,
         prediction_type=config.model.prediction_type,
         sample_size=latent_size(vae, config.data.resolution),
@@ -221,29 +194,11 @@ def build_model(config: RunConfig, vae: AutoencoderKL, source: ClipSource) -> La
         num_frames=config.data.num_frames,
         num_classes=len(names),
         class_names=names or None,
+        text_dim=0 if table is None else table.shape[1],
+        text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
         frame_interval=config.data.frame_interval,
         fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
     )
-
-
-def make_batch(
-    config: RunConfig, source: ClipSource, sampler: ClipSampler, model: LavitaTransformer3DModel, step: int
-) -> Batch:
-    """Reads the clips of a step and draws all that is random in it."""
-    size, seed = config.train.batch_size, config.train.seed
-    draws = [sampler.draw(step, index) for index in range(size)]
-    clips = [source.read(draw, sampler.num_frames, sampler.frame_interval) for draw in draws]
-    mean, std = (torch.stack(parts) for parts in zip(*clips, strict=True))
-    random = generator(seed, "step", step)
-    latents = mean + std * torch.randn(mean.shape, generator=random)
-    noise = torch.randn(mean.shape, generator=random)
-    timesteps = torch.randint(0, NUM_TIMESTEPS, (size,), generator=random)
-    labels = None
-    if num_classes := model.config["num_classes"]:
-        labels = torch.tensor([draw.video.label for draw in draws])
-        dropped = torch.rand(size, generator=random) < config.model.class_dropout
-        labels = torch.where(dropped, num_classes, labels)
-    return Batch(latents, noise, timesteps, labels)
 
 
 def resume(
@@ -286,19 +241,19 @@ def model_facts(model: LavitaTransformer3DModel) -> dict[str, Any]:
 
 
 def write_samples(
-    config: RunConfig, model: LavitaTransformer3DModel, vae: AutoencoderKL, source: ClipSource, step: int
+    config: RunConfig, model: LavitaTransformer3DModel, vae: AutoencoderKL, batches: BatchMaker, step: int
 ) -> None:
-    """Writes `samples/step-<step>/<i>.mp4` and a contact sheet beside: the same seeds and labels every time."""
+    """Writes `samples/step-<step>/<i>.mp4` and a contact sheet beside: the same seeds and conditions every time."""
     num_samples, folder = config.train.num_samples, config.run_dir / "samples"
-    names = source.catalog.class_names
-    labels: list[int | str] | None = [i % len(names) for i in range(num_samples)] if names else None
+    names, embeds = batches.class_names, batches.example_embeds(num_samples)
     pipeline = make_pipeline(model.eval(), vae)
     pipeline.set_progress_bar_config(disable=True)
     videos: list[npt.NDArray[np.uint8]] = []
     for first in range(0, num_samples, config.train.batch_size):
         part = range(first, min(num_samples, first + config.train.batch_size))
         frames = pipeline(
-            class_labels=labels[part.start : part.stop] if labels is not None else None,
+            class_labels=[i % len(names) for i in part] if names else None,
+            prompt_embeds=None if embeds is None else embeds[part.start : part.stop],
             num_videos=len(part),
             num_inference_steps=SAMPLE_STEPS,
             generator=[generator(seed, "sample") for seed in part],

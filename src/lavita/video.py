@@ -1,4 +1,4 @@
-"""Read and write videos exactly, frame for frame: video files and folders of frames.
+"""Read and write videos exactly, frame for frame: video files, folders of frames, and images as videos of one frame.
 
 Frame ``i`` of a video is its ``i``-th frame in presentation order, whatever the container, the codec or the
 frame rate. Pixels are uint8 RGB, turned and mirrored as the file asks for; transparent sources are composited
@@ -57,7 +57,7 @@ class VideoInfo:
     """What a video holds.
 
     Attributes:
-        path: The video file or folder of frames.
+        path: The video file, folder of frames, or image.
         num_frames: Exact number of frames.
         width: Pixels, after rotation.
         height: Pixels, after rotation.
@@ -94,17 +94,17 @@ def probe(path: PathLike, folder_fps: float = 25.0) -> VideoInfo:
     folder of frames it reads the header of every image.
 
     Args:
-        path: A video file, or a folder of frames.
-        folder_fps: Frames a second to report for a folder of frames, which cannot say.
+        path: A video file, a folder of frames, or an image.
+        folder_fps: Frames a second to report for images, which cannot say.
 
     Raises:
         VideoError: The video is missing, empty, broken, or a folder with frames of several sizes.
     """
-    if Path(path).is_dir():
-        names = _frame_names(path)
-        shape = _image_shape(path, names[0])
+    if (images := _images(path)) is not None:
+        folder, names = images
+        shape = _image_shape(folder, names[0])
         for name in names:
-            _check_shape(path, f"frame {name}", _image_shape(path, name), shape)
+            _check_shape(path, f"frame {name}", _image_shape(folder, name), shape)
         return VideoInfo(Path(path), len(names), shape[1], shape[0], folder_fps)
     index = _index(*_file_key(path))
     num_frames = _count_decoded(*_file_key(path)) if index.pts is None else len(index.pts)
@@ -118,7 +118,7 @@ def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interv
     keyframe before the clip where this is safe, and from their beginning where it is not.
 
     Args:
-        path: A video file, or a folder of frames (in natural order: ``frame2`` before ``frame10``).
+        path: A video file, a folder of frames (in natural order: ``frame2`` before ``frame10``), or an image.
         start: The first frame, from 0.
         num_frames: Frames in the clip, F.
         frame_interval: Step between frames of the clip; 1 takes every frame.
@@ -138,10 +138,10 @@ def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interv
         if value < lowest:
             raise ValueError(f"{field} is {value}; it must be at least {lowest}")
     wanted = range(start, start + num_frames * frame_interval, frame_interval)
-    if Path(path).is_dir():
-        names = _frame_names(path)
+    if (images := _images(path)) is not None:
+        folder, names = images
         _check_length(path, len(names), wanted)
-        return np.stack(list(_read_images(path, [names[i] for i in wanted])))
+        return np.stack(list(_read_images(folder, names[0], [names[i] for i in wanted])))
     index = _index(*_file_key(path))
     if index.pts is not None:
         _check_length(path, len(index.pts), wanted)
@@ -169,8 +169,9 @@ def iter_frames(path: PathLike) -> Iterator[Frames]:
     Raises:
         VideoError: The video is missing or broken; where a frame is damaged, after the frames before it.
     """
-    if Path(path).is_dir():
-        yield from _read_images(path, _frame_names(path))
+    if (images := _images(path)) is not None:
+        folder, names = images
+        yield from _read_images(folder, names[0], names)
         return
     index = _index(*_file_key(path))
     num_decoded = 0
@@ -235,7 +236,16 @@ def _check_shape(path: PathLike, frame: str, shape: tuple[int, int], first: tupl
         raise VideoError(path, f"{frame} is {shape[1]}x{shape[0]}; the first frame is {first[1]}x{first[0]}")
 
 
-# Folders of frames
+# Folders of frames, and images
+
+
+def _images(path: PathLike) -> tuple[PathLike, tuple[str, ...]] | None:
+    """The folder and the files' names of a folder of frames, or of a lone image; None for a video file."""
+    if Path(path).is_dir():
+        return path, _frame_names(path)
+    if Path(path).suffix.lower() in FRAME_SUFFIXES:
+        return Path(path).parent, (Path(path).name,)
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -275,8 +285,8 @@ def _open_image(folder: PathLike, name: str) -> Iterator[Image.Image]:
         raise VideoError(folder, f"frame {name} cannot be read: {error}") from error
 
 
-def _read_images(folder: PathLike, names: Sequence[str]) -> Iterator[Frames]:
-    first = _image_shape(folder, _frame_names(folder)[0])
+def _read_images(folder: PathLike, first_name: str, names: Sequence[str]) -> Iterator[Frames]:
+    first = _image_shape(folder, first_name)
     for name in names:
         with _open_image(folder, name) as opened:
             image = ImageOps.exif_transpose(opened)

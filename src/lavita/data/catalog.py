@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lavita.video import VIDEO_SUFFIXES, VideoError, VideoInfo, is_frame_folder, probe
+from lavita.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoInfo, is_frame_folder, probe
 
 GENERATION = "generation.json"
 
@@ -68,11 +68,21 @@ def find_videos(root: Path) -> Iterator[Path]:
                 yield here / name
 
 
+def find_images(root: Path) -> Iterator[Path]:
+    """Every image file below `root`, sorted; hidden ones are left out."""
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in FRAME_SUFFIXES:
+                yield Path(folder) / name
+
+
 def scan(
     root: Path,
     class_folders: bool = False,
     min_frames: int = 1,
     broken: Literal["skip", "error"] = "skip",
+    images: bool = False,
 ) -> Catalog:
     """Reads the headers of all videos below a folder.
 
@@ -81,6 +91,7 @@ def scan(
         class_folders: take the name of each video's parent folder as its class.
         min_frames: shorter videos are broken ones.
         broken: `skip` names broken videos on the console and goes on; `error` raises at the first.
+        images: take every image file as a video of one frame, and no videos.
 
     Raises:
         ValueError: for a folder that is missing or holds no usable video, a video outside a class folder,
@@ -90,7 +101,7 @@ def scan(
         raise ValueError(f"{root}: no such folder")
     videos: list[tuple[VideoInfo, str, str]] = []
     problems: list[str] = []
-    for path in find_videos(root):
+    for path in find_images(root) if images else find_videos(root):
         try:
             info = probe(path)
             if info.num_frames < min_frames:
@@ -106,8 +117,9 @@ def scan(
         videos.append((info, path.relative_to(root).as_posix(), path.parent.name))
     if not videos:
         found = f"{len(problems)} broken ones only, the first: {problems[0]}" if problems else "none"
+        kind, suffixes = ("image", FRAME_SUFFIXES) if images else ("video", VIDEO_SUFFIXES)
         raise ValueError(
-            f"{root}: no usable videos (found {found}); video files end in {' '.join(sorted(VIDEO_SUFFIXES))}"
+            f"{root}: no usable {kind}s (found {found}); {kind} files end in {' '.join(sorted(suffixes))}"
         )
     class_names = tuple(sorted({folder for _, _, folder in videos})) if class_folders else ()
     index = {name: label for label, name in enumerate(class_names)}

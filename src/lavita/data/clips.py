@@ -39,9 +39,15 @@ class ClipSampler:
     """
 
     def __init__(
-        self, catalog: Catalog, num_frames: int, frame_interval: int, horizontal_flip: bool, seed: int
+        self,
+        catalog: Catalog,
+        num_frames: int,
+        frame_interval: int,
+        horizontal_flip: bool,
+        seed: int,
+        stream: str = "clip",
     ) -> None:
-        """Prepares the draws.
+        """Prepares the draws; samplers of another `stream` draw independently.
 
         Raises:
             ValueError: where a video is shorter than a clip; `scan(min_frames=clip_span(...))` names those.
@@ -56,7 +62,7 @@ class ClipSampler:
                 )
         self.catalog = catalog
         self.num_frames, self.frame_interval = num_frames, frame_interval
-        self.horizontal_flip, self.seed = horizontal_flip, seed
+        self.horizontal_flip, self.seed, self.stream = horizontal_flip, seed, stream
         self._ends = list(accumulate(starts))
 
     @property
@@ -66,7 +72,7 @@ class ClipSampler:
 
     def draw(self, step: int, index: int) -> ClipDraw:
         """The clip at a place of a step's batch."""
-        rng = numpy_generator(self.seed, "clip", step, index)
+        rng = numpy_generator(self.seed, self.stream, step, index)
         number = int(rng.integers(self.num_clips))
         video = bisect_right(self._ends, number)
         start = number - (self._ends[video - 1] if video else 0)

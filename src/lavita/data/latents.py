@@ -146,6 +146,7 @@ def encode_dataset(
     horizontal_flip: bool,
     precision: Precision = "auto",
     broken: Literal["skip", "error"] = "skip",
+    images: bool = False,
 ) -> dict[str, Any]:
     """Writes a latent cache of every frame of every video below `root`; one that was stopped goes on.
 
@@ -157,6 +158,7 @@ def encode_dataset(
         horizontal_flip: encode the mirrored frames as well.
         precision: see `runtime.autocast`.
         broken: what a video that cannot be read does: `skip` names it and goes on.
+        images: take every image file as a video of one frame, and no videos.
 
     Returns:
         The manifest.
@@ -171,6 +173,7 @@ def encode_dataset(
         "resolution": resolution,
         "horizontal_flip": horizontal_flip,
         "precision": precision,
+        "images": images,
     }
     folder.mkdir(parents=True, exist_ok=True)
     started = folder / "settings.json"
@@ -183,7 +186,7 @@ def encode_dataset(
                 )
     started.write_text(json.dumps(settings))
 
-    catalog = scan(root, broken=broken)
+    catalog = scan(root, broken=broken, images=images)
     problems = list(catalog.broken)
     rows = []
     progress = Progress("encoding frame", sum(video.info.num_frames for video in catalog.videos))

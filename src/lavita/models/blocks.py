@@ -47,7 +47,9 @@ def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.T
     if query.device.type == "cpu" and query.shape[-2] <= PLAIN_ATTENTION_TOKENS:
         weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # (..., tokens, tokens)
         return weights.softmax(dim=-1).to(value.dtype) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    # The fused kernels take four axes; given five, the slow one would run.
+    flat = (tensor.flatten(0, -4) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(*flat).unflatten(0, query.shape[:-3])
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -25,7 +26,8 @@ class PatchEmbed(nn.Module):
         """Latents (B, F, C, H, W) to tokens (B, F, N, D)."""
         batch, frames = latents.shape[:2]
         tokens = self.proj(latents.flatten(0, 1))  # (B F, D, H/P, W/P)
-        return tokens.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))  # (B, F, N, D)
+        tokens = tokens.flatten(2).transpose(1, 2).contiguous()  # channels last in memory, as every layer reads them
+        return tokens.unflatten(0, (batch, frames))  # (B, F, N, D)
 
 
 class TubeEmbed(nn.Module):
@@ -40,7 +42,7 @@ class TubeEmbed(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, F, C, H, W) to tokens (B, F/S, N, D)."""
         tokens = self.proj(latents.transpose(1, 2))  # (B, D, T, H/P, W/P)
-        return tokens.flatten(3).permute(0, 2, 3, 1)  # (B, T, N, D)
+        return tokens.flatten(3).permute(0, 2, 3, 1).contiguous()  # (B, T, N, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -75,7 +77,7 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """A pooled text embedding through an MLP (Sec. 4.4); "no caption" is the embedding of the empty text."""
+    """A pooled text embedding, normalised, through an MLP (Sec. 4.4); "no caption" is the empty text's embedding."""
 
     def __init__(self, text_dim: int, hidden_size: int) -> None:
         """Embeddings of `text_dim`, mapped to `hidden_size`."""
@@ -84,7 +86,9 @@ class TextEmbedder(nn.Module):
 
     def forward(self, text_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., text_dim) to vectors (..., D)."""
-        return self.mlp(text_embeds.to(next(self.mlp.parameters()).dtype))
+        # Encoders differ in scale by orders of magnitude.
+        normed = F.layer_norm(text_embeds.float(), (text_embeds.shape[-1],))
+        return self.mlp(normed.to(next(self.mlp.parameters()).dtype))
 
 
 def sincos_positions(positions: np.ndarray, width: int) -> np.ndarray:

@@ -174,6 +174,13 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             ValueError: for sizes that do not fit together.
         """
         super().__init__()
+        sizes = {"sample_size": sample_size, "num_frames": num_frames, "in_channels": in_channels}
+        sizes |= {"patch_size": patch_size, "hidden_size": hidden_size, "num_heads": num_heads, "tube_size": tube_size}
+        for name, number in sizes.items():
+            if number < 1:
+                raise ValueError(f"{name} is {number}, but must be at least 1")
+        if num_classes < 0 or text_dim < 0:
+            raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but must be at least 0")
         if sample_size % patch_size:
             raise ValueError(f"sample_size is {sample_size}, but must be a multiple of patch_size ({patch_size})")
         if hidden_size % num_heads or hidden_size % 4:
@@ -195,7 +202,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         if variant == 4 and num_heads % 2:
             raise ValueError(f"num_heads is {num_heads}, but must be even for variant 4: half of them look along time")
         if temporal_position == "rope" and hidden_size // num_heads % 2:
-            raise ValueError(f"a head has {hidden_size // num_heads} channels, but rope turns pairs: use another width")
+            raise ValueError(
+                f"hidden_size / num_heads is {hidden_size // num_heads}, but must be even for rope, which turns pairs"
+            )
         compression = patch_embedding == "compression"
         self.tube_size = tube_size if compression else 1
         if self.tube_size < 1 or num_frames % self.tube_size:
@@ -261,8 +270,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for embedder in (self.t_embedder, self.y_embedder):
             if isinstance(embedder, (TimestepEmbedder, TextEmbedder)):
-                nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-                nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+                for layer in embedder.mlp:
+                    if isinstance(layer, nn.Linear):
+                        nn.init.normal_(layer.weight, std=0.02)
         # Closed gates make every block the identity; a zero decoder starts at the prior's loss.
         for module in (*self.blocks, self.final_layer):
             if module.adaLN_modulation is not None:
@@ -307,8 +317,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             ValueError: for latents or conditions that this model does not take, or images where the patch embedding
                 is `compression`.
         """
-        self._check(latents, class_labels, text_embeds, num_images, use_temporal)
-        batch, num_frames = latents.shape[:2]
+        self._check(latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
+        batch = latents.shape[0]
         conditions = [self.t_embedder(timesteps.expand(batch))[:, None]]  # (B, 1, D)
         given = class_labels if isinstance(self.y_embedder, LabelEmbedder) else text_embeds
         if self.y_embedder is not None and given is not None:
@@ -381,16 +391,19 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
     def _check(
         self,
         latents: torch.Tensor,
+        timesteps: torch.Tensor,
         class_labels: torch.Tensor | None,
         text_embeds: torch.Tensor | None,
         num_images: int,
         use_temporal: bool,
     ) -> None:
         size, channels, tube = self.config["sample_size"], self.config["in_channels"], self.tube_size
-        if latents.ndim != 5 or latents.shape[2:] != (channels, size, size):
+        if latents.ndim != 5 or latents.shape[2:] != (channels, size, size) or not latents.shape[1]:
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}, but this model takes (B, F, {channels}, {size}, {size})"
             )
+        if timesteps.ndim:
+            _check_shape("timesteps", timesteps, (latents.shape[0],))
         if self.temporal_upsample is not None:
             if num_images or not use_temporal:
                 raise ValueError(

@@ -1,0 +1,146 @@
+"""What an optimizer step is made of: clips, image frames, their labels or captions, noise, timesteps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+
+from lavita.autoencoder import latent_size
+from lavita.config import ConfigError, RunConfig
+from lavita.data.captions import CaptionSampler, read_captions
+from lavita.data.catalog import Catalog, scan
+from lavita.data.clips import ClipDraw, ClipSampler, clip_span
+from lavita.data.latents import MANIFEST, CacheSource, ClipSource, VideoSource
+from lavita.diffusion import NUM_TIMESTEPS
+from lavita.runtime import generator
+from lavita.text import TextEncoder
+
+
+@dataclass
+class Batch:
+    """The clips of one optimizer step; everything in it is a pure function of the seed and the step."""
+
+    latents: torch.Tensor
+    """z_0, (B, F + I, C, h, w): clips of F frames, each followed by I images."""
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    """int64 (B,)."""
+    class_labels: torch.Tensor | None
+    """int64 (B,) or, with images, (B, 1 + I), the null class where a label was dropped; None without classes."""
+    text_embeds: torch.Tensor | None
+    """float32 (B, text_dim) or (B, 1 + I, text_dim), the empty text's where a caption was dropped; None without."""
+
+    def part(self, first: int, size: int, device: torch.device) -> Batch:
+        """`size` clips from `first` on, on a device."""
+        parts = (self.latents, self.noise, self.timesteps, self.class_labels, self.text_embeds)
+        return Batch(*(None if t is None else t[first : first + size].to(device) for t in parts))  # type: ignore[arg-type]
+
+
+class BatchMaker:
+    """Reads the clips of a step and draws all that is random in it."""
+
+    def __init__(self, config: RunConfig, vae: AutoencoderKL) -> None:
+        """Opens the videos or the cache, the images, and the tables of captions.
+
+        Raises:
+            ValueError: where data, configuration and autoencoder do not fit together.
+        """
+        data, seed = config.data, config.train.seed
+        self.seed, self.batch_size = seed, config.train.batch_size
+        self.num_images, self.dropout = data.num_images, config.model.class_dropout
+        self.source = open_videos(config, vae)
+        catalog = self.source.catalog
+        self.class_names = catalog.class_names
+        self.sampler = ClipSampler(catalog, data.num_frames, data.frame_interval, data.horizontal_flip, seed)
+        self.image_source = self.source if data.images is None else open_images(config, vae)
+        images = self.image_source.catalog
+        self.image_sampler = ClipSampler(images, 1, 1, data.horizontal_flip, seed, "image")
+        if unknown := sorted(set(images.class_names) - set(self.class_names)):
+            raise ConfigError(f"{images.root}: has class {unknown[0]!r}, which the videos have not")
+        self.captions: CaptionSampler | None = None
+        if data.captions is not None:
+            tables = [(read_captions(data.captions), catalog, data.captions)]
+            if data.image_captions is not None:
+                tables.append((read_captions(data.image_captions), images, data.image_captions))
+            self.captions = CaptionSampler(tables, seed)
+        self.text_table: torch.Tensor | None = None
+        """Embeddings of `captions.texts`, float32 (texts, text_dim), once `embed_captions` was called."""
+
+    def embed_captions(self, encoder: TextEncoder) -> None:
+        """Encodes every text once; to be called before `make` where there are captions."""
+        assert self.captions is not None
+        self.text_table = encoder(self.captions.texts).cpu()
+
+    def example_embeds(self, count: int) -> torch.Tensor | None:
+        """Embeddings of training captions, evenly spaced through the table, (count, text_dim); None without captions."""
+        if self.text_table is None:
+            return None
+        return self.text_table[torch.linspace(1, len(self.text_table) - 1, count).round().long()]
+
+    def make(self, step: int) -> Batch:
+        """The batch of a step (from 0)."""
+        size, count = self.batch_size, self.num_images
+        clips = [self.sampler.draw(step, index) for index in range(size)]
+        images = [self.image_sampler.draw(step, index) for index in range(size * count)]
+        means, stds = [], []
+        for index, draw in enumerate(clips):
+            parts = [self.source.read(draw, self.sampler.num_frames, self.sampler.frame_interval)]
+            parts += [self.image_source.read(image, 1, 1) for image in images[index * count : (index + 1) * count]]
+            mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (F + I, C, h, w)
+            means.append(mean)
+            stds.append(std)
+        mean, std = torch.stack(means), torch.stack(stds)
+        random = generator(self.seed, "step", step)
+        latents = mean + std * torch.randn(mean.shape, generator=random)
+        noise = torch.randn(mean.shape, generator=random)
+        timesteps = torch.randint(0, NUM_TIMESTEPS, (size,), generator=random)
+        if not self.class_names and self.captions is None:
+            return Batch(latents, noise, timesteps, None, None)
+        own: list[tuple[ClipDraw, Catalog]] = []  # each clip, then its images
+        for index, draw in enumerate(clips):
+            own.append((draw, self.source.catalog))
+            own += [(image, self.image_source.catalog) for image in images[index * count : (index + 1) * count]]
+        shape = (size, 1 + count) if count else (size,)
+        dropped = torch.rand(shape, generator=random) < self.dropout
+        if self.captions is None:
+            labels = torch.tensor([self._label(*pair) for pair in own]).view(shape)
+            return Batch(latents, noise, timesteps, labels.masked_fill(dropped, len(self.class_names)), None)
+        assert self.text_table is not None, "the table of text embeddings comes before the first batch"
+        captions = self.captions
+        rows = [captions.draw(catalog.root, draw.video.name, step, index) for index, (draw, catalog) in enumerate(own)]
+        chosen = torch.tensor(rows).view(shape).masked_fill(dropped, 0)
+        return Batch(latents, noise, timesteps, None, self.text_table[chosen])
+
+    def _label(self, draw: ClipDraw, catalog: Catalog) -> int:
+        """The label among the videos' classes, which may be more than the images'."""
+        assert draw.video.label is not None
+        return self.class_names.index(catalog.class_names[draw.video.label])
+
+
+def open_videos(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
+    """The latent cache if the configuration names one, else the videos."""
+    data = config.data
+    span = clip_span(data.num_frames, data.frame_interval)
+    latent_size(vae, data.resolution)
+    if data.latent_cache is not None:
+        cache = CacheSource(data.latent_cache, data.class_folders, span, data.broken)
+        cache.check(vae, data.resolution, data.horizontal_flip, data.path)
+        return cache
+    if data.path is None:
+        raise ConfigError("data.path is missing: name a folder of videos, or a data.latent_cache")
+    catalog = scan(data.path, data.class_folders, span, data.broken)
+    return VideoSource(catalog, vae, data.resolution, config.train.precision)
+
+
+def open_images(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
+    """The image files of `data.images`, or the cache of them that it names."""
+    data = config.data
+    assert data.images is not None
+    if (data.images / MANIFEST).exists():
+        cache = CacheSource(data.images, data.class_folders, broken=data.broken)
+        cache.check(vae, data.resolution, data.horizontal_flip, None)
+        return cache
+    catalog = scan(data.images, data.class_folders, broken=data.broken, images=True)
+    return VideoSource(catalog, vae, data.resolution, config.train.precision)

@@ -1,0 +1,1 @@
+"""Studies of the model: what it costs."""
