@@ -174,8 +174,8 @@ def test_a_class_that_does_not_exist_is_named(
     LavitaPipeline(tiny_transformer, tiny_vae, make_scheduler("unipc")).save_pretrained(tmp_path / "model")
     refused = run("sample", tmp_path / "model", "--out", tmp_path / "out", "--classes", "boxing,golf")
     assert_refused(refused, "class is 'golf'; allowed: all, boxing, enduro, pong, or 0-2")
-    refused = run("sample", tmp_path / "model", "--out", tmp_path / "out", "--num-frames", "3")
-    assert_refused(refused, "num_frames is 3")
+    refused = run("sample", tmp_path / "model", "--out", tmp_path / "out", "--prompt", "golf")
+    assert_refused(refused, "a prompt was given, but this model has no texts")
     assert not (tmp_path / "out").exists()
 
 

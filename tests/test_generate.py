@@ -8,14 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import AutoencoderKL
+from PIL import Image
+from tiny_text import BERT, save_text_encoder
+from transformers import BertModel
 
 from lavita import generate as generate_module
 from lavita.evaluation.protocol import compare
 from lavita.generate import generate, parse_seeds
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.pipeline import LavitaPipeline, make_scheduler
-from lavita.video import probe, write_video
+from lavita.pipeline import LavitaPipeline, load_pipeline, make_scheduler
+from lavita.runtime import generator
+from lavita.video import probe, read_clip, write_video
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
 
@@ -82,8 +87,56 @@ def test_generate_from_an_unconditional_model(
     written = generate(str(folder), out, seeds="3", steps=2, num_frames=1, suffix=".gif", device="cpu")
     assert written == [out / "3.gif"]
     assert probe(written[0]).num_frames == 1
-    with pytest.raises(ValueError, match="classes is 'pong', but this model is unconditional"):
+    with pytest.raises(ValueError, match="classes is 'pong', but this model has none"):
         generate(str(folder), out, classes="pong", device="cpu")
+
+
+def test_generate_images(tmp_path: Path, model_folder: str) -> None:
+    out = tmp_path / "out"
+    written = generate(model_folder, out, classes="pong", seeds="0-1", steps=2, images=True, device="cpu")
+    assert [path.relative_to(out).as_posix() for path in written] == ["pong/0.png", "pong/1.png"]
+    pictures = [np.asarray(Image.open(path)) for path in written]
+    assert pictures[0].shape == (16, 16, 3) and not np.array_equal(pictures[0], pictures[1])
+    pipeline = load_pipeline(model_folder)
+    frames = pipeline(
+        ["pong"],
+        num_frames=1,
+        num_inference_steps=2,
+        guidance_scale=1.5,
+        generator=[generator(1, "sample")],
+        use_temporal=False,
+    ).frames
+    assert np.abs(frames[0, 0].astype(int) - pictures[1]).max() <= 1
+
+
+def test_generate_from_texts(
+    tmp_path: Path, make_transformer: Callable[..., LavitaTransformer3DModel], tiny_vae: AutoencoderKL
+) -> None:
+    encoder = tmp_path / "encoder"
+    torch.manual_seed(0)
+    save_text_encoder(BertModel(BERT), encoder)
+    transformer = make_transformer(text_dim=16, text_encoder=str(encoder))
+    LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc")).save_pretrained(tmp_path / "model")
+    table = tmp_path / "prompts.csv"
+    table.write_text("file,caption\nboxing/000.mp4,a game of boxing\nfreeway/000.mp4,freeway\n")
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"steps": 2, "device": "cpu"}
+    one = generate(str(tmp_path / "model"), out, prompts=["A game, of boxing!"], seeds="4", **options)
+    two = generate(str(tmp_path / "model"), out, prompt_table=table, seeds="4-5", **options)
+    assert [path.relative_to(out).as_posix() for path in (*one, *two)] == [
+        "a-game-of-boxing/4.mp4",
+        "boxing/000-4.mp4",
+        "boxing/000-5.mp4",
+        "freeway/000-4.mp4",
+        "freeway/000-5.mp4",
+    ]
+    clips = [read_clip(path, 0, 2) for path in two]
+    assert not np.array_equal(clips[0], clips[2]), "another prompt, the same seed"
+    with pytest.raises(ValueError, match="this model has texts: give --prompt"):
+        generate(str(tmp_path / "model"), out, **options)
+    table.write_text("file,caption\n../up.mp4,freeway\n")
+    with pytest.raises(ValueError, match="must lie below the folder of samples"):
+        generate(str(tmp_path / "model"), out, prompt_table=table, **options)
 
 
 def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str) -> None:
@@ -94,7 +147,9 @@ def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str)
         ({"classes": ""}, "class is ''"),
         ({"seeds": "x"}, "seeds is 'x'"),
         ({"sampler": "euler"}, "sampler is 'euler'"),
-        ({"num_frames": 9}, "num_frames is 9"),
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"num_frames": 2, "images": True}, "num_frames is 2, but an image has 1"),
+        ({"prompts": ["a"]}, "a prompt was given, but this model has no texts"),
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
         ({"device": "toaster"}, "device is 'toaster'"),
     ):
@@ -112,6 +167,7 @@ def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str)
         ({"sampler": "ddim"}, "sampler=unipc, not ddim"),
         ({"guidance_scale": 2.0}, "guidance_scale=1.5, not 2.0"),
         ({"num_frames": 1}, "num_frames=2, not 1"),
+        ({"images": True}, "num_frames=2, not 1"),
     ],
 )
 def test_a_folder_never_holds_videos_made_in_two_ways(

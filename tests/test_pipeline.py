@@ -47,7 +47,7 @@ def make_gaussian(tiny_vae: AutoencoderKL, make_transformer: MakeTransformer) ->
     def make(sampler: str, learn_sigma: bool = True, prediction_type: str = "epsilon") -> LavitaPipeline:
         transformer = make_transformer(num_classes=3, learn_sigma=learn_sigma, prediction_type=prediction_type)
 
-        def forward(latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> TransformerOutput:
+        def forward(latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> Any:
             assert timesteps.shape == labels.shape == (len(latents),)
             t = int(timesteps[0])
             pipeline.seen.append(t)
@@ -304,10 +304,63 @@ def test_an_unconditional_model(make_transformer: MakeTransformer, tiny_vae: Aut
     assert pipeline(num_videos=3, num_inference_steps=2, output_type="latent").frames.shape[0] == 3
     with pytest.raises(ValueError, match="this model is unconditional"):
         pipeline([0])
-    with pytest.raises(ValueError, match="guidance_scale other than 1 needs a class-conditional model"):
+    with pytest.raises(ValueError, match="guidance_scale other than 1 needs a model with classes or texts"):
         pipeline(guidance_scale=2.0)
     with pytest.raises(ValueError, match="0 videos were asked for"):
         pipeline(num_videos=0)
+
+
+# --- texts, images, other lengths
+
+
+@pytest.fixture
+def with_texts(make_transformer: MakeTransformer, tiny_vae: AutoencoderKL) -> LavitaPipeline:
+    """A model of pooled embeddings of 3 numbers: what counts the letters a, b and c of a text."""
+    transformer = make_transformer(text_dim=3, text_encoder="letters")
+    pipeline = LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc"))
+    pipeline.set_progress_bar_config(disable=True)
+    counts = lambda texts: torch.tensor([[float(text.count(letter)) for letter in "abc"] for text in texts])  # noqa: E731
+    pipeline._text_encoder = counts  # type: ignore[assignment]
+    return pipeline
+
+
+def test_prompts_and_embeddings_give_the_same_videos(with_texts: LavitaPipeline) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0}
+    one = with_texts(prompt=["aab", "c"], generator=seeded(0, 1), **options).frames
+    embeds, none = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), torch.zeros(2, 3)
+    other = with_texts(prompt_embeds=embeds, negative_prompt_embeds=none, generator=seeded(0, 1), **options).frames
+    assert torch.equal(one, other), "the negative prompt is the empty text"
+    led_away = with_texts(prompt=["aab", "c"], negative_prompt="b", generator=seeded(0, 1), **options).frames
+    assert (one - led_away).abs().max() > 1e-3
+    alone = with_texts(prompt="c", generator=seeded(1), **options).frames
+    torch.testing.assert_close(alone[0], one[1], atol=1e-4, rtol=1e-4)
+    for wrong, message in (
+        ({}, "give either prompt or prompt_embeds"),
+        ({"prompt": "a", "prompt_embeds": embeds}, "give either prompt or prompt_embeds"),
+        ({"prompt_embeds": embeds[:, :2]}, r"prompt_embeds have shape \(2, 2\), but must have \(2, 3\)"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, r"negative_prompt_embeds have shape \(1, 3\)"),
+        ({"prompt": "a", "num_videos": 2}, "num_videos is 2, but there are 1 class_labels or prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_texts(**{"num_inference_steps": 1, "guidance_scale": 2.0, **wrong})
+
+
+def test_images_from_the_video_model(pipeline: LavitaPipeline) -> None:
+    """Without the temporal modules each frame is made on its own, so that one alone is the same."""
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "use_temporal": False}
+    noise = torch.randn(1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    both = pipeline([0], latents=noise, **options).frames
+    alone = pipeline([0], latents=noise[:, 1:], num_frames=1, **options).frames
+    torch.testing.assert_close(both[:, 1:], alone, atol=1e-4, rtol=1e-4)
+    moving = pipeline([0], latents=noise, **{**options, "use_temporal": True}).frames
+    assert (moving - both).abs().max() > 1e-3
+
+
+def test_a_longer_clip_is_made_and_said(pipeline: LavitaPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    assert pipeline([0], num_inference_steps=1, num_frames=2).frames.shape[1] == 2
+    assert not caplog.messages
+    assert pipeline([0], num_inference_steps=1, num_frames=4).frames.shape[1] == 4
+    assert "4 frames were asked for, but the model was trained on 2" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -319,7 +372,8 @@ def test_an_unconditional_model(make_transformer: MakeTransformer, tiny_vae: Aut
         ({"class_labels": ["chess"]}, "class label is 'chess'; allowed: boxing, enduro, pong"),
         ({"class_labels": [3]}, "class label is 3; allowed"),
         ({"class_labels": [-1]}, "class label is -1; allowed"),
-        ({"class_labels": [0], "num_frames": 3}, "num_frames is 3, but this model makes 1 to 2"),
+        ({"class_labels": [0], "num_frames": 0}, "num_frames is 0, but must be at least 1"),
+        ({"class_labels": [0], "prompt": "a"}, "a prompt was given, but this model has no texts"),
         ({"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps is 0, but must be in 1..1000"),
         ({"class_labels": [0], "num_inference_steps": 1001}, "num_inference_steps is 1001"),
         ({"class_labels": [0], "num_videos": 2}, "num_videos is 2, but there are 1 class_labels"),

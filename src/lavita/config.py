@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
-
 DEFAULT_TUBE_SIZE = 2
 
 

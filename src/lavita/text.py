@@ -82,9 +82,7 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
         # Of text and image towers the text's alone, with its projection.
         kind = CLIPTextModelWithProjection if projects or config.model_type == "clip" else AutoModel
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=of_tokenizer)
-        model, loading = kind.from_pretrained(
-            source, dtype=torch.float32, subfolder=of_model, output_loading_info=True
-        )
+        model, loading = kind.from_pretrained(source, dtype=torch.float32, subfolder=of_model, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source}: cannot load a text encoder ({' '.join(str(error).split())[:200]})") from error
     model = model.eval().requires_grad_(False).to(device)

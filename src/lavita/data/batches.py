@@ -74,7 +74,7 @@ class BatchMaker:
         self.text_table = encoder(self.captions.texts).cpu()
 
     def example_embeds(self, count: int) -> torch.Tensor | None:
-        """Embeddings of training captions, evenly spaced through the table, (count, text_dim); None without captions."""
+        """Embeddings of captions, evenly spaced through the table, (count, text_dim); None without captions."""
         if self.text_table is None:
             return None
         return self.text_table[torch.linspace(1, len(self.text_table) - 1, count).round().long()]

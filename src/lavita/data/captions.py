@@ -28,7 +28,9 @@ def read_captions(file: Path) -> dict[str, tuple[str, ...]]:
     for number, row in _rows(file):
         for column in ("file", "caption"):
             if not isinstance(row.get(column), str) or not str(row[column]).strip():
-                raise ValueError(f"{file}: line {number} has no {column!r}; found: {', '.join(map(str, row)) or 'nothing'}")
+                raise ValueError(
+                    f"{file}: line {number} has no {column!r}; found: {', '.join(map(str, row)) or 'nothing'}"
+                )
         captions.setdefault(str(row["file"]), []).append(" ".join(str(row["caption"]).split()))
     if not captions:
         raise ValueError(f"{file}: holds no captions")

@@ -118,9 +118,7 @@ def scan(
     if not videos:
         found = f"{len(problems)} broken ones only, the first: {problems[0]}" if problems else "none"
         kind, suffixes = ("image", FRAME_SUFFIXES) if images else ("video", VIDEO_SUFFIXES)
-        raise ValueError(
-            f"{root}: no usable {kind}s (found {found}); {kind} files end in {' '.join(sorted(suffixes))}"
-        )
+        raise ValueError(f"{root}: no usable {kind}s (found {found}); {kind} files end in {' '.join(sorted(suffixes))}")
     class_names = tuple(sorted({folder for _, _, folder in videos})) if class_folders else ()
     index = {name: label for label, name in enumerate(class_names)}
     return Catalog(

@@ -228,7 +228,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             self.register_buffer("temp_embed", temporal_positions(steps, hidden_size))  # (1, T, D)
         self.first_temporal = next(index for index, mixing in enumerate(plan) if mixing != "space")
         kind: Conditioning = "all_tokens" if conditioning == "all_tokens" else "s_adaln"
-        self.blocks = nn.ModuleList(TransformerBlock(hidden_size, num_heads, mlp_ratio, mixing, kind) for mixing in plan)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(hidden_size, num_heads, mlp_ratio, mixing, kind) for mixing in plan
+        )
         # A tube keeps the values of all its frames: from fewer, the noise of one could not be told from another's.
         patch_values = patch_size * patch_size * self.out_channels * self.tube_size
         self.final_layer = FinalLayer(hidden_size, patch_values, kind)
@@ -411,7 +413,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
                     "among them (num_images must be 0, and use_temporal true)"
                 )
             if latents.shape[1] % tube:
-                raise ValueError(f"latents have {latents.shape[1]} frames, but must have a multiple of {tube}, a tube's")
+                raise ValueError(
+                    f"latents have {latents.shape[1]} frames, but must have a multiple of {tube}, a tube's"
+                )
         if not 0 <= num_images < latents.shape[1]:
             raise ValueError(f"num_images is {num_images}, but must be in 0..{latents.shape[1] - 1}: fewer than frames")
         num_classes, text_dim = self.config["num_classes"], self.config["text_dim"]
