@@ -80,7 +80,7 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
         config = AutoConfig.from_pretrained(source, subfolder=of_model)
         projects = "CLIPTextModelWithProjection" in (config.architectures or ())
         # Of text and image towers the text's alone, with its projection.
-        kind = CLIPTextModelWithProjection if projects or config.model_type == "clip" else AutoModel
+        kind: Any = CLIPTextModelWithProjection if projects or config.model_type == "clip" else AutoModel
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=of_tokenizer)
         model, loading = kind.from_pretrained(source, dtype=torch.float32, subfolder=of_model, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:

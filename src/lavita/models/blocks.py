@@ -48,8 +48,8 @@ def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.T
         weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # (..., tokens, tokens)
         return weights.softmax(dim=-1).to(value.dtype) @ value
     # The fused kernels take four axes; given five, the slow one would run.
-    flat = (tensor.flatten(0, -4) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*flat).unflatten(0, query.shape[:-3])
+    mixed = F.scaled_dot_product_attention(query.flatten(0, -4), key.flatten(0, -4), value.flatten(0, -4))
+    return mixed.unflatten(0, query.shape[:-3])
 
 
 class Attention(nn.Module):
