@@ -126,8 +126,9 @@ def test_micro_batches_equal_one_batch(make_config: MakeConfig) -> None:
         state = last_state(config)
         for name, tensor in whole["model"].items():
             torch.testing.assert_close(state["model"][name], tensor, rtol=0, atol=1e-5, msg=name)
-        for index, moments in whole["optimizer"]["state"].items():
-            mine = state["optimizer"]["state"][index]["exp_avg"]
+        (adamw,) = state["optimizers"]
+        for index, moments in whole["optimizers"][0]["state"].items():
+            mine = adamw["state"][index]["exp_avg"]
             torch.testing.assert_close(mine, moments["exp_avg"], rtol=1e-3, atol=1e-7)
 
 
@@ -210,15 +211,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> Non
 # --- resuming
 
 
-def test_resuming_equals_an_uninterrupted_run(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_config("whole", "train.log_every=3", "train.checkpoint_every=2", "train.warmup_steps=3")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_equals_an_uninterrupted_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    slow_start = ["train.log_every=3", "train.warmup_steps=3", f"train.optimizer={optimizer}"]
+    whole = make_config("whole", "train.checkpoint_every=2", *slow_start)
     train(whole)
     assert [file.name for file in list_checkpoints(whole.run_dir / "checkpoints")] == [
         "step-00000002.pt",
         "step-00000004.pt",
     ]
 
-    killed = make_config("whole", "train.log_every=3", "train.checkpoint_every=2", "train.warmup_steps=3")
+    killed = make_config("whole", "train.checkpoint_every=2", *slow_start)
     expected, expected_metrics = last_state(whole), metrics_of(whole, "clips_per_second")
     assert [line["step"] for line in expected_metrics] == [3, 4]
     list_checkpoints(killed.run_dir / "checkpoints")[-1].unlink()  # as a kill before step 4 would leave it
@@ -226,7 +231,7 @@ def test_resuming_equals_an_uninterrupted_run(make_config: MakeConfig, monkeypat
     assert_equal(last_state(killed), expected)
     assert metrics_of(killed, "clips_per_second") == expected_metrics
 
-    stopped = make_config("stopped", "train.log_every=3", "train.warmup_steps=3")
+    stopped = make_config("stopped", *slow_start)
     with monkeypatch.context() as patch:
         stop_after(patch, EMA, "update", call=2)
         with pytest.raises(Stopped, match="stopped at step 2 of 4"):

@@ -73,7 +73,7 @@ class ModelConfig(StrictConfig):
     """The transformer; fields left out come from the preset."""
 
     preset: str = "S/2"
-    """Size and patch: one of S, B, L, XL, or `tiny`, `small` for laptops, then /2, /4 or /8."""
+    """Size and patch: one of S, B, L, XL, or `tiny`, `mini`, `small` for laptops, then /2, /4 or /8."""
     variant: Literal[1, 2, 3, 4] = 2
     """1: all spatial blocks, then all temporal ones; 2: alternating; 3: spatial, then temporal attention in each block;
     4: half of the heads spatial, half temporal (Sec. 3.2 of the paper)."""
@@ -117,14 +117,17 @@ class TrainConfig(StrictConfig):
     """Clips of one optimizer step."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches that the clips of one step are computed in; divides `batch_size`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, as in the paper; `muon`: Muon for the matrices of the blocks, AdamW for the rest, which reaches the same
+    loss in about half of the steps (docs/results.md)."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Constant rate of AdamW, between the warm-up and the decay."""
+    """Constant rate between the warm-up and the decay."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the rate rises from 0."""
     decay_steps: int = Field(0, ge=0)
     """Last steps of the run, over which the rate falls linearly to 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     clip_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm where they exceed it."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)

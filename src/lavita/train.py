@@ -23,6 +23,7 @@ from lavita.data.batches import BatchMaker
 from lavita.diffusion import GaussianDiffusion
 from lavita.ema import EMA
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.optim import make_optimizers
 from lavita.pipeline import LavitaPipeline, make_scheduler
 from lavita.runtime import Metrics, Progress, Stopped, autocast, generator, pick_device, stop_requested
 from lavita.sheets import contact_sheet
@@ -78,10 +79,8 @@ def train(config: RunConfig) -> Path:
     model.train()
     diffusion = GaussianDiffusion(config.model.prediction_type)
     ema = EMA(model, settings.ema_decay)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    step, losses = resume(config, vae, model, ema, optimizer)
+    optimizers = make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
+    step, losses = resume(config, vae, model, ema, optimizers)
     save_config(config, run_dir / "config.yaml")
     metrics = Metrics(run_dir / "metrics.jsonl", step)
     progress = Progress("step", settings.steps, step)
@@ -99,8 +98,9 @@ def train(config: RunConfig) -> Path:
         while step < settings.steps:
             batch = upcoming.result()
             upcoming = reader.submit(batches.make, step + 1)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
+            rate_now = learning_rate(settings, step)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = rate_now
 
             # Gradients of the micro-batches add up to the whole batch's mean; they are clipped once, together.
             loss = torch.zeros((), device=device)
@@ -120,8 +120,9 @@ def train(config: RunConfig) -> Path:
                 raise FloatingPointError(
                     f"the loss is {value} and its gradient's norm {norm} at step {step + 1}; lower train.learning_rate"
                 )
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
             ema.update(step)
 
@@ -133,7 +134,7 @@ def train(config: RunConfig) -> Path:
                 metrics.write(
                     step=step,
                     loss=loss_mean,
-                    lr=optimizer.param_groups[0]["lr"],
+                    lr=rate_now,
                     grad_norm=norm,
                     clips_per_second=rate,
                 )
@@ -148,7 +149,7 @@ def train(config: RunConfig) -> Path:
                 state = {
                     "model": model.state_dict(),
                     "ema": ema.weights,
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "model_config": model_facts(model),
                     "autoencoder": fingerprint(vae),
                     "losses": losses,
@@ -206,7 +207,7 @@ def resume(
     vae: AutoencoderKL,
     model: LavitaTransformer3DModel,
     ema: EMA,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
 ) -> tuple[int, list[float]]:
     """Loads the last checkpoint of the run folder into all of them.
 
@@ -231,7 +232,8 @@ def resume(
         raise ValueError(f"{config.run_dir} was trained with another autoencoder; use another run_dir")
     model.load_state_dict(state["model"])
     ema.load(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return step, state["losses"]
 
 

@@ -33,6 +33,7 @@ from lavita.models.embeddings import (
 # Width, blocks (spatial and temporal together, as the paper counts them) and heads.
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (64, 2, 2),
+    "mini": (128, 8, 2),
     "small": (256, 8, 4),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
