@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +6,8 @@ import pytest
 from PIL import Image
 
 from lavita import demo
+from lavita.commands import CommandFailed, run_command
+from lavita.config import RunConfig, TrainConfig, save_config
 from lavita.page import write_curves, write_page
 from lavita.video import write_video
 
@@ -50,7 +50,9 @@ def test_every_stage_is_a_command_that_exists(tmp_path: Path) -> None:
 
     from lavita.cli import app
 
-    for stage in demo.stages(tmp_path):
+    stages = [*demo.first_stages(tmp_path), *demo.later_stages(tmp_path, 100)]
+    assert len(stages) == demo.NUM_STAGES
+    for stage in stages:
         words = [word for word in stage.arguments[:2] if word.isalpha()]
         command = words if words[0] in ("data", "autoencoder") else words[:1]
         result = CliRunner().invoke(app, [*command, "--help"])
@@ -61,8 +63,9 @@ def test_every_stage_is_a_command_that_exists(tmp_path: Path) -> None:
 
 
 def test_page_shows_scores_and_every_video_that_it_names_exists(finished: Path) -> None:
-    commands = [("lavita train --config demo", 120.0)]
-    summary = demo.summarize(finished, commands)
+    stages = [*demo.first_stages(finished), *demo.later_stages(finished, 20)]
+    times = [120.0 if stage.title == "Train a small LAVITA" else 30.0 for stage in stages]
+    summary = demo.summarize(finished, list(zip(stages, times, strict=True)))
     write_page(finished, summary)
     page = (finished / "index.html").read_text()
     assert summary["models"]["trained here"]["accuracy"] == 0.75
@@ -82,23 +85,43 @@ def test_curves(finished: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "c.png").width > 1000
 
 
+def test_the_training_is_as_long_as_the_computer_is_fast(tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    probe.mkdir()
+    save_config(RunConfig(train=TrainConfig(batch_size=8)), probe / "config.yaml")
+    rows = [{"step": 10, "clips_per_second": 1.0}, {"step": 40, "clips_per_second": 20.0}]
+    (probe / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert demo.training_steps(tmp_path, 8) == 1200  # 8 min * 60 s * 20 clips/s / 8 clips
+    assert demo.training_steps(tmp_path, 1) == 150
+    train = demo.later_stages(tmp_path, 1200)[0]
+    assert "train.steps=1200" in train.arguments and "train.decay_steps=360" in train.arguments
+
+
 def test_a_stopped_demo_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = [demo.Stage("one", ("one",)), demo.Stage("two", ("two",))]
     ran: list[str] = []
-    codes = {"one": 0, "two": 1}
+    fails = {"two"}
 
-    def run(arguments: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
-        assert arguments[:3] == [sys.executable, "-m", "lavita"]
-        ran.append(arguments[3])
-        return subprocess.CompletedProcess(arguments, codes[arguments[3]])
+    def run(arguments: tuple[str, ...]) -> None:
+        ran.append(arguments[0])
+        if arguments[0] in fails:
+            raise CommandFailed(1)
 
-    monkeypatch.setattr(demo, "stages", lambda out: plan)
-    monkeypatch.setattr(demo.subprocess, "run", run)
-    monkeypatch.setattr(demo, "summarize", lambda out, commands: {"models": {}})
+    monkeypatch.setattr(demo, "first_stages", lambda out: [demo.Stage("one", ("one",))])
+    monkeypatch.setattr(demo, "training_steps", lambda out, minutes: 20)
+    monkeypatch.setattr(demo, "later_stages", lambda out, steps: [demo.Stage("two", ("two",))])
+    monkeypatch.setattr(demo, "run_command", run)
+    monkeypatch.setattr(demo, "summarize", lambda out, timed: {"models": {}})
     monkeypatch.setattr(demo, "write_page", lambda out, summary: None)
-    with pytest.raises(demo.StageFailed):
-        demo.run_demo(tmp_path)
-    codes["two"] = 0
-    demo.run_demo(tmp_path)
+    with pytest.raises(CommandFailed):
+        demo.run_demo(tmp_path, 1)
+    fails.clear()
+    demo.run_demo(tmp_path, 1)
     assert ran == ["one", "two", "two"]
     assert (tmp_path / "summary.json").exists()
+
+
+def test_a_command_that_fails_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CommandFailed) as failed:
+        run_command(["train", "--config", "no-such-file.yaml"])
+    assert failed.value.code == 2
+    assert "no-such-file.yaml: no such file" in capfd.readouterr().err

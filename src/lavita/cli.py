@@ -59,13 +59,17 @@ ConfigFile = Annotated[
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's data, model, samples and page.")] = Path("runs/demo"),
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="About how long to train; the rest takes as long again.")
+    ] = 8.0,
 ) -> None:
     """Render arcade videos, train a small model on them, generate more, and show it all on a page."""
-    from lavita.demo import StageFailed, run_demo
+    from lavita.commands import CommandFailed
+    from lavita.demo import run_demo
 
     try:
-        run_demo(out)
-    except StageFailed as failed:
+        run_demo(out, minutes)
+    except CommandFailed as failed:
         raise typer.Exit(failed.code) from failed
 
 
@@ -256,7 +260,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Preset, S/2 to XL/8, also tiny and small; or folder of a transformer, pipeline or run; or builtin.",
+            help="Preset, S/2 to XL/8, also tiny, mini, small; or folder of a transformer, pipeline or run; or builtin.",
             show_default=False,
         ),
     ] = None,
@@ -323,6 +327,50 @@ def info(
         print(json.dumps({"model": model, **cost.to_json(), "training_memory_bytes": memory.to_json()}, indent=1))
     else:
         complexity.print_complexity(model, cost, memory)
+
+
+@app.command()
+def study(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5), joint-training, "
+            "pretraining, or combinations: every variant with every embedding, conditioning and position."
+        ),
+    ],
+    config: Annotated[str, typer.Option(help="Of all arms: YAML file, or the name of a packaged one.")],
+    out: Annotated[Path, typer.Option(help="Folder of the study.")],
+    overrides: Overrides = None,
+    steps: Annotated[
+        str, typer.Option(help="Length of each arm; several, rising: it is sampled and scored at each.")
+    ] = "1000",
+    real: Annotated[
+        Path | None, typer.Option(help="Class folders of real videos to score against.", show_default=False)
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Of `lavita evaluate`; with --real.")] = "accuracy,motion",
+    seeds: Annotated[str, typer.Option(help="Of the samples, one a class for each seed.")] = "0-3",
+    sample_steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations of a sample.")] = 20,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the image model, for pretraining.", show_default=False)
+    ] = None,
+) -> None:
+    """Train configurations that differ in one field alike, and compare them. Run it again to go on."""
+    from lavita.commands import CommandFailed
+    from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
+
+    if name not in (*STUDIES, "pretraining"):
+        raise ValueError(f"name is {name!r}; allowed: {', '.join((*STUDIES, 'pretraining'))}")
+    if (weights is None) == (name == "pretraining"):
+        raise ValueError("--weights goes with the study pretraining, which needs it")
+    if not all(part.strip().isdigit() for part in steps.split(",")):
+        raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
+    arms = STUDIES[name] if weights is None else pretraining_arms(weights)
+    points = tuple(int(part) for part in steps.split(","))
+    plan = StudyPlan(out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics)
+    try:
+        run_study(arms, plan)
+    except CommandFailed as failed:
+        raise typer.Exit(failed.code) from failed
 
 
 @app.command()

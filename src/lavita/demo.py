@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lavita.commands import run_command
+from lavita.config import RunConfig, load_config, read_yaml
 from lavita.page import write_page
 
 SEEDS = "0-5"
 SAMPLE_STEPS = "20"
-
-
-class StageFailed(Exception):
-    """A stage ended with an error, which it has printed itself."""
-
-    def __init__(self, code: int) -> None:
-        """Keeps the exit code of the stage."""
-        super().__init__(f"exit code {code}")
-        self.code = code
+TRAIN_EPISODES, HELDOUT_EPISODES = "16", "4"
+PROBE_STEPS = 40
+DECAY_SHARE = 0.3  # of the steps, over which the learning rate falls to 0
+NUM_STAGES = 8
 
 
 @dataclass(frozen=True)
@@ -44,39 +38,28 @@ class Stage:
         return " ".join(("lavita", *self.arguments))
 
 
-def stages(out: Path) -> list[Stage]:
-    """The demo's commands, in order."""
-    data, run = out / "data", out / "train"
-    evaluate = (
-        "evaluate",
-        "--real",
-        f"{data}/train",
-        "--held-out",
-        f"{data}/heldout",
-        "--cache",
-        f"{out}/classifier",
-    )
-    sample = ("--seeds", SEEDS, "--steps", SAMPLE_STEPS)
+def first_stages(out: Path) -> list[Stage]:
+    """The commands up to the one that shows how fast this computer trains."""
+    data = out / "data"
+    episodes = ("--train-episodes", TRAIN_EPISODES, "--heldout-episodes", HELDOUT_EPISODES)
+    encode = ("encode", "--data", f"{data}/train", "--out", f"{out}/latents", "--resolution", "64", "--no-flip")
+    probe = (f"train.steps={PROBE_STEPS}", "train.sample_every=0")
     return [
-        Stage("Render an arcade data set", ("data", "arcade", f"{data}")),
-        Stage(
-            "Encode every frame with the autoencoder of the package",
-            (
-                "encode",
-                "--data",
-                f"{data}/train",
-                "--out",
-                f"{out}/latents",
-                "--resolution",
-                "64",
-                "--no-flip",
-            ),
-        ),
-        Stage(
-            "Train a small LAVITA",
-            ("train", "--config", "demo", f"run_dir={run}", f"data.latent_cache={out}/latents"),
-        ),
-        Stage("Generate with it", ("sample", f"{run}/pipeline", "--out", f"{out}/samples", *sample)),
+        Stage("Render an arcade data set", ("data", "arcade", f"{data}", *episodes)),
+        Stage("Encode every frame with the autoencoder of the package", encode),
+        Stage("See how fast this computer trains", (*_train(out, "probe"), *probe)),
+    ]
+
+
+def later_stages(out: Path, steps: int) -> list[Stage]:
+    """The commands from a training of so many steps on."""
+    data = out / "data"
+    sample = ("--seeds", SEEDS, "--steps", SAMPLE_STEPS)
+    length = (f"train.steps={steps}", f"train.decay_steps={round(DECAY_SHARE * steps)}")
+    evaluate = ("evaluate", "--real", f"{data}/train", "--held-out", f"{data}/heldout", "--cache", f"{out}/classifier")
+    return [
+        Stage("Train a small LAVITA", (*_train(out, "train"), *length)),
+        Stage("Generate with it", ("sample", f"{out}/train/pipeline", "--out", f"{out}/samples", *sample)),
         Stage("Generate with the model of the package", ("sample", "--out", f"{out}/samples-shipped", *sample)),
         Stage(
             "Score the model trained here",
@@ -89,35 +72,34 @@ def stages(out: Path) -> list[Stage]:
     ]
 
 
-def run_demo(out: Path) -> None:
+def _train(out: Path, name: str) -> tuple[str, ...]:
+    return ("train", "--config", "demo", f"run_dir={out / name}", f"data.latent_cache={out}/latents")
+
+
+def training_steps(out: Path, minutes: float) -> int:
+    """How many steps fit into some minutes, by the speed at the end of the probe."""
+    last = json.loads((out / "probe" / "metrics.jsonl").read_text().splitlines()[-1])
+    config = load_config(RunConfig, read_yaml(out / "probe" / "config.yaml"))
+    steps = 60 * minutes * last["clips_per_second"] / config.train.batch_size
+    return max(10, round(steps, -1 if steps < 1000 else -2))
+
+
+def run_demo(out: Path, minutes: float) -> None:
     """Runs all stages that are not finished, then writes `summary.json`, the pictures and `index.html`.
 
     Args:
         out: the demo's folder; made if missing.
+        minutes: about how long to train.
 
     Raises:
-        StageFailed: where a command failed; running the demo again goes on with that stage.
+        CommandFailed: where a command failed; running the demo again goes on with that stage.
     """
     out.mkdir(parents=True, exist_ok=True)
-    notes = out / "stages.json"
-    seconds: dict[str, float] = json.loads(notes.read_text()) if notes.exists() else {}
-    plan = stages(out)
-    for number, stage in enumerate(plan, start=1):
-        print(f"\n[{number}/{len(plan)}] {stage.title}\n$ {stage.command}", flush=True)
-        if stage.command in seconds:
-            print(f"finished before, in {seconds[stage.command]:.0f} s", flush=True)
-            continue
-        start = time.monotonic()
-        code = _run([sys.executable, "-m", "lavita", *stage.arguments])
-        if code:
-            print("stopped here; the same command goes on with this stage", file=sys.stderr)
-            raise StageFailed(code)
-        seconds[stage.command] = round(time.monotonic() - start, 1)
-        partial = notes.with_suffix(".partial")
-        partial.write_text(json.dumps(seconds, indent=1))
-        partial.replace(notes)
-
-    summary = summarize(out, [(stage.command, seconds[stage.command]) for stage in plan])
+    plan = first_stages(out)
+    seconds = [_run_stage(out, number, stage) for number, stage in enumerate(plan, start=1)]
+    later = later_stages(out, training_steps(out, minutes))
+    seconds += [_run_stage(out, number, stage) for number, stage in enumerate(later, start=len(plan) + 1)]
+    summary = summarize(out, list(zip([*plan, *later], seconds, strict=True)))
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     write_page(out, summary)
     print()
@@ -129,20 +111,28 @@ def run_demo(out: Path) -> None:
     print(f"\nOpen {out / 'index.html'} in a browser, or look at {out / 'contact_sheet.png'}")
 
 
-def _run(command: list[str]) -> int:
-    # Ctrl-C reaches the command as well, which saves what it has; here it only waits for that.
-    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
-    try:
-        return subprocess.run(command, check=False).returncode
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _run_stage(out: Path, number: int, stage: Stage) -> float:
+    """Runs a stage unless `stages.json` says that it is finished; the seconds it took."""
+    notes = out / "stages.json"
+    seconds: dict[str, float] = json.loads(notes.read_text()) if notes.exists() else {}
+    print(f"\n[{number}/{NUM_STAGES}] {stage.title}\n$ {stage.command}", flush=True)
+    if stage.command in seconds:
+        print(f"finished before, in {seconds[stage.command]:.0f} s", flush=True)
+        return seconds[stage.command]
+    start = time.monotonic()
+    run_command(stage.arguments)
+    seconds[stage.command] = round(time.monotonic() - start, 1)
+    partial = notes.with_suffix(".partial")
+    partial.write_text(json.dumps(seconds, indent=1))
+    partial.replace(notes)
+    return seconds[stage.command]
 
 
-def summarize(out: Path, commands: list[tuple[str, float]]) -> dict[str, Any]:
+def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
     """All that `summary.json` holds: the commands with their run times, and both models' scores."""
     lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
     steps = json.loads(lines[-1])["step"]
-    training_seconds = next(taken for command, taken in commands if command.startswith("lavita train"))
+    training_seconds = next(taken for stage, taken in timed if f"run_dir={out / 'train'}" in stage.arguments)
     shipped_card = json.loads((files("lavita") / "weights" / "arcade" / "training.json").read_text())
     trained = json.loads((out / "scores.json").read_text())
     shipped = json.loads((out / "scores-shipped.json").read_text())
@@ -154,8 +144,8 @@ def summarize(out: Path, commands: list[tuple[str, float]]) -> dict[str, Any]:
             ),
         },
         "classifier": trained["accuracy"]["controls"],
-        "commands": [{"command": command, "seconds": taken} for command, taken in commands],
-        "seconds": round(sum(taken for _, taken in commands), 1),
+        "commands": [{"command": stage.command, "seconds": taken} for stage, taken in timed],
+        "seconds": round(sum(taken for _, taken in timed), 1),
         "python": platform.python_version(),
         "processor": platform.machine(),
     }

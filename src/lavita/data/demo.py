@@ -79,9 +79,9 @@ GAMES: tuple[Game, ...] = (
     Game(
         "boxing",
         "boxing",
-        crop=(40, 40, 112, 140),
+        crop=(24, 24, 136, 136),
         actions=("UP", "DOWN", "LEFT", "RIGHT", "RIGHTFIRE", "UPFIRE", "DOWNFIRE"),
-        min_motion=3.5,
+        min_motion=2.0,
     ),
     Game(
         "freeway",
@@ -123,7 +123,7 @@ GAMES: tuple[Game, ...] = (
     Game(
         "enduro",
         "enduro",
-        crop=(32, 52, 136, 156),
+        crop=(24, 44, 136, 156),
         actions=("FIRE", "FIRE", "RIGHTFIRE", "LEFTFIRE"),
         warmup=(40, 80),
         max_jump=10.0,
