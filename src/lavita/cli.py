@@ -260,7 +260,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Preset, S/2 to XL/8, also tiny, mini, small; or folder of a transformer, pipeline or run; or builtin.",
+            help="Preset, S/2 to XL/8, tiny, mini, small; or folder of a transformer, pipeline or run; or builtin.",
             show_default=False,
         ),
     ] = None,
