@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from lavita import demo
 from lavita.commands import CommandFailed, run_command
@@ -37,7 +38,10 @@ def finished(tmp_path: Path) -> Path:
         for name in CLASSES:
             for seed in range(2):
                 write_video(tmp_path / folder / name / f"{seed}.mp4", frames, 15)
-    (tmp_path / "train").mkdir()
+    transformer = tmp_path / "train" / "pipeline" / "transformer"
+    transformer.mkdir(parents=True)
+    weights = {"a.weight": np.zeros((250, 1000), np.float32), "pos_embed": np.zeros((1, 999, 1000), np.float32)}
+    save_file(weights, transformer / "diffusion_pytorch_model.safetensors")
     rows = [{"step": s, "loss": 1 / s, "lr": 1e-4, "grad_norm": 0.1, "clips_per_second": 9.0} for s in (10, 20)]
     (tmp_path / "train" / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "scores.json").write_text(json.dumps(scores(0.75)))
@@ -69,7 +73,7 @@ def test_page_shows_scores_and_every_video_that_it_names_exists(finished: Path) 
     write_page(finished, summary)
     page = (finished / "index.html").read_text()
     assert summary["models"]["trained here"]["accuracy"] == 0.75
-    assert summary["models"]["trained here"]["training"] == "20 steps in 2.0 minutes"
+    assert summary["models"]["trained here"]["training"] == "0.2 M parameters, 20 steps in 2.0 minutes"
     assert summary["models"]["shipped"]["motion_within_factor_2"] == 1
     assert "75.0%" in page and "100.0%" in page
     sources = [part.split('"')[0] for part in page.split('src="')[1:]]

@@ -38,21 +38,28 @@ def main(name: str, source: Path) -> None:
         load_autoencoder(str(source)).half().save_pretrained(replace_weights(name))
         return
     records = [json.loads(line) for line in (source / "metrics.jsonl").read_text().splitlines()]
-    batch_size = read_yaml(source / "config.yaml")["train"]["batch_size"]
+    settings = read_yaml(source / "config.yaml")["train"]
     seconds = sum(
-        (after["step"] - before["step"]) * batch_size / after["clips_per_second"] for before, after in pairwise(records)
+        (after["step"] - before["step"]) * settings["batch_size"] / after["clips_per_second"]
+        for before, after in pairwise(records)
     )
     pipeline = load_pipeline(source / "pipeline")
     pipeline.to(torch.float16)
-    folder = replace_weights(name)
-    pipeline.save_pretrained(folder)
-    card = {
+    run = {
         "steps": records[-1]["step"],
         "minutes": round(seconds / 60, 1),
         "loss": round(sum(row["loss"] for row in records[-20:]) / len(records[-20:]), 4),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    (folder / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+    # A run that started from the packaged model adds to its runs.
+    runs = json.loads((WEIGHTS / name / "training.json").read_text()) if settings["init_from"] == "builtin" else []
+    folder = replace_weights(name)
+    pipeline.save_pretrained(folder)
+    for file in folder.rglob("*.json"):  # where the run lay is nobody's business
+        fields = json.loads(file.read_text())
+        fields.pop("_name_or_path", None)
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    (folder / "training.json").write_text(json.dumps([*runs, run], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ A stopped demo goes on where it was: finished stages are noted in `stages.json`,
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from lavita.commands import run_command
 from lavita.config import RunConfig, load_config, read_yaml
@@ -133,14 +136,17 @@ def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
     lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
     steps = json.loads(lines[-1])["step"]
     training_seconds = next(taken for stage, taken in timed if f"run_dir={out / 'train'}" in stage.arguments)
-    shipped_card = json.loads((files("lavita") / "weights" / "arcade" / "training.json").read_text())
+    package = Path(str(files("lavita") / "weights" / "arcade"))
+    runs = json.loads((package / "training.json").read_text())
+    once = f"{sum(run['steps'] for run in runs):,} steps in {sum(run['minutes'] for run in runs):.0f} minutes"
+    sizes = [_parameters(folder) for folder in (out / "train" / "pipeline", package)]
     trained = json.loads((out / "scores.json").read_text())
     shipped = json.loads((out / "scores-shipped.json").read_text())
     return {
         "models": {
-            "trained here": _model_row(f"{steps:,} steps in {training_seconds / 60:.1f} minutes", trained),
+            "trained here": _model_row(f"{sizes[0]}, {steps:,} steps in {training_seconds / 60:.1f} minutes", trained),
             "shipped": _model_row(
-                f"{shipped_card['steps']:,} steps in {shipped_card['minutes']:.0f} minutes, once", shipped
+                f"{sizes[1]}, {card['steps']:,} steps in {card['minutes']:.0f} minutes, once", shipped
             ),
         },
         "classifier": trained["accuracy"]["controls"],
@@ -149,6 +155,13 @@ def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": platform.machine(),
     }
+
+
+def _parameters(pipeline: Path) -> str:
+    """The size of a pipeline's transformer, in words."""
+    with safe_open(pipeline / "transformer" / "diffusion_pytorch_model.safetensors", framework="numpy") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.endswith("_embed")]  # noqa: SIM118
+    return f"{sum(map(math.prod, shapes)) / 1e6:.1f} M parameters"
 
 
 def _model_row(training: str, scores: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ code {{ font-size: .85rem; }} img {{ max-width: 100%; }} .no {{ color: #c33; }}
 <h1>LAVITA demo</h1>
 <p>A latent video diffusion transformer was trained on rendered arcade games on this computer, then asked for
 each game by name. All of it took {minutes:.1f} minutes. Rows marked <em>shipped</em> come from the model in the
-package, which has the same configuration and was trained for longer.</p>
+package, which is wider and was trained for longer, by the same commands.</p>
 <div class="cards">
 {cards}
 </div>
