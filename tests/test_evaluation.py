@@ -19,7 +19,7 @@ from scipy import stats
 from lavita.evaluation import classifier as classifier_module
 from lavita.evaluation.classifier import Classifier, cached_classifier, recolour, shuffle_patches, train_classifier
 from lavita.evaluation.motion import compare_motion, motion
-from lavita.evaluation.protocol import compare, cut_clips
+from lavita.evaluation.comparison import compare, cut_clips
 from lavita.evaluation.scores import METRICS, print_scores, score, wilson_interval, write_scores
 from lavita.video import read_clip, write_video
 
