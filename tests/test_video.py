@@ -567,7 +567,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "frames", "fps", "problem"),
     [
-        ("a.avi", np.zeros((2, 8, 8, 3), np.uint8), 8, "ends in .mp4 or .gif"),
+        ("a.avi", np.zeros((2, 8, 8, 3), np.uint8), 8, "ends in .mp4, .gif or .mkv"),
         ("a.mp4", np.zeros((2, 8, 8, 3), np.float32), 8, "frames is float32"),
         ("a.mp4", np.zeros((2, 3, 8, 8), np.uint8), 8, "must be uint8"),
         ("a.mp4", np.zeros((0, 8, 8, 3), np.uint8), 8, "F >= 1"),

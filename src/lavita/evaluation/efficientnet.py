@@ -14,8 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Of each stage: expansion, width, blocks, stride, kernel (Tan & Le 2019, Table 1; Lite0 scales nothing).
-_STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5))
-_STAGES += ((6, 320, 1, 1, 3),)
+_STAGES = (
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+)
 _EPSILON = 1e-3  # of the batch normalisation
 NUM_FEATURES = 1280
 NUM_CLASSES = 1000

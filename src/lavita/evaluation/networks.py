@@ -88,7 +88,7 @@ def _script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
         module = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: is no TorchScript file (pickles are not read)") from error
-    return module.eval()  # type: ignore[no-any-return]
+    return module.eval()
 
 
 def _load_i3d(path: Path, device: torch.device) -> Run:

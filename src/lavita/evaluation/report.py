@@ -45,7 +45,7 @@ def _print_features(report: Mapping[str, Any], console: Console) -> None:
     for heading in ("value", "95% interval", "limit", "real against\nreal", "n real /\ngenerated"):
         table.add_column(heading, justify="right")
     for name, row in report["scores"].items():
-        for label, cells in _feature_rows(name, row):
+        for label, cells in feature_rows(name, row):
             table.add_row(label, *cells)
         for quoted in row.get("quoted", ()):
             table.add_row(f"  {quoted['method']}", number(quoted["value"]), quoted["source"], "", "", "", style="dim")
@@ -63,7 +63,8 @@ def _print_features(report: Mapping[str, Any], console: Console) -> None:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
 
-def _feature_rows(name: str, row: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def feature_rows(name: str, row: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """A score as rows for reading: label; value, interval, limit, floor, numbers of samples."""
     counts = f"{row['num_real']:,} / {row['num_generated']:,}"
     if "precision" in row:
         floor = row["floor"] or {}
@@ -97,7 +98,7 @@ def read_report(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: is no report of `lavita evaluate` that can be compared") from error
     if not comparable:
         raise ValueError(f"{file}: holds no scores")
-    return report  # type: ignore[no-any-return]
+    return dict(report)
 
 
 def compare_reports(first: Path, second: Path, console: Console | None = None) -> None:

@@ -172,8 +172,8 @@ def choose_clips(
         content = source.hashes[video.name]
         if -1 in taken.get(content, ()):
             continue
-        starts = range(video.info.num_frames - span + 1) if random_start else range(1)
-        free = np.array([start for start in starts if start not in taken.get(content, ())], dtype=np.int64)
+        num_starts = video.info.num_frames - span + 1 if random_start else 1
+        free = np.array([start for start in range(num_starts) if start not in taken.get(content, ())], dtype=np.int64)
         # Copies of one file draw differently, by their number, not by their names.
         rng = numpy_generator(seed, "start", content, copies[content])
         copies[content] += 1
