@@ -134,8 +134,7 @@ def _generated(
     model = sample_model(options.generated, folder, num_clips, num_frames, sampling, device, team)
     if options.model_weights is not None:
         if model["weights"] not in ("not recorded", options.model_weights):
-            raise ValueError(
-                f"model_weights is {options.model_weights}, but {options.generated} has {model['weights']}"
-            )
+            stated = options.model_weights
+            raise ValueError(f"model_weights is {stated}, but {options.generated} has {model['weights']}")
         model["weights"] = options.model_weights
     return folder, model

@@ -1,4 +1,4 @@
-"""The same evaluation on several processes of `torchrun`: each does whole batches of one list, and all get all results."""
+"""The same evaluation on several processes of `torchrun`: each does whole batches of one list, all get all results."""
 
 from __future__ import annotations
 

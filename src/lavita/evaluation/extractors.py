@@ -47,7 +47,7 @@ def _lite0_frames(output: Array) -> Array:
 
 
 def _projection(stream: str) -> npt.NDArray[np.float64]:
-    """A fixed random map to fewer dimensions, (1280, 128), that keeps distances on average (Johnson & Lindenstrauss 1984)."""
+    """A fixed random map (1280, 128) that keeps distances on average (Johnson & Lindenstrauss 1984)."""
     rng = numpy_generator(0, "efficientnet_lite0", stream)
     return rng.normal(size=(_LITE0_FEATURES, _PROJECTED)) / np.sqrt(_PROJECTED)
 

@@ -46,7 +46,7 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike, ddof: int = 0) -> float
     """`|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))` (Dowson & Landau 1982; Heusel et al. 2017, Eq. 6).
 
     The trace of the root is the sum of the singular values of `A_x A_y'` for any factors `S = A' A`; those of a QR
-    decomposition of the rows are exact to rounding where a covariance is singular, which roots of its eigenvalues are not.
+    decomposition of the rows are exact to rounding where a covariance is singular, unlike roots of its eigenvalues.
 
     Args:
         x: features (N, D), finite.
@@ -140,7 +140,7 @@ def _halved(
     num: int,
     seed: int,
 ) -> Array | None:
-    """Distances of halves with halves (num,), each the mean over the two of a halving; None where a half is too small."""
+    """Distances of halves (num,), each the mean over the two of a halving; None where a half is too small."""
     if not num or min(num_clusters(clusters_x), num_clusters(clusters_y)) < 4:
         return None
     rng = np.random.default_rng(seed)

@@ -23,7 +23,7 @@ Run = Callable[[Tensor], Tensor]
 
 INCEPTION_SIDE = 299
 LITE0_SIDE = 128
-"""Pixels of a side: a compromise for CPUs, at which a frame costs a third of the 224 that the network was trained at."""
+"""Pixels of a side: a compromise for CPUs, where a frame costs a third of what it costs at the 224 of its training."""
 _PROBE_FRAMES = 16
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lavita.evaluation.frechet import Z_95
@@ -37,16 +38,17 @@ def print_scores(scores: Mapping[str, Any], console: Console | None = None) -> N
 def _print_features(report: Mapping[str, Any], console: Console) -> None:
     protocol = report["protocol"]
     table = Table(
-        title=f"{protocol['generated']} against {protocol['real']}",
+        title=escape(f"{protocol['generated']} against {protocol['real']}"),
         caption=f"clips of {protocol['num_frames']} frames at interval {protocol['frame_interval']}, "
         f"{protocol['resolution']}x{protocol['resolution']}",
     )
-    table.add_column("score")
+    # The value must not be torn apart, whatever the width of the console.
+    table.add_column("score", overflow="fold")
     for heading in ("value", "95% interval", "limit", "real against\nreal", "n real /\ngenerated"):
         table.add_column(heading, justify="right")
     for name, row in report["scores"].items():
         for label, cells in feature_rows(name, row):
-            table.add_row(label, *cells)
+            table.add_row(escape(label), *cells)
         for quoted in row.get("quoted", ()):
             table.add_row(f"  {quoted['method']}", number(quoted["value"]), quoted["source"], "", "", "", style="dim")
     console.print(table)
@@ -120,7 +122,7 @@ def compare_reports(first: Path, second: Path, console: Console | None = None) -
     table = Table(caption="the same protocol; intervals are of 95%")
     table.add_column("score")
     for file in (first, second):
-        table.add_column(str(file), justify="right")
+        table.add_column(escape(str(file)), justify="right")
     table.add_column("difference", justify="right")
     values = [_values(report) for report in reports]
     for name in values[0]:
@@ -129,7 +131,7 @@ def compare_reports(first: Path, second: Path, console: Console | None = None) -
         reach = (reach_a**2 + reach_b**2) ** 0.5
         sure = f" +- {number(reach)}" if reach else ""
         cells = [f"{number(v)} +- {number(r)}" if r else number(v) for v, r in ((a, reach_a), (b, reach_b))]
-        table.add_row(name, *cells, f"{number(b - a)}{sure}")
+        table.add_row(escape(name), *cells, f"{number(b - a)}{sure}")
     console.print(table)
 
 

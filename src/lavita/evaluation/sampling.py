@@ -62,9 +62,7 @@ def sample_model(
     source = model_source(model)
     config = load_pipeline(source).transformer.config
     if config["text_dim"]:
-        raise ValueError(
-            f"generated is {model}, a model with texts: sample it with `lavita sample`, then score the folder"
-        )
+        raise ValueError(f"generated is {model}, which has texts: use `lavita sample`, then score its folder")
     num_classes = config["num_classes"] or 1
     seeds_a_class = -(-num_clips // num_classes)
     seeds = range(options.first_seed, options.first_seed + seeds_a_class)
