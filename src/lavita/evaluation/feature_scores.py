@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lavita.evaluation.extractors import EXTRACTORS, Extractor, get_extractor
 from lavita.evaluation.features import Outputs
-from lavita.evaluation.frechet import frechet_score
+from lavita.evaluation.frechet import frechet_distance, frechet_score
 from lavita.evaluation.inception_score import inception_score
 from lavita.evaluation.kernel import kernel_score
 from lavita.evaluation.neighbours import nearest, neighbour_scores
@@ -226,27 +226,23 @@ def check_enough(name: str, protocol: Protocol, num_real: int, num_frames: int) 
     return []
 
 
-def _counts(extractor: Extractor, reference: Sample, generated: Sample) -> dict[str, int]:
-    return {"num_real": len(reference.videos(extractor)), "num_generated": len(generated.videos(extractor))}
-
-
 def _frechet(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict[str, Any]:
     ddof = protocol.image_ddof if extractor.level == "frame" else protocol.video_ddof
     reference = samples.reference(extractor)
 
-    def compute(sample: Sample, limit: bool) -> dict[str, Any]:
-        score = frechet_score(
-            reference.features(extractor),
-            sample.features(extractor),
-            ddof,
-            reference.videos(extractor),
-            sample.videos(extractor),
-            protocol.num_halvings if limit else 0,
-            protocol.seed,
-        )
-        return asdict(score)
-
-    score = compute(samples.generated, limit=True)
+    real, real_videos = reference.features(extractor), reference.videos(extractor)
+    score = frechet_score(
+        real,
+        samples.generated.features(extractor),
+        ddof,
+        real_videos,
+        samples.generated.videos(extractor),
+        protocol.num_halvings,
+        protocol.seed,
+    )
+    floor = None
+    if samples.floor is not None:
+        floor = frechet_distance(real, samples.floor.features(extractor), ddof)
     by_class = _by_class(
         extractor,
         reference,
@@ -255,10 +251,11 @@ def _frechet(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict
         extractor.num_features + 1,
     )
     return {
-        **score,
-        **_counts(extractor, reference, samples.generated),
+        **asdict(score),
+        "num_real": len(real),
+        "num_generated": len(samples.generated.videos(extractor)),
         "ddof": ddof,
-        "floor": None if samples.floor is None else compute(samples.floor, limit=False)["value"],
+        "floor": floor,
         "per_class": by_class,
     }
 

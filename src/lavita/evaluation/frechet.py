@@ -56,7 +56,8 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike, ddof: int = 0) -> float
     Raises:
         ValueError: for arrays that are no such sets, or fewer than 2 rows.
     """
-    return _distance(_moments("x", x, ddof), _moments("y", y, ddof))[0]
+    first, second = _moments("x", x, ddof), _moments("y", y, ddof)
+    return _distance(first, second, np.linalg.svd(_overlap(first, second), compute_uv=False))
 
 
 def frechet_score(
@@ -88,7 +89,8 @@ def frechet_score(
         ValueError: as `frechet_distance`, or for clusters of another length.
     """
     first, second = _moments("x", x, ddof), _moments("y", y, ddof)
-    value, left, singular, right = _distance(first, second)
+    left, singular, right = np.linalg.svd(_overlap(first, second), full_matrices=False)
+    value = _distance(first, second, singular)
     numbers = (cluster_numbers("x", clusters_x, len(first.q)), cluster_numbers("y", clusters_y, len(second.q)))
     variance = 0.0
     for own, other, vectors, cluster in ((first, second, left, numbers[0]), (second, first, right.T, numbers[1])):
@@ -120,15 +122,18 @@ def _moments(field: str, rows: npt.ArrayLike, ddof: int) -> _Moments:
     return _Moments(mean, q, r)
 
 
-def _distance(x: _Moments, y: _Moments) -> tuple[float, Array, Array, Array]:
-    """The distance, and the singular value decomposition of `r_x r_y'`."""
+def _overlap(x: _Moments, y: _Moments) -> Array:
+    """`r_x r_y'`, whose singular values add up to the trace of the root."""
     if x.r.shape[1] != y.r.shape[1]:
         raise ValueError(f"y has {y.r.shape[1]} features a row, but x {x.r.shape[1]}")
-    left, singular, right = np.linalg.svd(x.r @ y.r.T, full_matrices=False)
+    overlap: Array = x.r @ y.r.T
+    return overlap
+
+
+def _distance(x: _Moments, y: _Moments, singular: Array) -> float:
     traces = float((x.r**2).sum() + (y.r**2).sum())
-    value = float(((x.mean - y.mean) ** 2).sum()) + traces - 2 * float(singular.sum())
     # Rounding can leave a distance of equal sets a trace below 0.
-    return max(value, 0.0), left, singular, right
+    return max(float(((x.mean - y.mean) ** 2).sum()) + traces - 2 * float(singular.sum()), 0.0)
 
 
 def _halved(

@@ -117,7 +117,7 @@ frames at interval {protocol["frame_interval"]}, {protocol["resolution"]}x{proto
 {chr(10).join(lines)}
 </table>
 <p>The interval covers the mean score over other samples of these numbers, which is biased like the score itself;
-the limit is an estimate for infinitely many. What real clips score against other real clips is the best that can be had.</p>
+the limit is an estimate for infinitely many. What real clips score against other real ones is the best there is.</p>
 {blindness}{copying}
 {chr(10).join(sections)}
 <h2>Protocol</h2>

@@ -63,7 +63,7 @@ class Protocol(StrictConfig):
     def _fields_agree(self) -> Protocol:
         if (self.inception_score == "custom") != (self.inception_splits is not None):
             raise ValueError(
-                f"inception_splits is {self.inception_splits}; it must be set with inception_score=custom, and only then"
+                f"inception_splits is {self.inception_splits}; it belongs to inception_score=custom, and only to that"
             )
         return self
 
