@@ -57,7 +57,8 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike, ddof: int = 0) -> float
         ValueError: for arrays that are no such sets, or fewer than 2 rows.
     """
     first, second = _moments("x", x, ddof), _moments("y", y, ddof)
-    return _distance(first, second, np.linalg.svd(_overlap(first, second), compute_uv=False))
+    singular: Array = np.linalg.svd(_overlap(first, second), compute_uv=False)
+    return _distance(first, second, singular)
 
 
 def frechet_score(
