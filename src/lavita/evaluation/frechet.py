@@ -57,7 +57,7 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike, ddof: int = 0) -> float
         ValueError: for arrays that are no such sets, or fewer than 2 rows.
     """
     first, second = _moments("x", x, ddof), _moments("y", y, ddof)
-    singular: Array = np.linalg.svd(_overlap(first, second), compute_uv=False)
+    singular = np.linalg.svd(_overlap(first, second), compute_uv=False).astype(np.float64)
     return _distance(first, second, singular)
 
 
