@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lavita.config import RunConfig
 from lavita.data.clips import clip_span
 from lavita.evaluation.extractors import get_extractor
 from lavita.evaluation.feature_scores import FEATURE_METRICS, score_name
@@ -16,7 +17,7 @@ from lavita.evaluation.kernel import kernel_score
 from lavita.evaluation.networks import Network, load_network
 from lavita.evaluation.sides import choose_clips, read_source
 from lavita.pipeline import LavitaPipeline
-from lavita.runtime import generator
+from lavita.runtime import Metrics, generator
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class TrainingScorer:
         num_classes, features = pipeline.transformer.config["num_classes"], []
         if pipeline.transformer.config["text_dim"]:
             raise ValueError("a model with texts cannot be scored during training: it has no prompts to be scored on")
+        pipeline.set_progress_bar_config(disable=True)
         training = pipeline.transformer.training
         pipeline.transformer.eval()
         for first in range(0, self.options.num_clips, BATCH_SIZE):
@@ -95,3 +97,34 @@ class TrainingScorer:
         score = kernel_score(self._real, np.concatenate(features), self._videos)
         name = score_name(FEATURE_METRICS["kernel-video"], self._extractor)
         return {name: score.value, f"{name}_standard_error": score.standard_error}
+
+
+class ScoreLog:
+    """The scores of a training run, a line each in `scores.jsonl`."""
+
+    def __init__(self, config: RunConfig, resume_step: int, device: torch.device) -> None:
+        """Reads the real clips of the run; lines after `resume_step` are dropped, as they will be written again.
+
+        Raises:
+            ValueError: as `TrainingScorer`.
+        """
+        data, self._settings = config.data, config.train
+        # The configuration has no scores without it.
+        assert data.path is not None
+        self._score = TrainingScorer(
+            data.path,
+            data.num_frames,
+            data.frame_interval,
+            data.resolution,
+            TrackingOptions(num_clips=config.train.score_clips),
+            device,
+        )
+        self._lines = Metrics(config.run_dir / "scores.jsonl", resume_step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the model is scored after so many steps: every so often, and at the end."""
+        return step % self._settings.score_every == 0 or step == self._settings.steps
+
+    def write(self, step: int, pipeline: LavitaPipeline) -> None:
+        """Scores a pipeline and appends the line."""
+        self._lines.write(step=step, **self._score(pipeline))
