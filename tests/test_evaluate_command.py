@@ -382,8 +382,10 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     (["@", *FEW, "--weights", "i3d={}/weights/c3d_ucf101.pt"], "c3d_ucf101.pt: is not i3d"),
     (["@", *FEW, "--weights", "i4d=x"], "weights is 'i4d=x'; allowed names: i3d"),
     (["@", *FEW, "--weights", "{}/real"], "i3d needs the file i3d_torchscript.pt, published by StyleGAN-V"),
-    (["@", *FEW, "--metrics", "accuracy", "--page", "p"], "page is set, but has no effect"),
+    (["@", "--metrics", "accuracy", "--page", "p"], "page is set, but has no effect"),
     (["@", *FEW, "--sampler", "ddim"], "sampler is set, but has no effect"),
+    (["@", *FEW, "neighbours=3"], "neighbours is set, but has no effect on kvd"),
+    (["@", *FEW, "--metrics", "accuracy"], "num_real_clips is set, but has no effect without a metric of features"),
 ]
 
 

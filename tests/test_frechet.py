@@ -159,6 +159,7 @@ def test_influence_function_equals_a_jackknife() -> None:
         (np.zeros((5, 2)), np.full((5, 2), np.nan), {}, "y holds features that are not finite"),
         (np.zeros((5, 2)), np.zeros((5, 3)), {}, "y has 3 features a row, but x 2"),
         (np.zeros((5, 2)), np.zeros((5, 2)), {"ddof": 2}, "ddof is 2; allowed: 0, 1"),
+        (np.zeros((5, 2)), np.zeros((5, 2)), {"clusters_y": ["a"] * 5}, "y has 1 independent sample"),
         (np.zeros((5, 2)), np.zeros((5, 2)), {"clusters_x": [0, 1]}, r"clusters of x have shape \(2,\)"),
     ],
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lavita.evaluation.distributed import Processes, processes
+from lavita.evaluation.feature_scores import FEATURE_METRICS
 from lavita.evaluation.gallery import write_gallery
 from lavita.evaluation.networks import NETWORKS
 from lavita.evaluation.protocol import make_protocol
@@ -17,6 +21,20 @@ from lavita.evaluation.scores import METRICS, Options, score
 from lavita.runtime import pick_device
 
 DEFAULT_SAMPLES = Path("runs/evaluate/samples")
+# Fields of the protocol that only some metrics look at: those with this kind, or this field for their extractor.
+_NEEDED_BY: dict[str, tuple[str, str]] = {
+    "video_extractor": ("field", "video_extractor"),
+    "video_ddof": ("field", "video_extractor"),
+    "image_extractor": ("field", "image_extractor"),
+    "image_ddof": ("field", "image_extractor"),
+    "frames_a_clip": ("field", "image_extractor"),
+    "real_frames": ("field", "image_extractor"),
+    "label_extractor": ("field", "label_extractor"),
+    "inception_score": ("kind", "inception-score"),
+    "inception_splits": ("kind", "inception-score"),
+    "neighbours": ("kind", "prdc"),
+    "num_halvings": ("kind", "frechet"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,13 +69,13 @@ def run_evaluation(options: EvaluateOptions) -> None:
         ValueError: for anything that cannot be scored as asked, in one line.
     """
     protocol = make_protocol(options.preset, options.overrides)
-    device = str(pick_device(options.device))
     weights = parse_weights(options.weights)
     _check_metrics(options)
     with processes() as team:
+        device = _device(options.device, team)
         generated, model = _generated(options, protocol.num_generated_clips, protocol.num_frames, device, team)
         manifest = options.manifest
-        if manifest is None and options.out is not None:
+        if manifest is None and options.out is not None and set(options.metrics) & FEATURE_METRICS.keys():
             # Beside each report its clips; a new evaluation chooses anew.
             manifest = options.out.with_suffix(".clips.json")
             if team.is_first:
@@ -105,12 +123,25 @@ def _check_metrics(options: EvaluateOptions) -> None:
     unknown = [name for name in options.metrics if name not in METRICS]
     if unknown:
         raise ValueError(f"metrics is {unknown[0]!r}; allowed: {', '.join(METRICS)}")
-    if all(name in ("accuracy", "motion") for name in options.metrics):
-        for field, value in (("page", options.page), ("weights", options.weights), ("manifest", options.manifest)):
-            if value:
-                raise ValueError(
-                    f"{field} is set, but has no effect without a metric of features, such as kernel-video"
-                )
+    chosen = [FEATURE_METRICS[name] for name in options.metrics if name in FEATURE_METRICS]
+    given = [text.partition("=")[0] for text in options.overrides]
+    if not chosen:
+        given += [name for name in ("preset", "page", "weights", "manifest") if getattr(options, name)]
+        useless = [name for name in given if name not in ("frame_interval", "seed")]
+        if useless:
+            raise ValueError(f"{useless[0]} is set, but has no effect without a metric of features: kernel-video ...")
+    for name in given:
+        key, value = _NEEDED_BY.get(name, ("", ""))
+        if key and not any(getattr(metric, key) == value for metric in chosen):
+            raise ValueError(f"{name} is set, but has no effect on {', '.join(options.metrics)}")
+
+
+def _device(name: str, team: Processes) -> str:
+    """The device of this process: on several GPUs each has one of its own."""
+    device = pick_device(name)
+    if str(device) == "cuda" and team.count > 1:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return str(device)
 
 
 def _generated(

@@ -20,6 +20,9 @@ Level = Literal["clip", "frame", "labels"]
 
 _LITE0_FEATURES = 1280
 _PROJECTED = 128
+# On real clips a change from frame to frame is this much smaller than what sets clips apart; without these factors
+# neither it nor the trend would weigh anything.
+_CHANGE_WEIGHT, _TREND_WEIGHT = 4.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def _lite0_mean(output: Array) -> Array:
 def _lite0_video(output: Array) -> Array:
     frames = _lite0_frames(output).astype(np.float64)
     half = frames.shape[1] // 2
-    change = np.abs(np.diff(frames, axis=1)).mean(1)
-    trend = frames[:, -half:].mean(1) - frames[:, :half].mean(1)
+    change = _CHANGE_WEIGHT * np.abs(np.diff(frames, axis=1)).mean(1)
+    trend = _TREND_WEIGHT * (frames[:, -half:].mean(1) - frames[:, :half].mean(1))
     parts = (frames.mean(1) @ _projection("mean"), change @ _projection("change"), trend @ _projection("trend"))
     return np.concatenate(parts, axis=1).astype(np.float32)
 
@@ -87,7 +90,8 @@ EXTRACTORS: dict[str, Extractor] = {
     )
 }
 """`efficientnet_lite0_video` is the mean over the frames, the mean change from one to the next, and the change from the
-first half to the second, each projected to 128 dimensions; `efficientnet_lite0_mean` is the first of these alone."""
+first half to the second, weighted 1, 4 and 2, each projected to 128 dimensions; `efficientnet_lite0_mean` is the first
+of these alone."""
 
 
 def get_extractor(field: str, name: str, level: Level) -> Extractor:

@@ -93,6 +93,9 @@ def frechet_score(
     left, singular, right = np.linalg.svd(_overlap(first, second), full_matrices=False)
     value = _distance(first, second, singular)
     numbers = (cluster_numbers("x", clusters_x, len(first.q)), cluster_numbers("y", clusters_y, len(second.q)))
+    for field, number in zip("xy", numbers, strict=True):
+        if num_clusters(number) < 2:
+            raise ValueError(f"{field} has 1 independent sample, one video; an interval needs at least 2")
     variance = 0.0
     for own, other, vectors, cluster in ((first, second, left, numbers[0]), (second, first, right.T, numbers[1])):
         count = len(own.q)

@@ -172,11 +172,12 @@ def _score_features(
         samples: dict[str, Sample] = {}
         try:
             for name, side in sides.items():
-                # Every frame of the data set is for image metrics only.
+                # Where every frame is compared with, image metrics look at that side instead of the real clips.
+                unused = {"every_frame": ("clip", "labels"), "real": ("frame",) if "every_frame" in sides else ()}
                 wanted = {
                     extractor.network.name
                     for extractor in extractors.values()
-                    if name != "every_frame" or extractor.level == "frame"
+                    if extractor.level not in unused.get(name, ())
                 }
                 outputs = compute_outputs(
                     side,
@@ -283,8 +284,12 @@ def _choose(
     )
     span = clip_span(num_frames, interval)
     sources = {"real": read_source(real, span, skip, without["real"]), "generated": made}
+    real_infos = [video.info for video in sources["real"].catalog.videos]
+    num_small = sum(min(info.width, info.height) < resolution for info in real_infos)
     frames_in_all = sum(video.info.num_frames for video in sources["real"].catalog.videos)
     warnings: list[str] = []
+    if num_small:
+        warnings.append(f"{num_small} of {len(real_infos)} real videos are enlarged to {resolution} pixels")
     for name in metrics:
         extractor = FEATURE_METRICS[name].extractor(protocol, name)
         num_real = protocol.num_real_clips * (num_frames if extractor.level == "frame" else 1)
