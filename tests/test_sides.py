@@ -120,5 +120,7 @@ def test_lossless_files_say_so(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mkv", frames, fps=8)
     assert read_source(tmp_path, 1, False).facts()["codecs"] == {"ffv1 bgr0": 1}
     before = content_hash(tmp_path / "a.mkv")
+    write_video(tmp_path / "b.mkv", frames, fps=8)
+    assert content_hash(tmp_path / "b.mkv") == before
     write_video(tmp_path / "a.mkv", frames[::-1], fps=8)
     assert content_hash(tmp_path / "a.mkv") != before

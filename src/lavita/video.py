@@ -471,7 +471,9 @@ def _encode(path: Path, frames: Frames, rate: Fraction) -> None:
         ".mkv": ("ffv1", "bgr0", _to_bgr),
     }[path.suffix]
     is_mp4 = path.suffix == ".mp4"
-    with av.open(str(path), "w", options={"movflags": "faststart"} if is_mp4 else {}) as container:
+    # Matroska files carry random numbers unless told not to; equal frames shall be equal files.
+    options = {".mp4": {"movflags": "faststart"}, ".mkv": {"fflags": "+bitexact"}}.get(path.suffix, {})
+    with av.open(str(path), "w", options=options) as container:
         stream = cast(VideoStream, container.add_stream(codec, rate=rate))
         if is_mp4:
             to_even = ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0))

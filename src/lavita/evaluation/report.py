@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,16 +42,18 @@ def _print_features(report: Mapping[str, Any], console: Console) -> None:
         title=escape(f"{protocol['generated']} against {protocol['real']}"),
         caption=f"clips of {protocol['num_frames']} frames at interval {protocol['frame_interval']}, "
         f"{protocol['resolution']}x{protocol['resolution']}",
+        box=SIMPLE_HEAD,
     )
-    # The value must not be torn apart, whatever the width of the console.
-    table.add_column("score", overflow="fold")
-    for heading in ("value", "95% interval", "limit", "real against\nreal", "n real /\ngenerated"):
+    table.add_column("score")
+    for heading in ("value\n95% interval", "limit", "real against\nreal", "n real /\ngenerated"):
         table.add_column(heading, justify="right")
     for name, row in report["scores"].items():
-        for label, cells in feature_rows(name, row):
-            table.add_row(escape(label), *cells)
+        for label, (value, interval, *others) in feature_rows(name, row):
+            # The network on a line of its own, or else the table is too wide for a console.
+            narrow = escape(label.replace("[", "\n["))
+            table.add_row(narrow, f"{value}\n{interval}" if interval else value, *others)
         for quoted in row.get("quoted", ()):
-            table.add_row(f"  {quoted['method']}", number(quoted["value"]), quoted["source"], "", "", "", style="dim")
+            table.add_row(f"  {quoted['method']}", f"{number(quoted['value'])}\n{quoted['source']}", style="dim")
     console.print(table)
     blind = [name for name, row in report["scores"].items() if not row["sees_order_of_frames"]]
     if blind:
