@@ -44,8 +44,8 @@ def _print_features(report: Mapping[str, Any], console: Console) -> None:
         f"{protocol['resolution']}x{protocol['resolution']}",
         box=SIMPLE_HEAD,
     )
-    table.add_column("score")
-    for heading in ("value\n95% interval", "limit", "real against\nreal", "n real /\ngenerated"):
+    table.add_column("score", no_wrap=True)
+    for heading in ("value\n95% interval", "limit", "real vs\nreal", "n real /\ngenerated"):
         table.add_column(heading, justify="right")
     for name, row in report["scores"].items():
         for label, (value, interval, *others) in feature_rows(name, row):
@@ -74,7 +74,8 @@ def feature_rows(name: str, row: Mapping[str, Any]) -> list[tuple[str, list[str]
     if "precision" in row:
         floor = row["floor"] or {}
         keys = ("precision", "recall", "density", "coverage")
-        return [(f"{key} {name}", [number(row[key]), "", "", number(floor.get(key)), counts]) for key in keys]
+        rows = [(f"  {key}", [number(row[key]), "", "", number(floor.get(key)), ""]) for key in keys]
+        return [(name, ["", "", "", "", counts]), *rows]
     if "num_splits" in row:
         spread = f"+- {number(row['std_of_splits'])}, {row['num_splits']} splits"
         return [(name, [number(row["value"]), spread, "", number(row["floor"]), counts])]
