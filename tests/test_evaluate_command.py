@@ -19,10 +19,11 @@ from tiny_data import paint, write_broken, write_videos
 
 from lavita import cli
 from lavita.data.clips import center_crop_resize
+from lavita.evaluation import features as features_module
 from lavita.evaluation.kernel import kernel_score
 from lavita.evaluation.networks import NETWORKS, load_network
 from lavita.pipeline import LavitaPipeline
-from lavita.video import read_clip, write_video
+from lavita.video import VideoError, read_clip, write_video
 
 Run = Callable[..., tuple[int, str, str]]
 FEW = ("num_real_clips=12", "num_generated_clips=9", "frame_interval=2")
@@ -343,6 +344,37 @@ def test_broken_videos_are_an_error_or_counted(run: Run, world: Path, tmp_path: 
     code, _, err = run(*arguments, "--skip-broken")
     assert code == 0, err
     assert report(tmp_path / "b.json")["sides"]["real"]["num_broken"] == 2
+
+
+def test_videos_that_fail_to_decode_are_replaced_and_counted(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = features_module.read_clip
+
+    def read(path: Path, *arguments: int) -> Any:
+        if path == world / "real" / "a" / "1.mp4":
+            raise VideoError(path, "frame 3 is damaged")
+        return whole(path, *arguments)
+
+    monkeypatch.setattr(features_module, "read_clip", read)
+    arguments = (*folders(world), "--metrics", "kvd", *FEW, "floor=false", "--out", "b.json")
+    assert_refused(run(*arguments), "1 videos cannot be decoded", "frame 3 is damaged", "--skip-broken")
+    code, _, err = run(*arguments, "--skip-broken")
+    assert code == 0, err
+    content = report(tmp_path / "b.json")
+    assert content["sides"]["real"]["num_broken"] == 1 and "cannot be decoded" in content["sides"]["real"]["broken"][0]
+    assert content["sides"]["clips"]["real"]["num_clips"] == content["scores"]["kvd"]["num_real"] == 12
+    chosen = json.loads((tmp_path / "b.clips.json").read_text())["sides"]["real"]["clips"]
+    assert "a/1.mp4" not in {clip["name"] for clip in chosen}
+
+
+def test_images_can_be_compared_with_every_frame(run: Run, world: Path, tmp_path: Path) -> None:
+    code, _, err = run(*folders(world), "--metrics", "kvd,kid", *FEW, "real_frames=all", "--out", "all.json")
+    assert code == 0, err
+    content = report(tmp_path / "all.json")
+    # 8 videos of 40 frames, in parts of 16, 16 and 8; one frame of each part.
+    assert content["sides"]["clips"]["every_frame"]["num_clips"] == content["scores"]["kid"]["num_real"] == 24
+    assert content["scores"]["kvd"]["num_real"] == 12
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:

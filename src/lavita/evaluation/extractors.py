@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -49,6 +50,7 @@ def _lite0_frames(output: Array) -> Array:
     return output[..., :_LITE0_FEATURES]
 
 
+@cache
 def _projection(stream: str) -> npt.NDArray[np.float64]:
     """A fixed random map (1280, 128) that keeps distances on average (Johnson & Lindenstrauss 1984)."""
     rng = numpy_generator(0, "efficientnet_lite0", stream)

@@ -28,6 +28,9 @@ FEW_SAMPLES = 2048
 """Below so many clips a Frechet distance is mostly bias, which the report says."""
 
 
+_CLIPS_READ = 64  # at a time, to bound memory
+
+
 @dataclass(frozen=True)
 class FeatureMetric:
     """A score of features that can be asked for."""
@@ -112,8 +115,10 @@ class Sample:
         """(N, D) for clips and labels; (all frames, D) for frames."""
         rows = self.outputs[extractor.network.name]
         if extractor.level == "frame":
+            # Clips may differ in length here.
             return np.concatenate([extractor.read(row[None])[0] for row in rows]).astype(np.float64)
-        return np.concatenate([extractor.read(row[None]) for row in rows]).astype(np.float64)
+        parts = [np.stack(rows[first : first + _CLIPS_READ]) for first in range(0, len(rows), _CLIPS_READ)]
+        return np.concatenate([extractor.read(part) for part in parts]).astype(np.float64)
 
     def videos(self, extractor: Extractor) -> npt.NDArray[np.int64]:
         """A number for each row of `features`, equal for rows of one video: those are not independent."""
