@@ -270,7 +270,7 @@ def test_fvd_has_its_name_floor_and_limit(run: Run, tmp_path: Path, world: Path)
     scores = report(tmp_path / "fvd.json")["scores"]
     assert set(scores) == {"fvd"}
     fvd = scores["fvd"]
-    assert fvd["value"] > fvd["floor"] >= 0 and fvd["infinity"] < fvd["value"]
+    assert fvd["value"] > fvd["floor"] >= 0 and fvd["infinity"] is None  # halves are too small
     assert fvd["per_class"] is None and "quoted" not in fvd
     assert "below 2,048 the bias is large" in out
 

@@ -127,6 +127,12 @@ def test_intervals_cover() -> None:
     assert limits.mean() == pytest.approx(truth, abs=3 * limits.std() / np.sqrt(repeats))
 
 
+def test_no_limit_from_halves_that_are_too_small() -> None:
+    assert frechet_score(gaussian(0, 18, 8), gaussian(1, 40, 8)).infinity is not None
+    assert frechet_score(gaussian(0, 16, 8), gaussian(1, 40, 8)).infinity is None
+    assert frechet_score(gaussian(0, 40, 8), gaussian(1, 40, 8), num_halvings=0).infinity is None
+
+
 def test_rows_of_one_cluster_are_one_draw() -> None:
     x, y = gaussian(0, 200, 4), gaussian(1, 200, 4)
     once = frechet_score(x, y)

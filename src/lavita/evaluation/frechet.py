@@ -28,7 +28,8 @@ class FrechetScore:
     interval_95: tuple[float, float]
     """Covers the mean of `value` over other samples of the same numbers: not the distance of the distributions."""
     infinity: float | None
-    """The estimate for infinitely many samples of both sides, which may be below 0; None for fewer than 2 halves."""
+    """The estimate for infinitely many samples of both sides, which may be below 0; None where half of the samples are
+    no more than the features."""
     infinity_interval_95: tuple[float, float] | None
     """Covers the distance of the distributions, as far as the bias falls as 1/N."""
 
@@ -162,7 +163,8 @@ def _halved(
             first[rng.permutation(count)[: count // 2]] = True
             picked.append(first[clusters])
         halves = [(x[picked[0]], y[picked[1]]), (x[~picked[0]], y[~picked[1]])]
-        if min(len(part) for half in halves for part in half) < 2:
+        # Singular covariances have a bias of another kind, which this does not take off.
+        if min(len(part) for half in halves for part in half) <= x.shape[1]:
             return None
         distances.append(np.mean([frechet_distance(*half, ddof=ddof) for half in halves]))
     return np.array(distances)
