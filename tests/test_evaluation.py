@@ -17,10 +17,13 @@ from rich.console import Console
 from scipy import stats
 
 from lavita.evaluation import classifier as classifier_module
+from lavita.evaluation.class_scores import wilson_interval
 from lavita.evaluation.classifier import Classifier, cached_classifier, recolour, shuffle_patches, train_classifier
+from lavita.evaluation.comparison import compare, cut_clips
 from lavita.evaluation.motion import compare_motion, motion
-from lavita.evaluation.protocol import compare, cut_clips
-from lavita.evaluation.scores import METRICS, print_scores, score, wilson_interval, write_scores
+from lavita.evaluation.protocol import Protocol
+from lavita.evaluation.report import print_scores, write_scores
+from lavita.evaluation.scores import METRICS, score
 from lavita.video import read_clip, write_video
 
 SIZE, NUM_FRAMES = 32, 8
@@ -160,7 +163,9 @@ def test_real_motion_is_measured_at_the_frame_interval(tmp_path: Path) -> None:
     write_numbered(tmp_path / "real" / "ramp" / "0", 40)  # one step of grey a frame
     write_numbered(tmp_path / "generated" / "ramp" / "0", 5)
     for interval in (1, 3):
-        report = score(tmp_path / "real", tmp_path / "generated", metrics=["motion"], frame_interval=interval)
+        report = score(
+            tmp_path / "real", tmp_path / "generated", metrics=["motion"], protocol=Protocol(frame_interval=interval)
+        ).report
         row = report["motion"]["per_class"]["ramp"]
         assert (row["real"], row["generated"]) == (interval, 1)
         assert row["num_real_clips"] == 40 // (4 * interval + 1)
@@ -326,7 +331,7 @@ def test_score(tmp_path: Path, shapes: Path, trained: list[int]) -> None:
         write_video(generated / "disk" / f"{number}.mp4", still, fps=8)
     held_out = write_set(tmp_path / "heldout", SHAPES, shape_in_any_colour, count=4, seed=9)
 
-    report = score(shapes, generated, held_out)
+    report = score(shapes, generated, held_out).report
     accuracy, moved, protocol = report["accuracy"], report["motion"], report["protocol"]
     assert (accuracy["num_clips"], accuracy["accuracy"]) == (7, pytest.approx(6 / 7))
     assert accuracy["interval_95"] == pytest.approx(wilson_interval(6, 7))
@@ -354,7 +359,7 @@ def test_score(tmp_path: Path, shapes: Path, trained: list[int]) -> None:
 
 
 def test_score_without_held_out_videos(tmp_path: Path, shapes: Path, trained: list[int]) -> None:
-    report = score(shapes, shapes, metrics=["accuracy"])
+    report = score(shapes, shapes, metrics=["accuracy"]).report
     assert set(report) == {"protocol", "accuracy"}
     assert report["accuracy"]["controls"] is None
     stream = io.StringIO()
@@ -386,8 +391,8 @@ def test_classifier_is_trained_once_for_the_same_videos(tmp_path: Path, trained:
 
 
 def test_unknown_metrics_are_named(shapes: Path) -> None:
-    with pytest.raises(ValueError, match=f"metrics is 'fvd'; allowed: {', '.join(METRICS)}"):
-        score(shapes, shapes, metrics=["motion", "fvd"])
+    with pytest.raises(ValueError, match=f"metrics is 'psnr'; allowed: {', '.join(METRICS)}"):
+        score(shapes, shapes, metrics=["motion", "psnr"])
     with pytest.raises(ValueError, match="metrics is empty"):
         score(shapes, shapes, metrics=[])
 
@@ -433,7 +438,7 @@ def test_classifier_on_arcade_games(tmp_path: Path) -> None:
     for video in (tmp_path / "heldout").glob("*/*.mp4"):
         clip = read_clip(video, 20)
         write_video(tmp_path / "generated" / video.parent.name / video.name, clip, fps=15)
-    report = score(tmp_path / "train", tmp_path / "generated", tmp_path / "heldout")
+    report = score(tmp_path / "train", tmp_path / "generated", tmp_path / "heldout").report
     controls = report["accuracy"]["controls"]
     assert report["accuracy"]["accuracy"] >= 0.98
     assert controls["held_out"] >= 0.98

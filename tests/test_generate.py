@@ -15,7 +15,7 @@ from tiny_text import BERT, save_text_encoder
 from transformers import BertModel
 
 from lavita import generate as generate_module
-from lavita.evaluation.protocol import compare
+from lavita.evaluation.comparison import compare
 from lavita.generate import generate, parse_seeds
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, load_pipeline, make_scheduler

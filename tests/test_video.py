@@ -551,6 +551,18 @@ def test_written_gif(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_clip(tmp_path / "a.gif", 0, 12), frames)
 
 
+def test_written_mkv_loses_nothing(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (12, 33, 47, 3), dtype=np.uint8)
+    frames[5:8] = frames[5]
+    for name in ("a.mkv", "b.mkv"):
+        write_video(tmp_path / name, frames, 12.5)
+    info = probe(tmp_path / "a.mkv")
+    assert (info.num_frames, info.height, info.width, info.fps) == (12, 33, 47, 12.5)
+    np.testing.assert_array_equal(read_clip(tmp_path / "a.mkv", 0, 12), frames)
+    np.testing.assert_array_equal(read_clip(tmp_path / "a.mkv", 3, 4, 2), frames[3:11:2])
+    assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
+
+
 def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "a.mp4", np.stack([paint(7)] * 3), 8)
 
@@ -567,7 +579,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "frames", "fps", "problem"),
     [
-        ("a.avi", np.zeros((2, 8, 8, 3), np.uint8), 8, "ends in .mp4 or .gif"),
+        ("a.avi", np.zeros((2, 8, 8, 3), np.uint8), 8, "ends in .mp4, .gif or .mkv"),
         ("a.mp4", np.zeros((2, 8, 8, 3), np.float32), 8, "frames is float32"),
         ("a.mp4", np.zeros((2, 3, 8, 8), np.uint8), 8, "must be uint8"),
         ("a.mp4", np.zeros((0, 8, 8, 3), np.uint8), 8, "F >= 1"),

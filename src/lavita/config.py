@@ -148,6 +148,11 @@ class TrainConfig(StrictConfig):
     """Steps between two sets of sample videos; 0 for none."""
     num_samples: int = Field(8, ge=1)
     """Videos in a set of samples: the same seeds and labels every time."""
+    score_every: int = Field(0, ge=0)
+    """Steps between two scores of the averaged model against `data.path`, in `scores.jsonl`; 0 for none. Needs the
+    extra `evaluate`."""
+    score_clips: int = Field(64, ge=3)
+    """Clips of either side of a score: the same real ones and the same seeds every time."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:
@@ -173,6 +178,10 @@ class RunConfig(StrictConfig):
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         data, model = self.data, self.model
+        if self.train.score_every and (data.path is None or data.captions is not None):
+            raise ValueError(
+                f"train.score_every is {self.train.score_every}, but needs data.path and a model without captions"
+            )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
         if model.patch_embedding == "compression":

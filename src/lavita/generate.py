@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -91,7 +92,7 @@ def generate(
         num_frames: length; by default that of the training clips.
         images: write single images, `.png`, from the model without its temporal modules (A.4).
         batch_size: videos at once.
-        suffix: `.mp4` or `.gif`.
+        suffix: `.mp4`, `.gif`, or `.mkv`, which loses nothing.
         device: see `runtime.pick_device`.
 
     Returns:
@@ -207,7 +208,8 @@ def check_generation(out: Path, settings: dict[str, Any]) -> None:
 def write_generation(out: Path, settings: dict[str, Any]) -> None:
     """Records how a folder's videos are made, in `generation.json`."""
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{GENERATION}.partial"
+    # A name of its own, as several processes may share a folder.
+    partial = out / f".{GENERATION}-{uuid.uuid4().hex[:8]}"
     partial.write_text(json.dumps(settings, indent=1))
     partial.replace(out / GENERATION)
 

@@ -22,6 +22,7 @@ from lavita.convert import initialize
 from lavita.data.batches import BatchMaker
 from lavita.diffusion import GaussianDiffusion
 from lavita.ema import EMA
+from lavita.evaluation.tracking import ScoreLog
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
 from lavita.pipeline import LavitaPipeline, make_scheduler
@@ -40,6 +41,8 @@ RESUMABLE = {
     "train.keep_checkpoints",
     "train.sample_every",
     "train.num_samples",
+    "train.score_every",
+    "train.score_clips",
     "train.device",
     "run_dir",
 }
@@ -49,7 +52,7 @@ SAMPLE_STEPS = 20
 def train(config: RunConfig) -> Path:
     """Trains a model, resuming from the run folder's last checkpoint, and writes `<run_dir>/pipeline`.
 
-    Also in the run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/` and `samples/`.
+    Also in the run folder: `config.yaml`, `metrics.jsonl`, `scores.jsonl`, `checkpoints/` and `samples/`.
 
     Args:
         config: the run.
@@ -90,6 +93,7 @@ def train(config: RunConfig) -> Path:
         f"{len(batches.source.catalog.videos):,} videos{classes}{texts}, {batches.sampler.num_clips:,} clips; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {device}; {run_dir}"
     )
+    score_log = ScoreLog(config, step, device) if settings.score_every else None
     micro = settings.batch_size // settings.accumulation
     since, clips = time.monotonic(), 0
 
@@ -143,6 +147,10 @@ def train(config: RunConfig) -> Path:
             if settings.sample_every and (step % settings.sample_every == 0 or step == settings.steps):
                 with ema.applied():
                     write_samples(config, model, vae, batches, step)
+                since, clips = time.monotonic(), 0
+            if score_log is not None and score_log.is_due(step):
+                with ema.applied():
+                    score_log.write(step, make_pipeline(model, vae))
                 since, clips = time.monotonic(), 0
             stopping = bool(stop) and step < settings.steps  # read once: a later signal waits for the next step
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopping:

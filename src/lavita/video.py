@@ -185,10 +185,11 @@ def write_video(path: PathLike, frames: Frames, fps: float) -> None:
     """Write a video in a form that every player and browser shows.
 
     MP4 is H.264 at a visually clean quality; an odd height or width is made even, as 4:2:0 colour needs, by
-    repeating the last row or column. GIF has 256 colours a frame. The file appears whole or not at all.
+    repeating the last row or column. GIF has 256 colours a frame. MKV is FFV1, which loses nothing and which browsers
+    do not play. The file appears whole or not at all.
 
     Args:
-        path: Where to write; ends in ``.mp4`` or ``.gif``. Missing folders are made.
+        path: Where to write; ends in ``.mp4``, ``.gif`` or ``.mkv``. Missing folders are made.
         frames: uint8 (F, H, W, 3), RGB, F >= 1.
         fps: Frames a second, above 0; at most 100 for GIF, whose clock ticks in hundredths of a second.
 
@@ -197,8 +198,8 @@ def write_video(path: PathLike, frames: Frames, fps: float) -> None:
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in (".mp4", ".gif"):
-        raise ValueError(f"path is {path}; a video to write ends in .mp4 or .gif")
+    if suffix not in (".mp4", ".gif", ".mkv"):
+        raise ValueError(f"path is {path}; a video to write ends in .mp4, .gif or .mkv")
     check_frames("frames", frames)
     if not 0 < fps <= (100 if suffix == ".gif" else 1000):
         raise ValueError(f"fps is {fps}; it must be above 0 and at most 1000 (GIF: 100)")
@@ -464,19 +465,26 @@ def _on_black(rgba: npt.NDArray[Any]) -> Frames:
 
 
 def _encode(path: Path, frames: Frames, rate: Fraction) -> None:
-    is_gif = path.suffix == ".gif"
-    with av.open(str(path), "w", options={} if is_gif else {"movflags": "faststart"}) as container:
-        stream = container.add_stream("gif" if is_gif else "libx264", rate=rate)
-        if not is_gif:
+    codec, pixel_format, convert = {
+        ".mp4": ("libx264", "yuv420p", _to_yuv),
+        ".gif": ("gif", "pal8", _quantize),
+        ".mkv": ("ffv1", "bgr0", _to_bgr),
+    }[path.suffix]
+    is_mp4 = path.suffix == ".mp4"
+    # Matroska files carry random numbers unless told not to; equal frames shall be equal files.
+    options = {".mp4": {"movflags": "faststart"}, ".mkv": {"fflags": "+bitexact"}}.get(path.suffix, {})
+    with av.open(str(path), "w", options=options) as container:
+        stream = cast(VideoStream, container.add_stream(codec, rate=rate))
+        if is_mp4:
             to_even = ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0))
             frames = np.pad(frames, to_even, "edge")
             stream.options = {"crf": "12"}
             # Tagged, since players guess the matrix of untagged files from their size.
             stream.codec_context.colorspace, stream.codec_context.color_range = 6, ColorRange.MPEG
-        stream.pix_fmt = "pal8" if is_gif else "yuv420p"
+        stream.pix_fmt = pixel_format
         stream.height, stream.width = frames.shape[1:3]
         for i, pixels in enumerate(frames):
-            frame = _quantize(pixels) if is_gif else _to_yuv(pixels)
+            frame = convert(pixels)
             frame.pts, frame.time_base = i, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -488,6 +496,10 @@ def _quantize(pixels: Frames) -> VideoFrame:
     palette = np.full((256, 4), 255, np.uint8)  # ARGB
     palette[: len(colors), 1:] = colors
     return VideoFrame.from_ndarray(cast(Any, (np.asarray(image), palette)), format="pal8")
+
+
+def _to_bgr(pixels: Frames) -> VideoFrame:
+    return VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="bgr0")
 
 
 def _to_yuv(pixels: Frames) -> VideoFrame:

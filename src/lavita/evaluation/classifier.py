@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clips import center_crop_resize
-from lavita.evaluation.protocol import spread_videos
+from lavita.evaluation.comparison import spread_videos
 from lavita.runtime import Progress, generator
 from lavita.video import iter_frames
 

@@ -1,147 +1,125 @@
-"""Which clips of which videos are compared, and at what size."""
+"""Everything that decides a score: which clips, which pixels, which network, which formula."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
+from pydantic import Field, model_validator
 
-from lavita.data.catalog import Catalog, Video, read_generation, scan
-from lavita.data.clips import center_crop_resize, clip_span
-from lavita.runtime import Progress
-from lavita.video import iter_frames
-
-Frames = npt.NDArray[np.uint8]
-
-MAX_REAL_VIDEOS = 32
-"""Real videos that are looked at in each class: enough to know a class, whatever the size of the data set."""
+from lavita.config import ConfigError, StrictConfig, load_config
+from lavita.evaluation.inception_score import VARIANTS, Variant
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Generated clips and the real videos that they are compared with; made by `compare`."""
+class Protocol(StrictConfig):
+    """The protocol of an evaluation; `PRESETS` holds those of the field."""
 
-    real: Catalog
-    generated: Catalog
-    held_out: Catalog | None
-    num_frames: int
-    """Frames of a clip, generated or real."""
-    frame_interval: int
-    """Frames of a real video from one frame of a clip to the next, as the model was trained."""
-    resolution: int
-    """Side of the generated frames' middle square; real frames are shrunk or enlarged to it."""
-    seed: int
+    dataset: Literal["faceforensics", "skytimelapse", "ucf101", "taichi"] | None = None
+    """The paper's data set that the real videos are, if any: only then are its numbers shown beside ours."""
+    split: str | None = None
+    """The part of the data set that the real videos are, as `train`; a note for the reader of the report."""
+    num_real_clips: int = Field(2048, ge=2)
+    """Clips of the real side, exactly."""
+    num_generated_clips: int = Field(2048, ge=2)
+    """Clips of the generated side, exactly."""
+    num_frames: int | None = Field(None, ge=1)
+    """Frames of a clip; by default those of the generated videos."""
+    frame_interval: int | None = Field(None, ge=1)
+    """Frames of a real video from one frame of a clip to the next; by default the model's, where it is recorded."""
+    resolution: int | None = Field(None, ge=8)
+    """Side of the clips after center crop and resize, both sides alike; by default that of the generated videos."""
+    real_videos: Literal["random", "first"] = "random"
+    """Which real videos are taken where there are more than enough: seeded ones, or the first by name."""
+    max_clips_a_video: int | None = Field(None, ge=1)
+    """Clips of one real video; by default as many as are needed, with different starts."""
+    real_frames: Literal["clips", "all"] = "clips"
+    """What image metrics compare with: the frames of the real clips, or every frame of every real video."""
+    seed: int = Field(0, ge=0)
+    """Of the choice of videos, starts and halvings, and of the classifier."""
+    video_extractor: str = "i3d"
+    """Features of clips: see `lavita evaluate --help` or docs/evaluation.md."""
+    image_extractor: str = "inception"
+    """Features of frames."""
+    label_extractor: str = "c3d"
+    """Class probabilities of clips."""
+    video_ddof: Literal[0, 1] = 0
+    """Covariances of clips are divided by n - ddof."""
+    image_ddof: Literal[0, 1] = 1
+    """Covariances of frames are divided by n - ddof."""
+    frames_a_clip: int = Field(1, ge=1)
+    """Evenly spaced frames of a clip that the kernel distance and the neighbours of images look at."""
+    neighbours: int = Field(5, ge=1)
+    """k of precision, recall, density and coverage."""
+    inception_score: Literal["tgan", "tganv2", "stylegan-v", "custom"] = "stylegan-v"
+    """Which published way to compute it."""
+    inception_splits: int | None = Field(None, ge=1)
+    """Splits, for `custom` only."""
+    num_halvings: int = Field(4, ge=0)
+    """Halvings behind the limit for many samples; 0 for none."""
+    floor: bool = True
+    """Whether other real clips of the same number are scored against the real ones, too."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Protocol:
+        if (self.inception_score == "custom") != (self.inception_splits is not None):
+            raise ValueError(
+                f"inception_splits is {self.inception_splits}; it belongs to inception_score=custom, and only to that"
+            )
+        return self
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes that were generated, sorted: all of the real ones or some."""
-        return self.generated.class_names
-
-    def generated_clips(self) -> Iterator[tuple[str, Video, Frames]]:
-        """Every generated clip as (class asked for, video, uint8 `(F, resolution, resolution, 3)`)."""
-        for video in self.generated.videos:
-            frames = np.stack(list(iter_frames(video.info.path)))
-            yield class_of(self.generated, video), video, center_crop_resize(frames, self.resolution)
-
-    def real_clips(self, catalog: Catalog, class_names: Collection[str]) -> Iterator[tuple[str, Frames]]:
-        """Clips of a catalog's videos, of some classes, as (class, uint8 `(F, resolution, resolution, 3)`)."""
-        videos = [video for video in spread_videos(catalog) if class_of(catalog, video) in class_names]
-        progress = Progress(f"{catalog.root}: video", len(videos))
-        for number, video in enumerate(videos, start=1):
-            for clip in cut_clips(video.info.path, self.num_frames, self.frame_interval, self.resolution):
-                yield class_of(catalog, video), clip
-            progress.update(number)
+    def inception_variant(self) -> Variant:
+        """Samples and splits of the Inception Score."""
+        if self.inception_splits is not None:
+            return Variant(self.num_generated_clips, self.inception_splits)
+        return VARIANTS[self.inception_score]
 
 
-def compare(
-    real: Path, generated: Path, held_out: Path | None = None, frame_interval: int | None = None, seed: int = 0
-) -> Comparison:
-    """Reads the headers of all videos and checks that they can be compared.
+_FIELD: dict[str, Any] = {"num_frames": 16, "num_real_clips": 2048, "num_generated_clips": 2048, "max_clips_a_video": 1}
+OFFLINE = {
+    "video_extractor": "efficientnet_lite0_video",
+    "image_extractor": "efficientnet_lite0",
+    "label_extractor": "efficientnet_lite0_labels",
+}
+"""Extractors that need no download by hand: their weights are in a package."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {**_FIELD, "frame_interval": 3, "resolution": 256, "real_frames": "all"},
+    "stylegan-v": {
+        **_FIELD,
+        "frame_interval": 1,
+        "real_videos": "first",
+        "image_extractor": "inception_stylegan",
+        "image_ddof": 0,
+    },
+    "latte": {**_FIELD, "frame_interval": 3, "resolution": 256},
+    "offline": OFFLINE,
+}
+"""`paper`: 2,048 clips of 16 frames a side, one a video at a random start, real ones at interval 3, 256 pixels; FID by
+clean-fid against all frames of the real videos. `stylegan-v`: the first 2,048 videos by name, interval 1, FID by
+StyleGAN's unresized Inception. `latte`: as Latte's tools, but seeded: interval 3 on the real side. `offline`: our
+defaults, with extractors that install from the package index."""
 
-    Args:
-        real: folder of class folders of real videos.
-        generated: folder of class folders of generated clips, all of one size and length.
-        held_out: like `real`, of videos that were not trained on.
-        frame_interval: that of the model, >= 1; by default what `lavita sample` recorded beside the clips, else 1.
-        seed: of everything random in the metrics.
+
+def make_protocol(preset: str | None = None, overrides: Sequence[str] = (), **values: Any) -> Protocol:
+    """A protocol from a preset, values, and `field=value` strings, which win.
 
     Raises:
-        ValueError: for a folder that is missing or holds no usable video, videos outside class folders, generated or
-            held-out classes that `real` does not have, generated clips of several sizes, or real videos all shorter
-            than a clip, or a frame interval other than the recorded one.
+        ValueError: an unknown preset or field, or a value that does not fit.
     """
-    recorded = (read_generation(generated) or {}).get("frame_interval")
-    if frame_interval is None:
-        frame_interval = recorded or 1
-    elif recorded not in (None, frame_interval):
-        raise ValueError(f"frame_interval is {frame_interval}, but the model of {generated} has {recorded}")
-    if frame_interval < 1:
-        raise ValueError(f"frame_interval is {frame_interval}; it must be at least 1")
-    clips = scan(generated, class_folders=True, broken="error")
-    first = clips.videos[0].info
-    for video in clips.videos:
-        info = video.info
-        if (info.num_frames, info.width, info.height) != (first.num_frames, first.width, first.height):
-            raise ValueError(
-                f"{info.path}: has {info.num_frames} frames of {info.width}x{info.height}, but {first.path} has "
-                f"{first.num_frames} of {first.width}x{first.height}; generated clips must all be of one size"
-            )
-    min_frames = clip_span(first.num_frames, frame_interval)
-    videos = scan(real, class_folders=True, min_frames=min_frames)
-    _check_classes(clips, videos)
-    checks = None
-    if held_out is not None:
-        checks = scan(held_out, class_folders=True, min_frames=min_frames)
-        _check_classes(checks, videos)
-    resolution = min(first.width, first.height)
-    return Comparison(videos, clips, checks, first.num_frames, frame_interval, resolution, seed)
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    base = PRESETS[preset] if preset is not None else {}
+    given = {key: value for key, value in values.items() if value is not None}
+    return load_config(Protocol, {**base, **given}, overrides)
 
 
-def _check_classes(catalog: Catalog, real: Catalog) -> None:
-    unknown = sorted(set(catalog.class_names) - set(real.class_names))
-    if unknown:
-        raise ValueError(
-            f"{catalog.root}: has the class {unknown[0]!r}, which {real.root} has no usable videos of; "
-            f"its classes: {', '.join(real.class_names)}"
-        )
-
-
-def class_of(catalog: Catalog, video: Video) -> str:
-    """The name of a video's class; the catalog must be one with classes."""
-    assert video.label is not None
-    return catalog.class_names[video.label]
-
-
-def spread_videos(catalog: Catalog) -> list[Video]:
-    """At most `MAX_REAL_VIDEOS` of each class, evenly spaced over the sorted names."""
-    chosen = []
-    for label in range(len(catalog.class_names)):
-        videos = [video for video in catalog.videos if video.label == label]
-        picked = np.linspace(0, len(videos) - 1, min(len(videos), MAX_REAL_VIDEOS)).round().astype(int)
-        chosen += [videos[index] for index in picked]
-    return chosen
-
-
-def cut_clips(path: Path, num_frames: int, frame_interval: int, resolution: int) -> Iterator[Frames]:
-    """Cuts a video into clips that do not overlap, decoding it once; what is left at its end is not used.
-
-    Args:
-        path: a video file or frame folder.
-        num_frames: frames of a clip, F.
-        frame_interval: frames of the video from one frame of a clip to the next.
-        resolution: side of the clips after center crop and resize.
-
-    Yields:
-        uint8 `(F, resolution, resolution, 3)`.
-    """
-    span = clip_span(num_frames, frame_interval)
-    kept: list[Frames] = []
-    for number, frame in enumerate(iter_frames(path)):
-        if number % span % frame_interval == 0:
-            kept.append(frame)
-        if len(kept) == num_frames:
-            yield center_crop_resize(np.stack(kept), resolution)
-            kept = []
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two nested mappings differ, as `field: a / b`, sorted by field."""
+    found = []
+    for key in sorted(first.keys() | second.keys()):
+        mine, other = first.get(key, "missing"), second.get(key, "missing")
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            found += differences(mine, other, f"{prefix}{key}.")
+        elif mine != other:
+            found.append(f"{prefix}{key}: {mine} / {other}")
+    return found

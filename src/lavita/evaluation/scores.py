@@ -2,197 +2,361 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lavita.data.catalog import read_generation
-from lavita.evaluation.classifier import VERSION, Classifier, cached_classifier, recolour, shuffle_patches
-from lavita.evaluation.motion import compare_motion, motion
-from lavita.evaluation.protocol import Comparison, compare
-from lavita.runtime import numpy_generator
+from lavita.data.clips import clip_span
+from lavita.evaluation.class_scores import CLASS_METRICS
+from lavita.evaluation.comparison import Comparison, check_interval, compare
+from lavita.evaluation.distributed import Processes
+from lavita.evaluation.extractors import EXTRACTORS
+from lavita.evaluation.feature_scores import (
+    FEATURE_METRICS,
+    Neighbour,
+    Sample,
+    Samples,
+    check_enough,
+    extractors_of,
+    neighbour_report,
+    score_features,
+    score_name,
+)
+from lavita.evaluation.features import BrokenVideos, compute_outputs, pixel_facts
+from lavita.evaluation.networks import Network, load_network
+from lavita.evaluation.protocol import Protocol
+from lavita.evaluation.reference import quoted_rows
+from lavita.evaluation.sides import (
+    Side,
+    Source,
+    all_frames,
+    check_one_size,
+    choose_clips,
+    read_manifest,
+    read_source,
+    write_manifest,
+)
 
-Metric = Callable[[Comparison, Path | None], dict[str, Any]]
-"""Makes a JSON-able report of a comparison, with a folder to keep what can be used again, or None."""
-
-MAX_CLASSIFIER_RESOLUTION = 64
-"""The classifier reads larger frames shrunk to this side: classes show there already, and it trains in seconds."""
-
-
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927).
-
-    Args:
-        correct: successes, 0 to `total`.
-        total: trials, >= 1.
-        confidence: above 0 and below 1.
-
-    Returns:
-        Lower and upper end, 0 to 1.
-
-    Raises:
-        ValueError: a number out of its range.
-    """
-    if total < 1 or not 0 <= correct <= total or not 0 < confidence < 1:
-        raise ValueError(
-            f"correct is {correct}, total {total}, confidence {confidence}; allowed: 0 <= correct <= total, "
-            "total >= 1, 0 < confidence < 1"
-        )
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = correct / total
-    center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    reach = z / (1 + z**2 / total) * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
-    # Exactly 0 and 1 at the ends, where rounding would leave a trace.
-    low = 0.0 if correct == 0 else center - reach
-    return low, 1.0 if correct == total else center + reach
-
-
-def accuracy(comparison: Comparison, cache_dir: Path | None = None) -> dict[str, Any]:
-    """How often a classifier trained on the real videos recognises the class that a clip was asked to show.
-
-    Args:
-        comparison: what is compared.
-        cache_dir: where trained classifiers are kept.
-
-    Returns:
-        `accuracy` with its Wilson `interval_95`, the same by class, `confusion` {asked for: {recognised: clips}}
-        where a clip may be recognised as none of the classes,
-        the `mistakes`, and `controls`: accuracy on held-out real clips as they are, recoloured, and with their
-        patches shuffled, or None without held-out videos.
-    """
-    resolution = min(comparison.resolution, MAX_CLASSIFIER_RESOLUTION)
-    classifier = cached_classifier(comparison.real.root, resolution, comparison.seed, cache_dir)
-    confusion: dict[str, Counter[str]] = {name: Counter() for name in comparison.class_names}
-    mistakes = []
-    for name, video, frames in comparison.generated_clips():
-        recognised = classifier.recognise(frames)
-        confusion[name][recognised] += 1
-        if recognised != name:
-            mistakes.append({"clip": video.name, "recognised": recognised})
-    correct = {name: row[name] for name, row in confusion.items()}
-    total = {name: row.total() for name, row in confusion.items()}
-    all_correct, all_total = sum(correct.values()), sum(total.values())
-    return {
-        "accuracy": all_correct / all_total,
-        "interval_95": list(wilson_interval(all_correct, all_total)),
-        "num_clips": all_total,
-        "chance": 1 / len(classifier.class_names),
-        "per_class": {name: correct[name] / total[name] for name in confusion},
-        "per_class_interval_95": {name: list(wilson_interval(correct[name], total[name])) for name in confusion},
-        "per_class_num_clips": total,
-        "confusion": {name: dict(sorted(row.items())) for name, row in confusion.items()},
-        "mistakes": mistakes,
-        "controls": _controls(classifier, comparison),
-        "classifier": {"version": VERSION, "resolution": resolution, "seed": comparison.seed},
-    }
-
-
-def _controls(classifier: Classifier, comparison: Comparison) -> dict[str, Any] | None:
-    if comparison.held_out is None:
-        return None
-    # Eighths of the frame, 8 of 64 pixels, are patches that the classifier has not been trained to reject.
-    patch = max(1, comparison.resolution // 8)
-    hits: Counter[str] = Counter()
-    num_clips = 0
-    shown = comparison.real_clips(comparison.held_out, classifier.class_names)
-    for number, (name, frames) in enumerate(shown):
-        rng = numpy_generator(comparison.seed, "controls", number)
-        hits["held_out"] += classifier.recognise(frames) == name
-        hits["recoloured"] += classifier.recognise(recolour(frames, rng)) == name
-        hits["shuffled"] += classifier.recognise(shuffle_patches(frames, rng, patch)) == name
-        num_clips += 1
-    return {
-        "num_clips": num_clips,
-        **{kind: hits[kind] / num_clips for kind in ("held_out", "recoloured", "shuffled")},
-    }
-
-
-def motion_ratio(comparison: Comparison, cache_dir: Path | None = None) -> dict[str, Any]:
-    """How much moves in generated clips against real ones of the same length and frame interval, by class.
-
-    Args:
-        comparison: what is compared.
-        cache_dir: not needed by this metric.
-
-    Returns:
-        `per_class` {class: real and generated motion in 1/255, their ratio, whether it is within a factor of two},
-        and `num_within_factor_two` of `num_classes`.
-    """
-    real: dict[str, list[float]] = {}
-    for name, frames in comparison.real_clips(comparison.real, comparison.class_names):
-        real.setdefault(name, []).append(motion(frames))
-    generated: dict[str, list[float]] = {}
-    for name, _, frames in comparison.generated_clips():
-        generated.setdefault(name, []).append(motion(frames))
-    rows = compare_motion(real, generated)
-    return {
-        "num_within_factor_two": sum(row.within_factor_two for row in rows.values()),
-        "num_classes": len(rows),
-        "per_class": {name: asdict(row) for name, row in rows.items()},
-    }
-
-
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "motion": motion_ratio}
+METRICS = (*CLASS_METRICS, *FEATURE_METRICS)
 """What `score` can compute, by name."""
+DEFAULT_METRICS = ("accuracy", "motion")
+NUM_SHOWN = 8
+"""Nearest and farthest clips that a report names."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not change the numbers: where things are and where they go."""
+
+    cache_dir: Path | None = None
+    """Trained classifiers and the outputs of networks are kept here."""
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    """See `networks.find_weights`."""
+    skip_broken: bool = False
+    """Go on without videos that are broken or too short; the report counts them."""
+    manifest: Path | None = None
+    """The clips: used where the file exists, written where it does not."""
+    device: str = "cpu"
+    processes: Processes = field(default_factory=Processes)
+    model: Mapping[str, Any] | None = None
+    """What is known of the model beside `generation.json`: its weights (`ema` or `raw`), seeds."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A report, and what a page shows of it."""
+
+    report: dict[str, Any]
+    """JSON-able."""
+    real: Side | None = None
+    generated: Side | None = None
+    neighbours: Sequence[Neighbour] = ()
+    resolution: int = 0
 
 
 def score(
     real: Path,
     generated: Path,
     held_out: Path | None = None,
-    metrics: Sequence[str] = ("accuracy", "motion"),
-    frame_interval: int | None = None,
-    seed: int = 0,
-    cache_dir: Path | None = None,
-) -> dict[str, Any]:
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    protocol: Protocol | None = None,
+    options: Options | None = None,
+) -> Evaluation:
     """Scores generated videos against real ones.
 
-    The length and size of all clips are those of the generated ones; real videos are cut into clips like them.
-
     Args:
-        real: folder of class folders of the videos that the model was trained on.
-        generated: folder of class folders, named as the real ones, of clips of one size: `<class>/<seed>.mp4`.
-        held_out: like `real`, of videos that the model was not trained on; they check the classifier.
+        real: folder of the videos that the model was trained on. `accuracy` and `motion` need class folders.
+        generated: folder of generated clips, all of one size; for these two in class folders named as the real ones.
+        held_out: real videos that the model was not trained on: they check the classifier, and give the floor.
         metrics: names in `METRICS`.
-        frame_interval: that of the model: frames of a real video from one frame of a clip to the next; by default
-            the recorded one (see `protocol.compare`).
-        seed: of the classifier and its checks.
-        cache_dir: trained classifiers are kept here, so that the next call with the same videos has one.
+        protocol: everything that decides the numbers.
+        options: everything that does not.
 
     Returns:
-        A JSON-able report: `protocol`, and a part for each metric under its name.
+        The report: `protocol`; `accuracy` and `motion` as parts of their own; `scores` by name, `sides` and
+        `neighbours` where features were asked for.
 
     Raises:
-        ValueError: an unknown metric or none, or folders that cannot be compared (see `protocol.compare`).
+        ValueError: an unknown metric or none, folders that cannot be compared, too few videos, weights that are missing
+            or wrong.
     """
+    settings, chosen = protocol or Protocol(), options or Options()
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         given = repr(unknown[0]) if unknown else "empty"
         raise ValueError(f"metrics is {given}; allowed: {', '.join(METRICS)}")
-    comparison = compare(real, generated, held_out, frame_interval, seed)
-    return {
-        "protocol": _protocol(comparison, held_out, list(metrics)),
-        **{name: METRICS[name](comparison, cache_dir) for name in metrics},
-    }
-
-
-def _protocol(comparison: Comparison, held_out: Path | None, metrics: list[str]) -> dict[str, Any]:
-    first = comparison.generated.videos[0].info
-    return {
-        "real": str(comparison.real.root),
-        "generated": str(comparison.generated.root),
-        "generation": read_generation(comparison.generated.root),
+    metrics = list(dict.fromkeys(metrics))
+    class_metrics = [name for name in metrics if name in CLASS_METRICS]
+    feature_metrics = [name for name in metrics if name in FEATURE_METRICS]
+    # First the quick checks of both kinds, then the work.
+    comparison = None
+    if class_metrics:
+        interval, seed = settings.frame_interval, settings.seed
+        comparison = compare(real, generated, held_out, interval, seed, chosen.skip_broken)
+    evaluation = Evaluation({"protocol": {}})
+    if feature_metrics:
+        evaluation = _score_features(real, generated, held_out, feature_metrics, settings, chosen)
+    report = evaluation.report
+    report["protocol"] = {
+        **({} if comparison is None else _class_facts(comparison)),
+        **report["protocol"],
+        "real": str(real),
+        "generated": str(generated),
         "held_out": None if held_out is None else str(held_out),
         "metrics": metrics,
+        "generation": read_generation(generated),
+        "model": None if chosen.model is None else dict(chosen.model),
+        "seed": settings.seed,
+        "versions": _versions(),
+    }
+    comparable: dict[str, Any] = report["protocol"].setdefault("comparable", {})
+    if comparison is not None and chosen.processes.is_first:
+        for name in class_metrics:
+            report[name] = CLASS_METRICS[name](comparison, chosen.cache_dir)
+        facts = ("classes", "num_frames", "frame_interval", "resolution", "num_real_videos", "num_generated_clips")
+        comparable["classes"] = {key: report["protocol"][key] for key in facts}
+        comparable["classes"]["seed"] = settings.seed
+    return evaluation
+
+
+def _score_features(
+    real: Path,
+    generated: Path,
+    held_out: Path | None,
+    metrics: list[str],
+    protocol: Protocol,
+    options: Options,
+) -> Evaluation:
+    began = time.monotonic()
+    seconds: dict[str, float] = {}
+    extractors = extractors_of(metrics, protocol)
+    without: dict[str, set[str]] = {"real": set(), "generated": set(), "held_out": set()}
+    networks: dict[str, Network] = {}
+    while True:
+        sides, sources, resolved, warnings = _choose(real, generated, held_out, metrics, protocol, options, without)
+        seconds["find and hash videos"] = time.monotonic() - began - sum(seconds.values())
+        if not networks:
+            start = time.monotonic()
+            for extractor in extractors.values():
+                if extractor.network.name not in networks:
+                    network = load_network(extractor.network, options.weights, options.device)
+                    networks[extractor.network.name] = network
+            seconds["load networks"] = time.monotonic() - start
+        assert resolved.resolution is not None
+        samples: dict[str, Sample] = {}
+        try:
+            for name, side in sides.items():
+                # Where every frame is compared with, image metrics look at that side instead of the real clips.
+                unused = {"every_frame": ("clip", "labels"), "real": ("frame",) if "every_frame" in sides else ()}
+                wanted = {
+                    extractor.network.name
+                    for extractor in extractors.values()
+                    if extractor.level not in unused.get(name, ())
+                }
+                outputs = compute_outputs(
+                    side,
+                    [network for network in networks.values() if network.spec.name in wanted],
+                    resolved.resolution,
+                    None if options.cache_dir is None else options.cache_dir / "features",
+                    options.processes,
+                    seconds,
+                )
+                samples[name] = Sample(side, outputs)
+        except BrokenVideos as error:
+            if not options.skip_broken:
+                raise
+            origin = "generated" if name == "generated" else "held_out" if name == "floor" and held_out else "real"
+            without[origin] |= error.names
+            continue
+        break
+    if options.manifest is not None and not options.manifest.exists() and options.processes.is_first:
+        write_manifest(options.manifest, sides, _manifest_settings(resolved))
+    gathered = Samples(samples["real"], samples["generated"], samples.get("floor"), samples.get("every_frame"))
+    scores: dict[str, Any] = {}
+    neighbours: dict[str, Any] | None = None
+    rows: list[Neighbour] = []
+    start = time.monotonic()
+    if options.processes.is_first:
+        for name in metrics:
+            metric = FEATURE_METRICS[name]
+            called = score_name(metric, metric.extractor(protocol, name))
+            if called in scores:
+                continue
+            before = time.monotonic()
+            scores[called] = score_features(name, gathered, resolved)
+            quoted = quoted_rows(called, resolved.model_dump())
+            if quoted:
+                scores[called]["quoted"] = [asdict(row) for row in quoted]
+            seconds[f"score {called}"] = time.monotonic() - before
+        of_clips = [extractor for extractor in extractors.values() if extractor.level == "clip"]
+        if of_clips:
+            neighbours, rows = neighbour_report(of_clips[0], gathered, NUM_SHOWN)
+    seconds["scores and neighbours"] = time.monotonic() - start
+    seconds["in all"] = time.monotonic() - began
+    comparable = {
+        **{key: value for key, value in resolved.model_dump().items() if key not in _NOT_COMPARED},
+        "metrics": sorted(scores),
+        "real_clips": sides["real"].digest,
+        "every_frame": sides["every_frame"].digest if "every_frame" in sides else None,
+        "pixels": pixel_facts(),
+        "networks": {name: network.facts() for name, network in sorted(networks.items())},
+    }
+    report = {
+        "protocol": {
+            "settings": resolved.model_dump(),
+            "num_frames": resolved.num_frames,
+            "frame_interval": resolved.frame_interval,
+            "resolution": resolved.resolution,
+            "extractors": {name: extractors[name].network.name for name in extractors},
+            "comparable": {"features": comparable},
+        },
+        "scores": scores,
+        "neighbours": neighbours,
+        "sides": {
+            **{name: source.facts() for name, source in sources.items()},
+            "clips": {name: {"num_clips": len(side.clips), "digest": side.digest} for name, side in sides.items()},
+        },
+        "warnings": warnings,
+        "seconds": {key: round(value, 2) for key, value in seconds.items()},
+    }
+    return Evaluation(report, sides["real"], sides["generated"], rows, resolved.resolution or 0)
+
+
+_NOT_COMPARED = {"split", "seed", "floor"}
+"""A note; what the digest of the real clips says better; a row of its own."""
+
+
+def _choose(
+    real: Path,
+    generated: Path,
+    held_out: Path | None,
+    metrics: list[str],
+    protocol: Protocol,
+    options: Options,
+    without: Mapping[str, set[str]],
+) -> tuple[dict[str, Side], dict[str, Source], Protocol, list[str]]:
+    """The clips of each side, the videos they come from, the protocol without gaps, and warnings."""
+    interval = check_interval(generated, protocol.frame_interval)
+    if interval is None:
+        raise ValueError(
+            f"frame_interval is not set, and nothing beside {generated} records that of its model: say "
+            "frame_interval=K (1 for every frame)"
+        )
+    skip = options.skip_broken
+    made = read_source(generated, protocol.num_frames or 1, skip, without["generated"])
+    check_one_size(made.catalog.videos)
+    infos = [video.info for video in made.catalog.videos]
+    num_frames = protocol.num_frames or min(info.num_frames for info in infos)
+    resolution = protocol.resolution or min(infos[0].width, infos[0].height)
+    if resolution > min(infos[0].width, infos[0].height):
+        raise ValueError(
+            f"resolution is {resolution}, but the videos of {generated} are {infos[0].width}x{infos[0].height}; "
+            f"allowed: at most {min(infos[0].width, infos[0].height)}"
+        )
+    resolved = protocol.model_copy(
+        update={"frame_interval": interval, "num_frames": num_frames, "resolution": resolution}
+    )
+    span = clip_span(num_frames, interval)
+    sources = {"real": read_source(real, span, skip, without["real"]), "generated": made}
+    real_infos = [video.info for video in sources["real"].catalog.videos]
+    num_small = sum(min(info.width, info.height) < resolution for info in real_infos)
+    frames_in_all = sum(video.info.num_frames for video in sources["real"].catalog.videos)
+    warnings: list[str] = []
+    if num_small:
+        warnings.append(f"{num_small} of {len(real_infos)} real videos are enlarged to {resolution} pixels")
+    for name in metrics:
+        extractor = FEATURE_METRICS[name].extractor(protocol, name)
+        num_real = protocol.num_real_clips * (num_frames if extractor.level == "frame" else 1)
+        if extractor.level == "frame" and protocol.real_frames == "all":
+            num_real = frames_in_all
+        warnings += check_enough(name, protocol, num_real, num_frames)
+    if held_out is not None:
+        sources["held_out"] = read_source(held_out, span, skip, without["held_out"])
+    settings = _manifest_settings(resolved)
+    known: dict[str, Side] = {}
+    if options.manifest is not None and options.manifest.exists():
+        origins = {"real": sources["real"], "floor": sources.get("held_out", sources["real"])}
+        known = read_manifest(options.manifest, origins, settings)
+    rules: dict[str, Any] = {"order": protocol.real_videos, "max_clips_a_video": protocol.max_clips_a_video}
+    sides = {
+        "real": known["real"]
+        if "real" in known
+        else choose_clips(sources["real"], protocol.num_real_clips, num_frames, interval, protocol.seed, **rules),
+        "generated": choose_clips(
+            made,
+            protocol.num_generated_clips,
+            num_frames,
+            1,
+            protocol.seed,
+            max_clips_a_video=1,
+            random_start=False,
+            field="num_generated_clips",
+        ),
+    }
+    if protocol.real_frames == "all" and any(EXTRACTORS[name].level == "frame" for name in _names(metrics, protocol)):
+        sides["every_frame"] = all_frames(sources["real"], num_frames)
+    if protocol.floor:
+        floor = known.get("floor") or _floor(sides["real"], sources, resolved, rules)
+        if isinstance(floor, str):
+            warnings.append(floor)
+        else:
+            sides["floor"] = floor
+    return sides, sources, resolved, warnings
+
+
+def _names(metrics: Sequence[str], protocol: Protocol) -> list[str]:
+    return list(extractors_of(metrics, protocol))
+
+
+def _floor(real: Side, sources: Mapping[str, Source], protocol: Protocol, rules: Mapping[str, Any]) -> Side | str:
+    """As many other real clips as generated ones, of videos that the real side has none of; or why there are none."""
+    assert protocol.num_frames is not None and protocol.frame_interval is not None
+    source = sources.get("held_out", sources["real"])
+    # Clips of one video are too alike for a floor.
+    used = [] if "held_out" in sources else [(clip.sha256, -1) for clip in real.clips]
+    count, shape = protocol.num_generated_clips, (protocol.num_frames, protocol.frame_interval)
+    try:
+        return choose_clips(
+            source, count, *shape, protocol.seed, **rules, without=used, field="num_generated_clips of the floor"
+        )
+    except ValueError as error:
+        return f"no floor: {error}; --held-out gives one"
+
+
+def _manifest_settings(protocol: Protocol) -> dict[str, Any]:
+    fields = ("num_real_clips", "num_generated_clips", "num_frames", "frame_interval", "real_videos")
+    return {key: getattr(protocol, key) for key in (*fields, "max_clips_a_video", "seed")}
+
+
+def _class_facts(comparison: Comparison) -> dict[str, Any]:
+    first = comparison.generated.videos[0].info
+    return {
         "classes": list(comparison.class_names),
         "classes_not_generated": sorted(set(comparison.real.class_names) - set(comparison.class_names)),
         "num_real_videos": len(comparison.real.videos),
@@ -201,14 +365,15 @@ def _protocol(comparison: Comparison, held_out: Path | None, metrics: list[str])
         "num_held_out_videos": 0 if comparison.held_out is None else len(comparison.held_out.videos),
         "num_frames": comparison.num_frames,
         "frame_interval": comparison.frame_interval,
+        "resolution": comparison.resolution,
         "width": first.width,
         "height": first.height,
-        "seed": comparison.seed,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("lavita", "torch", "av", "numpy", "pillow")},
-        },
     }
+
+
+def _versions() -> dict[str, str]:
+    names = ("lavita", "torch", "av", "numpy", "pillow")
+    return {"python": platform.python_version(), "platform": sys.platform, **{name: _version(name) for name in names}}
 
 
 def _version(package: str) -> str:
@@ -216,70 +381,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def write_scores(scores: Mapping[str, Any], out: Path) -> None:
-    """Writes a report of `score` as JSON; missing folders are made."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
-
-
-def print_scores(scores: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints a report of `score` as a table, a class a line.
-
-    Args:
-        scores: what `score` returned, or what was read from its JSON.
-        console: where to print; standard output by default.
-    """
-    console = console or Console()
-    recognised, moved, protocol = scores.get("accuracy"), scores.get("motion"), scores["protocol"]
-    table = Table(
-        title=f"{protocol['generated']} against {protocol['real']}",
-        caption=f"clips of {protocol['num_frames']} frames at interval {protocol['frame_interval']}",
-    )
-    table.add_column("class")
-    if recognised:
-        for heading in ("clips", "recognised", "95%\ninterval"):
-            table.add_column(heading, justify="right")
-    if moved:
-        for heading in ("motion\nreal / gen.", "ratio", "within\n2x"):
-            table.add_column(heading, justify="right")
-    for name in protocol["classes"]:
-        cells = [name]
-        if recognised:
-            cells += _accuracy_cells(
-                recognised["per_class_num_clips"][name],
-                recognised["per_class"][name],
-                recognised["per_class_interval_95"][name],
-            )
-        if moved:
-            row = moved["per_class"][name]
-            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            within = "yes" if row["within_factor_two"] else "no"
-            cells += [f"{row['real']:.2f} / {row['generated']:.2f}", ratio, within]
-        table.add_row(*cells)
-    table.add_section()
-    total = ["all"]
-    if recognised:
-        total += _accuracy_cells(recognised["num_clips"], recognised["accuracy"], recognised["interval_95"])
-    if moved:
-        total += ["", "", f"{moved['num_within_factor_two']} of {moved['num_classes']}"]
-    table.add_row(*total)
-    console.print(table)
-    if recognised:
-        console.print(_describe_controls(recognised))
-
-
-def _accuracy_cells(num_clips: int, share: float, interval: Sequence[float]) -> list[str]:
-    return [str(num_clips), f"{share:.1%}", f"{100 * interval[0]:.0f}-{interval[1]:.0%}"]
-
-
-def _describe_controls(recognised: Mapping[str, Any]) -> str:
-    controls = recognised["controls"]
-    if controls is None:
-        return "The classifier was not checked: give held-out videos."
-    return (
-        f"The classifier on {controls['num_clips']} held-out real clips: {controls['held_out']:.1%}; recoloured "
-        f"{controls['recoloured']:.1%}; with patches shuffled {controls['shuffled']:.1%} "
-        f"(chance {recognised['chance']:.1%})."
-    )
