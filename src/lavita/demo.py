@@ -145,9 +145,7 @@ def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
     return {
         "models": {
             "trained here": _model_row(f"{sizes[0]}, {steps:,} steps in {training_seconds / 60:.1f} minutes", trained),
-            "shipped": _model_row(
-                f"{sizes[1]}, {card['steps']:,} steps in {card['minutes']:.0f} minutes, once", shipped
-            ),
+            "shipped": _model_row(f"{sizes[1]}, {once}, once", shipped),
         },
         "classifier": trained["accuracy"]["controls"],
         "commands": [{"command": stage.command, "seconds": taken} for stage, taken in timed],
