@@ -40,10 +40,12 @@ def test_steps_must_rise(tmp_path: Path) -> None:
 def test_the_headline_of_a_report() -> None:
     rows = {"a": {"ratio": 0.5}, "b": {"ratio": 2.0}, "still": {"ratio": None}}
     report = {
+        "scores": {"kernel-video[x]": {"value": 0.1}, "prdc[x]": {"precision": 1.0}},
         "accuracy": {"accuracy": 0.75},
         "motion": {"num_within_factor_two": 2, "num_classes": 3, "per_class": rows},
     }
-    assert headline(report) == pytest.approx({"accuracy": 0.75, "motion within 2x": 2 / 3, "motion ratio": 1.0})
+    expected = {"kernel-video[x]": 0.1, "accuracy": 0.75, "motion within 2x": 2 / 3, "motion ratio": 1.0}
+    assert headline(report) == pytest.approx(expected)
 
 
 def test_a_study_trains_samples_scores_and_goes_on(
@@ -68,6 +70,7 @@ def test_a_study_trains_samples_scores_and_goes_on(
         sample_steps=2,
         real=tmp_path / "videos",
         metrics="motion",
+        protocol=("frame_interval=1",),
     )
     calls = []
 

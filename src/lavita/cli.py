@@ -439,6 +439,10 @@ def study(
         Path | None, typer.Option(help="Class folders of real videos to score against.", show_default=False)
     ] = None,
     metrics: Annotated[str, typer.Option(help="Of `lavita evaluate`; with --real.")] = "accuracy,motion",
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="Field of its protocol, as num_real_clips=256; may be given several times."),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Of the samples, one a class for each seed.")] = "0-3",
     sample_steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations of a sample.")] = 20,
     weights: Annotated[
@@ -453,11 +457,15 @@ def study(
         raise ValueError(f"name is {name!r}; allowed: {', '.join((*STUDIES, 'pretraining'))}")
     if (weights is None) == (name == "pretraining"):
         raise ValueError("--weights goes with the study pretraining, which needs it")
+    if protocol and real is None:
+        raise ValueError(f"protocol is {protocol}, but has no effect without --real")
     if not all(part.strip().isdigit() for part in steps.split(",")):
         raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
     arms = STUDIES[name] if weights is None else pretraining_arms(weights)
     points = tuple(int(part) for part in steps.split(","))
-    plan = StudyPlan(out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics)
+    plan = StudyPlan(
+        out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics, tuple(protocol or ())
+    )
     try:
         run_study(arms, plan)
     except CommandFailed as failed:

@@ -86,6 +86,8 @@ class StudyPlan:
     """Class folders of real videos to score against; None scores nothing."""
     metrics: str = "accuracy,motion"
     """Of `lavita evaluate`."""
+    protocol: tuple[str, ...] = ()
+    """Fields of its protocol, as `a=b`."""
 
 
 def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
@@ -139,7 +141,8 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
     if plan.real is not None:
         scores = point / "scores.json"
         evaluate = ["evaluate", "--real", str(plan.real), "--generated", str(samples), "--metrics", plan.metrics]
-        found.append(([*evaluate, "--cache", str(plan.out / "cache"), "--out", str(scores)], scores))
+        evaluate += ["--cache", str(plan.out / "cache"), "--out", str(scores), *plan.protocol]
+        found.append((evaluate, scores))
     return found
 
 
@@ -170,7 +173,7 @@ def summarize_arm(name: str, plan: StudyPlan) -> dict[str, Any]:
 
 def headline(report: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that stand for the metrics in a report of `lavita evaluate`; of motion ratios the geometric mean."""
-    numbers: dict[str, float] = {}
+    numbers = {name: row["value"] for name, row in report.get("scores", {}).items() if "value" in row}
     if "accuracy" in report:
         numbers["accuracy"] = report["accuracy"]["accuracy"]
     if "motion" in report:
