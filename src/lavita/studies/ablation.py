@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lavita.commands import run_command
 from lavita.sheets import contact_sheet
@@ -222,7 +222,7 @@ def _write_sheet(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
 def print_study(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Prints a row an arm: its losses, its speed and its scores at the end."""
     last = list(rows[0]["scores"].values())[-1] if rows[0]["scores"] else {}
-    table = Table("arm", "loss, first tenth", "loss, last tenth", "clips/s", *last)
+    table = Table(Column("arm", no_wrap=True), "loss, first tenth", "loss, last tenth", "clips/s", *last)
     for row in rows:
         scores = list(row["scores"].values())[-1] if row["scores"] else {}
         table.add_row(
