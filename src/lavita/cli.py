@@ -61,8 +61,8 @@ ConfigFile = Annotated[
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo's data, model, samples and page.")] = Path("runs/demo"),
     minutes: Annotated[
-        float, typer.Option(min=0.1, help="About how long to train; the rest takes as long again.")
-    ] = 8.0,
+        float, typer.Option(min=0.1, help="About how long to train; the rest takes twice as long on two cores.")
+    ] = 6.0,
 ) -> None:
     """Render arcade videos, train a small model on them, generate more, and show it all on a page."""
     from lavita.commands import CommandFailed

@@ -22,7 +22,7 @@ from lavita.page import write_page
 
 SEEDS = "0-5"
 SAMPLE_STEPS = "20"
-TRAIN_EPISODES, HELDOUT_EPISODES = "16", "4"
+TRAIN_EPISODES, HELDOUT_EPISODES = "12", "4"
 PROBE_STEPS = 40
 DECAY_SHARE = 0.3  # of the steps, over which the learning rate falls to 0
 NUM_STAGES = 8
@@ -83,7 +83,7 @@ def training_steps(out: Path, minutes: float) -> int:
     """How many steps fit into some minutes, by the speed at the end of the probe."""
     last = json.loads((out / "probe" / "metrics.jsonl").read_text().splitlines()[-1])
     config = load_config(RunConfig, read_yaml(out / "probe" / "config.yaml"))
-    steps = 60 * minutes * last["clips_per_second"] / config.train.batch_size
+    steps = int(60 * minutes * last["clips_per_second"] / config.train.batch_size)
     return max(10, round(steps, -1 if steps < 1000 else -2))
 
 
@@ -133,9 +133,14 @@ def _run_stage(out: Path, number: int, stage: Stage) -> float:
 
 def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
     """All that `summary.json` holds: the commands with their run times, and both models' scores."""
-    lines = (out / "train" / "metrics.jsonl").read_text().splitlines()
-    steps = json.loads(lines[-1])["step"]
-    training_seconds = next(taken for stage, taken in timed if f"run_dir={out / 'train'}" in stage.arguments)
+    records = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text().splitlines()]
+    batch_size = read_yaml(out / "train" / "config.yaml")["train"]["batch_size"]
+    steps = records[-1]["step"]
+    # Not the stage's time, which is that of its last part where the demo was stopped in between.
+    training_seconds = sum(
+        (record["step"] - before) * batch_size / record["clips_per_second"]
+        for before, record in zip([0, *(record["step"] for record in records)], records, strict=False)
+    )
     package = Path(str(files("lavita") / "weights" / "arcade"))
     runs = json.loads((package / "training.json").read_text())
     once = f"{sum(run['steps'] for run in runs):,} steps in {sum(run['minutes'] for run in runs):.0f} minutes"
