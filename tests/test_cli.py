@@ -18,6 +18,7 @@ import pytest
 import typer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from conftest import Run
 from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_data import paint, write_broken, write_videos
@@ -26,26 +27,6 @@ from typer.testing import CliRunner
 from lavita import cli
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.video import read_clip, write_video
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `lavita` with some arguments in this process: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)  # run folders have defaults below the working directory
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lavita", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def lavita(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -7,17 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from scripted import save_all
 from tiny_data import paint, write_broken, write_videos
 
-from lavita import cli
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation import features as features_module
 from lavita.evaluation.kernel import kernel_score
@@ -25,7 +26,6 @@ from lavita.evaluation.networks import NETWORKS, load_network
 from lavita.pipeline import LavitaPipeline
 from lavita.video import VideoError, read_clip, write_video
 
-Run = Callable[..., tuple[int, str, str]]
 FEW = ("num_real_clips=12", "num_generated_clips=9", "frame_interval=2")
 KERNELS = "kvd,kid,prdc,is"
 SPLITS = ("inception_score=custom", "inception_splits=3", "neighbours=2")
@@ -43,22 +43,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(world: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `lavita evaluate` with some arguments, where only the world's weights are found."""
     monkeypatch.setenv("LAVITA_WEIGHTS", str(world / "weights"))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lavita", "evaluate", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(run, "evaluate")
 
 
 def folders(world: Path) -> tuple[str | Path, ...]:
