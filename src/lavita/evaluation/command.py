@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lavita.evaluation.distributed import Processes, processes
+from lavita.distributed import Processes, processes
 from lavita.evaluation.feature_scores import FEATURE_METRICS
 from lavita.evaluation.gallery import write_gallery
 from lavita.evaluation.networks import NETWORKS

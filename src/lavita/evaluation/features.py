@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lavita.data.clips import center_crop_resize
-from lavita.evaluation.distributed import Processes
+from lavita.distributed import Processes
 from lavita.evaluation.networks import Network
 from lavita.evaluation.sides import ClipRef, Side
 from lavita.runtime import Progress

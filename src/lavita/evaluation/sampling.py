@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavita.evaluation.distributed import Processes
+from lavita.distributed import Processes
 from lavita.generate import BUILTIN, generate, model_source
 from lavita.pipeline import load_pipeline
 
