@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lavita.checkpoint import check_resumable, save_checkpoint
+from lavita.checkpoint import Keep, check_resumable, save_checkpoint
 from lavita.config import (
     AutoencoderConfig,
     ConfigError,
@@ -255,7 +255,7 @@ def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.yaml")
     check_resumable(tmp_path, other, set())  # nothing has been trained there yet
 
-    save_checkpoint(tmp_path / "checkpoints", 1, {}, keep=1)
+    save_checkpoint(tmp_path / "checkpoints", 1, {}, {}, Keep(1))
     check_resumable(tmp_path, config, set())
     check_resumable(tmp_path, other, {"train.steps", "data.path"})
     with pytest.raises(ConfigError, match=r"started with data\.path=a, but b was asked for; use another run_dir"):

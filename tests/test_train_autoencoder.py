@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,25 +181,28 @@ def test_small_videos_are_enlarged(tmp_path: Path) -> None:
 # --- training
 
 
+def last_state(config: AutoencoderConfig) -> dict[str, torch.Tensor]:
+    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
+    assert loaded is not None and loaded.step == config.steps
+    return loaded.read_all()
+
+
 def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     write_videos(tmp_path / "videos")
     config = make_config(tmp_path)
     folder = train_autoencoder(config)
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
-    assert [file.name for file in checkpoints] == ["step-00000002.pt", "step-00000004.pt"]
-    expected = load_last_checkpoint(config.run_dir / "checkpoints")
+    assert [file.name for file in checkpoints] == ["step-00000002", "step-00000004"]
+    expected = last_state(config)
     lines = (config.run_dir / "metrics.jsonl").read_text()
     weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert expected is not None
 
-    checkpoints[-1].unlink()  # as a kill before step 4 would leave it
+    shutil.rmtree(checkpoints[-1])  # as a kill before step 4 would leave it
     assert train_autoencoder(config) == folder
-    resumed = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert resumed is not None and resumed[0] == 4
-    for part in ("model", "ema"):
-        assert set(resumed[1][part]) == set(expected[1][part])
-        for name, tensor in expected[1][part].items():
-            assert torch.equal(resumed[1][part][name], tensor), (part, name)
+    resumed = last_state(config)
+    assert set(resumed) == set(expected) and {name.split(".")[0] for name in resumed} == {"model", "ema", "optimizer"}
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), name
     assert (config.run_dir / "metrics.jsonl").read_text() == lines
     assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == weights
     records = [json.loads(line) for line in lines.splitlines()]
@@ -223,10 +227,9 @@ def test_what_is_saved_has_unit_variance_and_the_averaged_weights(tmp_path: Path
     assert latents.std().item() == pytest.approx(1.0, abs=0.05)
     assert latents.mean().item() == pytest.approx(0.0, abs=0.05)
 
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None
+    averages = last_state(config)
     for name, parameter in vae.named_parameters():
-        torch.testing.assert_close(parameter, loaded[1]["ema"][name].half().float(), rtol=0, atol=0)
+        torch.testing.assert_close(parameter, averages[f"ema.{name}"].half().float(), rtol=0, atol=0)
     assert vae.config["latent_channels"] == 2
     assert not (folder / "reconstruction.json").exists()
 

@@ -163,7 +163,10 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Folder of videos.", show_default=False)] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
 ) -> None:
-    """Train a model. Run the same command again to resume; Ctrl-C saves a checkpoint first."""
+    """Train a model. Run the same command again to resume; Ctrl-C saves a checkpoint first.
+
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m lavita train ... (docs/training.md).
+    """
     from lavita.config import RunConfig
 
     chosen: dict[str, Any] = {}
@@ -208,26 +211,33 @@ def sample(
     video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = VideoFormat.mp4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Generate videos: OUT/<class or prompt>/<seed>.mp4. Finished files are left alone."""
+    """Generate videos: OUT/<class or prompt>/<seed>.mp4. Finished files are left alone.
+
+    Several processes of torchrun share them: torchrun --nproc-per-node 8 -m lavita sample ...
+    """
+    from lavita.distributed import processes
     from lavita.generate import generate
 
-    written = generate(
-        model,
-        out,
-        classes=classes,
-        prompts=prompt or (),
-        prompt_table=prompts,
-        seeds=seeds,
-        steps=steps,
-        sampler=sampler.value,
-        guidance_scale=guidance_scale,
-        num_frames=num_frames,
-        images=images,
-        batch_size=batch_size,
-        suffix=f".{video_format.value}",
-        device=device,
-    )
-    print(f"{out}: {len(written)} {'images' if images else 'videos'}")
+    with processes() as team:
+        written = generate(
+            model,
+            out,
+            classes=classes,
+            prompts=prompt or (),
+            prompt_table=prompts,
+            seeds=seeds,
+            steps=steps,
+            sampler=sampler.value,
+            guidance_scale=guidance_scale,
+            num_frames=num_frames,
+            images=images,
+            batch_size=batch_size,
+            suffix=f".{video_format.value}",
+            device=device,
+            team=team,
+        )
+        if team.is_first:
+            print(f"{out}: {len(written)} {'images' if images else 'videos'}")
 
 
 @app.command()
@@ -513,10 +523,12 @@ def _train(run: Callable[[Any], Path], settings: Any) -> None:
     from lavita.runtime import Stopped
 
     try:
-        print(run(settings))
+        result = run(settings)
+        if os.environ.get("RANK", "0") == "0":
+            print(result)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        raise typer.Exit(130) from stopped
+        raise typer.Exit(stopped.exit_code) from stopped
 
 
 def _load(cls: Any, config: str | None, overrides: list[str] | None, chosen: dict[str, Any]) -> Any:

@@ -116,7 +116,10 @@ class TrainConfig(StrictConfig):
     batch_size: int = Field(8, ge=1)
     """Clips of one optimizer step."""
     accumulation: int = Field(1, ge=1)
-    """Micro-batches that the clips of one step are computed in; divides `batch_size`."""
+    """Micro-batches that a process computes its clips of one step in; divides them."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """On several processes of torchrun: `ddp`, a whole model on each, which `auto` means; `fsdp`, weights, averages and
+    optimizer cut into a share for each (FSDP2)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`adamw`, as in the paper; `muon`: Muon for the matrices of the blocks, AdamW for the rest, which reaches the same
     loss in about half of the steps (docs/results.md)."""
@@ -132,8 +135,14 @@ class TrainConfig(StrictConfig):
     """Gradients are scaled down to this norm where they exceed it."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the weights' moving average; short runs warm it up (`ema.decay_at`)."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 autocast where the processor has bf16 matrix products, else fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of matrix products. `auto`: bf16 where the processor has it, else fp16 on a GPU, else fp32; with fp16 the loss is
+    scaled."""
+    bad_steps: Literal["stop", "skip"] = "stop"
+    """What a step with a loss or gradient that is not finite does: `stop` ends the run before it; `skip` leaves it out,
+    and spikes too, up to ten in a row. Either way `events.jsonl` names its clips."""
+    spike_factor: float = Field(10.0, ge=0)
+    """A gradient norm of more than so many times the median of the last 100 is a spike; 0 knows none."""
     device: str = "auto"
     """`auto`: the first GPU if there is one, else the CPU."""
     seed: int = Field(0, ge=0)
@@ -144,6 +153,8 @@ class TrainConfig(StrictConfig):
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the last checkpoints are kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that this divides are kept as well; 0 for none."""
     sample_every: int = Field(1_000, ge=0)
     """Steps between two sets of sample videos; 0 for none."""
     num_samples: int = Field(8, ge=1)
@@ -158,6 +169,10 @@ class TrainConfig(StrictConfig):
     def _fields_agree(self) -> TrainConfig:
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every is {self.keep_every}, but must be a multiple of checkpoint_every ({self.checkpoint_every})"
+            )
         if self.init_weights is not None and self.init_from is None:
             raise ValueError("init_weights is set, but has no effect without init_from")
         return self

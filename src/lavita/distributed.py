@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 Item = TypeVar("Item")
 
@@ -69,3 +70,15 @@ def processes(timeout: timedelta = timedelta(days=2)) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count)
     finally:
         dist.destroy_process_group()
+
+
+def sum_over(team: Processes, values: torch.Tensor) -> torch.Tensor:
+    """Sums of CPU values over all processes, in each of them."""
+    if team.count > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor put together in every process; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

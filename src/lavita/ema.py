@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
@@ -15,7 +12,7 @@ def decay_at(decay: float, step: int) -> float:
 
 
 class EMA:
-    """Float32 copies of a model's trainable weights that follow them slowly."""
+    """Float32 copies of a model's trainable weights that follow them slowly, sharded as they are."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         """Starts at the model's weights; `decay` in [0, 1) is that of long runs (see `decay_at`)."""
@@ -28,23 +25,3 @@ class EMA:
         """Moves towards the weights after optimizer step `step` (from 1)."""
         current = [p.detach().float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay_at(self.decay, step))
-
-    def load(self, weights: dict[str, torch.Tensor]) -> None:
-        """Takes over saved weights; KeyError where one is missing."""
-        for name, mine in self.weights.items():
-            mine.copy_(weights[name])
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within, the model has the average's weights; after, its own again, bit for bit."""
-        backup = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._copy(self.weights)
-        try:
-            yield
-        finally:
-            self._copy(backup)
-
-    @torch.no_grad()
-    def _copy(self, weights: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(weights[name])

@@ -17,6 +17,7 @@ from PIL import Image
 from lavita.checkpoint import fingerprint
 from lavita.data.captions import read_captions
 from lavita.data.catalog import GENERATION, read_generation
+from lavita.distributed import Processes
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
 from lavita.video import write_video
@@ -72,6 +73,7 @@ def generate(
     batch_size: int = 8,
     suffix: str = ".mp4",
     device: str = "auto",
+    team: Processes | None = None,
 ) -> list[Path]:
     """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`.
 
@@ -94,9 +96,10 @@ def generate(
         batch_size: videos at once.
         suffix: `.mp4`, `.gif`, or `.mkv`, which loses nothing.
         device: see `runtime.pick_device`.
+        team: processes that share the batches; they write the files that one would.
 
     Returns:
-        All the files asked for, written now or before.
+        All the files asked for, written now or before, once all processes are done.
 
     Raises:
         ValueError: for a model, class, prompt, seed or length that does not exist or fit, or a folder whose videos were
@@ -129,10 +132,13 @@ def generate(
         "fps": config["fps"],
     }
     check_generation(out, settings)
-    missing = [job for job in jobs if not job.path.exists()]
-    progress = Progress("image" if images else "video", len(jobs), len(jobs) - len(missing))
-    for first in range(0, len(missing), batch_size):
-        batch = missing[first : first + batch_size]
+    team = team or Processes()
+    # Whole batches of the whole list: a file is the same to the bit whoever makes it, and when.
+    batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
+    todo = team.share([batch for batch in batches if not all(job.path.exists() for job in batch)])
+    team.wait()  # all have looked before the first one writes
+    progress = Progress("image" if images else "video", sum(map(len, todo)), active=team.is_first)
+    for batch in todo:
         videos = pipeline(
             class_labels=[job.label for job in batch if job.label is not None] or None,
             prompt=[job.prompt for job in batch if job.prompt is not None] or None,
@@ -145,6 +151,8 @@ def generate(
         ).frames
         write_generation(out, settings)
         for job, frames in zip(batch, np.asarray(videos), strict=True):
+            if job.path.exists():
+                continue
             if images:
                 job.path.parent.mkdir(parents=True, exist_ok=True)
                 partial = job.path.with_name(f".{job.path.name}")
@@ -153,6 +161,7 @@ def generate(
             else:
                 write_video(job.path, frames, config["fps"])
         progress.update(progress.done + len(batch))
+    team.wait()
     return [job.path for job in jobs]
 
 

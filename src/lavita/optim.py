@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from lavita.distributed import whole
 
 # The quintic whose iteration takes singular values from (0, 1] to about 1 the fastest (Jordan et al. 2024).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -60,9 +63,15 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike[parameter.shape].append(parameter)
             for shape, parameters in alike.items():
-                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                # A sharded matrix is put together: each process computes its step, and takes its share of it.
+                averages = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+                updates = orthogonalize(torch.stack([whole(average) for average in averages]))
                 scale = 0.2 * max(shape) ** 0.5
-                for parameter, update in zip(parameters, orthogonalize(updates), strict=True):
+                for parameter, average, update in zip(parameters, averages, updates, strict=True):
+                    if isinstance(average, DTensor):
+                        mesh = average.device_mesh
+                        everywhere = DTensor.from_local(update, mesh, [Replicate()], run_check=False)
+                        update = everywhere.redistribute(mesh, average.placements)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-group["lr"] * scale)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -40,16 +42,26 @@ def pick_device(name: str = "auto") -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware (AMX or AVX-512 BF16 on a CPU)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return False
 
 
+def low_precision(device: torch.device, precision: Precision) -> torch.dtype | None:
+    """What matrix products are computed in, None for float32; `auto` asks the device.
+
+    `auto` is bf16 where the device has it, else fp16 on a GPU, else float32.
+    """
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 autocast, or nothing for `fp32`; `auto` asks the processor."""
-    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Autocast to what `low_precision` says, or nothing."""
+    dtype = low_precision(device, precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def generator(seed: int, *stream: int | str) -> torch.Generator:
@@ -68,6 +80,11 @@ def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
 
 class Stopped(Exception):
     """The run was asked to stop and has saved a checkpoint; the same command goes on from there."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        """`number` is the signal that asked; another process may have got it."""
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 @contextmanager
@@ -94,8 +111,14 @@ def stop_requested() -> Iterator[list[int]]:
 class Metrics:
     """Appends one JSON object a line to a file; a resumed run first drops the lines it will write again."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        """Opens `path`; lines with a `step` above `resume_step`, and a half-written last one, are dropped."""
+    def __init__(self, path: Path, resume_step: int, active: bool = True) -> None:
+        """Opens `path`; lines with a `step` above `resume_step`, and a half-written last one, are dropped.
+
+        One that is not `active`, as in all but the first of several processes, writes nothing.
+        """
+        self._file = None
+        if not active:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         for line in path.read_text().splitlines() if path.exists() else []:
@@ -105,32 +128,59 @@ class Metrics:
                 continue
             if record["step"] <= resume_step:
                 kept.append(line + "\n")
-        path.write_text("".join(kept))
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
         self._file = path.open("a", buffering=1)
 
-    def write(self, **record: float | int) -> None:
+    def write(self, **record: Any) -> None:
         """Appends one object."""
-        self._file.write(json.dumps(record) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+@contextmanager
+def only_run(run_dir: Path) -> Iterator[None]:
+    """Holds a run's folder, so that no second run writes into it; the system lets go of it when the process dies.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{run_dir}: another run is going on in this folder; use another run_dir") from error
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in run_dir.iterdir()] == [".lock"]:  # a run that could not start leaves nothing
+                shutil.rmtree(run_dir)
+            raise
 
 
 class Progress:
     """One live line with an ETA on a terminal; one line every 30 seconds elsewhere, as in a log file."""
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        """Starts at `done` of `total` units of work called `what`."""
+    def __init__(self, what: str, total: int, done: int = 0, active: bool = True) -> None:
+        """Starts at `done` of `total` units of work called `what`; one that is not `active` prints nothing."""
         self.what, self.total, self.done = what, total, done
         self._first, self._start = done, time.monotonic()
-        self._live = sys.stderr.isatty()
+        self._active, self._live = active, sys.stderr.isatty()
         self._printed = float("-inf")
         self._width = 0
 
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` units are finished, and a note such as the loss."""
         self.done = done
+        if not self._active:
+            return
         now = time.monotonic()
         finished = done >= self.total
         if now - self._printed < (0.1 if self._live else 30) and not finished:
@@ -150,6 +200,8 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Prints a line of its own without tearing the live one."""
+        if not self._active:
+            return
         print(f"\r{text.ljust(self._width)}" if self._live else text, file=sys.stderr, flush=True)
 
 

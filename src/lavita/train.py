@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-import math
-import shutil
+import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 
 from lavita.autoencoder import autoencoder_source, latent_size, load_autoencoder
-from lavita.checkpoint import check_resumable, fingerprint, list_checkpoints, load_last_checkpoint, save_checkpoint
-from lavita.config import DEFAULT_TUBE_SIZE, RunConfig, TrainConfig, save_config
+from lavita.checkpoint import (
+    Keep,
+    check_resumable,
+    fingerprint,
+    list_checkpoints,
+    load_last_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_tensors,
+)
+from lavita.config import DEFAULT_TUBE_SIZE, ConfigError, RunConfig, TrainConfig, save_config
 from lavita.convert import initialize
-from lavita.data.batches import BatchMaker
+from lavita.data.batches import Batch, BatchMaker
 from lavita.diffusion import GaussianDiffusion
+from lavita.distributed import Processes, processes, sum_over, whole
 from lavita.ema import EMA
 from lavita.evaluation.tracking import ScoreLog
+from lavita.guards import MOST_SKIPPED, LossScale, StepGuard
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
-from lavita.pipeline import LavitaPipeline, make_scheduler
-from lavita.runtime import Metrics, Progress, Stopped, autocast, generator, pick_device, stop_requested
-from lavita.sheets import contact_sheet
+from lavita.parallel import ParallelModel
+from lavita.runtime import (
+    Metrics,
+    Progress,
+    Stopped,
+    autocast,
+    low_precision,
+    only_run,
+    pick_device,
+    stop_requested,
+)
+from lavita.snapshots import averaged_model, make_pipeline, save_pipeline, write_samples
 from lavita.text import DEFAULT_TEXT_ENCODER, load_text_encoder
-from lavita.video import write_video
 
-# What may differ when a run is resumed: how long it is and how it ends, and what is written down, but nothing that
-# changes a step before the end.
+# What may differ when a run is resumed: how long it is and how it ends, what is written down, and how the work is
+# shared, but nothing that changes a step before the end by more than rounding.
 RESUMABLE = {
     "train.steps",
     "train.decay_steps",
+    "train.accumulation",
+    "train.parallel",
+    "train.bad_steps",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.sample_every",
     "train.num_samples",
     "train.score_every",
@@ -46,13 +68,14 @@ RESUMABLE = {
     "train.device",
     "run_dir",
 }
-SAMPLE_STEPS = 20
+TIMEOUT = timedelta(hours=2)  # of a process that waits for one that writes or samples
 
 
 def train(config: RunConfig) -> Path:
     """Trains a model, resuming from the run folder's last checkpoint, and writes `<run_dir>/pipeline`.
 
-    Also in the run folder: `config.yaml`, `metrics.jsonl`, `scores.jsonl`, `checkpoints/` and `samples/`.
+    Under `torchrun` the processes share each batch; they need one run folder that all of them see. Also in it:
+    `config.yaml`, `metrics.jsonl`, `events.jsonl`, `scores.jsonl`, `checkpoints/` and `samples/`.
 
     Args:
         config: the run.
@@ -62,10 +85,21 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         ValueError: where configuration, data, autoencoder and run folder do not fit together.
+        OSError: where the folder cannot be written to; the last checkpoint stays.
         Stopped: after Ctrl-C or SIGTERM, once a checkpoint is saved.
-        FloatingPointError: where the loss is no longer finite.
+        FloatingPointError: where a step is not finite, see `train.bad_steps`.
     """
+    with processes(TIMEOUT) as team, only_run(config.run_dir) if team.is_first else nullcontext():
+        return _train(config, team)
+
+
+def _train(config: RunConfig, team: Processes) -> Path:
     settings, run_dir = config.train, config.run_dir
+    if settings.batch_size % (settings.accumulation * team.count):
+        raise ConfigError(
+            f"train.batch_size is {settings.batch_size}, but must be a multiple of the processes ({team.count}) times "
+            f"train.accumulation ({settings.accumulation})"
+        )
     check_resumable(run_dir, config, RESUMABLE)
     device = pick_device(settings.device)
     vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
@@ -76,102 +110,150 @@ def train(config: RunConfig) -> Path:
     model = build_model(config, vae, batches).to(device)
     if settings.init_from is not None and not list_checkpoints(run_dir / "checkpoints"):
         report = str(initialize(model, settings.init_from, settings.init_weights))
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "init.txt").write_text(report + "\n")
-        print(report, file=sys.stderr)
+        if team.is_first:
+            (run_dir / "init.txt").write_text(report + "\n")
+            print(report, file=sys.stderr)
     model.train()
+    num_parameters = sum(p.numel() for p in model.parameters())
+    parallel = ParallelModel(model, settings.parallel, team, device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     diffusion = GaussianDiffusion(config.model.prediction_type)
     ema = EMA(model, settings.ema_decay)
     optimizers = make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
-    step, losses = resume(config, vae, model, ema, optimizers)
-    save_config(config, run_dir / "config.yaml")
-    metrics = Metrics(run_dir / "metrics.jsonl", step)
-    progress = Progress("step", settings.steps, step)
+    guard = StepGuard(settings.spike_factor)
+    scale = LossScale(low_precision(device, settings.precision) == torch.float16)
+    step, losses = resume(config, team, vae, model, ema, optimizers, guard, scale)
+    team.wait()  # all have looked before the first one writes
+    if team.is_first:
+        save_config(config, run_dir / "config.yaml")
+    metrics = Metrics(run_dir / "metrics.jsonl", step, team.is_first)
+    events = Metrics(run_dir / "events.jsonl", step, team.is_first)
+    if step < settings.steps:
+        events.write(step=step, event="resume" if step else "start", processes=team.count, parallel=settings.parallel)
+    progress = Progress("step", settings.steps, step, team.is_first)
     classes = f", {len(batches.class_names)} classes" if batches.class_names else ""
     texts = f", {len(batches.captions.texts) - 1:,} captions" if batches.captions is not None else ""
+    several = f"{team.count} processes ({'FSDP2' if parallel.is_sharded else 'DDP'}); " if team.count > 1 else ""
     progress.message(
         f"{len(batches.source.catalog.videos):,} videos{classes}{texts}, {batches.sampler.num_clips:,} clips; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {device}; {run_dir}"
+        f"{num_parameters / 1e6:.1f} M parameters; {several}{device}; {run_dir}"
     )
-    score_log = ScoreLog(config, step, device) if settings.score_every else None
-    micro = settings.batch_size // settings.accumulation
+    score_log = ScoreLog(config, step, device, team) if settings.score_every else None
+    share = settings.batch_size // team.count
+    places = range(team.rank * share, (team.rank + 1) * share)
+    micro = share // settings.accumulation
+    keep = Keep(settings.keep_checkpoints, settings.keep_every)
     since, clips = time.monotonic(), 0
 
+    def due(every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == settings.steps)
+
     with ThreadPoolExecutor(1) as reader, stop_requested() as stop:
-        upcoming = reader.submit(batches.make, step)
+        upcoming = reader.submit(batches.make, step, places)
         while step < settings.steps:
             batch = upcoming.result()
-            upcoming = reader.submit(batches.make, step + 1)
+            upcoming = reader.submit(batches.make, step + 1, places)
             rate_now = learning_rate(settings, step)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate_now
 
-            # Gradients of the micro-batches add up to the whole batch's mean; they are clipped once, together.
-            loss = torch.zeros((), device=device)
-            for first in range(0, settings.batch_size, micro):
+            # Gradients of the micro-batches and processes add up to the whole batch's mean; they are clipped once,
+            # together.
+            clip_losses = []
+            for first in range(0, share, micro):
                 part = batch.part(first, micro, device)
                 noisy = diffusion.q_sample(part.latents, part.timesteps, part.noise)
-                with autocast(device, settings.precision):
-                    output = model(
-                        noisy, part.timesteps, part.class_labels, part.text_embeds, num_images=batches.num_images
-                    ).sample
-                part_loss = diffusion.losses(output, part.latents, part.timesteps, part.noise).total.mean()
-                (part_loss / settings.accumulation).backward()
-                loss += part_loss.detach() / settings.accumulation
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
-            value, norm = loss.item(), grad_norm.item()
-            if not math.isfinite(value) or not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"the loss is {value} and its gradient's norm {norm} at step {step + 1}; lower train.learning_rate"
-                )
+                with parallel.gradients_later(first + micro < share):
+                    with autocast(device, settings.precision):
+                        output = parallel(
+                            noisy, part.timesteps, part.class_labels, part.text_embeds, num_images=batches.num_images
+                        )
+                    part_losses = diffusion.losses(output, part.latents, part.timesteps, part.noise).total
+                    (part_losses.mean() * (scale.value / settings.accumulation)).backward()
+                clip_losses.append(part_losses.detach())
+            scale.unscale([parameter.grad for parameter in parameters if parameter.grad is not None])
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)).item()
+
+            verdict = "overflow" if scale.overflowed(norm) else guard.judge(norm)
+            taken = verdict == "good" or (verdict == "spike" and settings.bad_steps == "stop")
+            if verdict in ("spike", "not-finite"):
+                losers = name_clips(batch, torch.cat(clip_losses), team)
+                events.write(step=step + 1, event=verdict, grad_norm=norm, skipped=not taken, clips=losers)
+                worst = ", ".join(f"{clip['video']} from frame {clip['start']}" for clip in losers[:2])
+                progress.message(f"step {step + 1:,}: gradient norm {norm:.3g} ({verdict}); clips: {worst}, ...")
+                guard.skipped = 0 if taken else guard.skipped + 1
+                if not taken and (settings.bad_steps == "stop" or guard.skipped > MOST_SKIPPED):
+                    raise FloatingPointError(
+                        f"the loss is {losers[0]['loss']} and its gradient's norm {norm} at step {step + 1}; lower "
+                        f"train.learning_rate, or pass over such steps with train.bad_steps=skip; its clips are in "
+                        f"{run_dir / 'events.jsonl'}"
+                    )
+            elif taken:
+                guard.skipped = 0
             for optimizer in optimizers:
-                optimizer.step()
+                if taken:
+                    optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            ema.update(step)
+            if taken:
+                ema.update(step)
 
+            # All processes leave at the same step.
+            facts = torch.tensor([torch.cat(clip_losses).mean().item(), bool(stop)], dtype=torch.float64)
+            loss_sum, stops = sum_over(team, facts).tolist()
             clips += settings.batch_size
-            losses.append(value)
-            if step % settings.log_every == 0 or step == settings.steps:
+            if taken:
+                losses.append(loss_sum / team.count)
+            if due(settings.log_every) and losses:
                 rate = clips / (time.monotonic() - since)
                 loss_mean = sum(losses) / len(losses)
-                metrics.write(
-                    step=step,
-                    loss=loss_mean,
-                    lr=rate_now,
-                    grad_norm=norm,
-                    clips_per_second=rate,
-                )
+                scaled = {"loss_scale": scale.value} if scale.enabled else {}
+                metrics.write(step=step, loss=loss_mean, lr=rate_now, grad_norm=norm, clips_per_second=rate, **scaled)
                 progress.update(step, f"loss {loss_mean:.4f}  {rate:.1f} clips/s")
                 since, clips, losses = time.monotonic(), 0, []
-            if settings.sample_every and (step % settings.sample_every == 0 or step == settings.steps):
-                with ema.applied():
-                    write_samples(config, model, vae, batches, step)
-                since, clips = time.monotonic(), 0
-            if score_log is not None and score_log.is_due(step):
-                with ema.applied():
-                    score_log.write(step, make_pipeline(model, vae))
-                since, clips = time.monotonic(), 0
-            stopping = bool(stop) and step < settings.steps  # read once: a later signal waits for the next step
-            if step % settings.checkpoint_every == 0 or step == settings.steps or stopping:
+            stopping = bool(stops) and step < settings.steps
+            saving = due(settings.checkpoint_every) or step == settings.steps or stopping
+            if not (saving or due(settings.sample_every) or due(settings.score_every)):
+                continue
+
+            pipeline = make_pipeline(averaged_model(model, ema), vae)
+            if due(settings.sample_every):
+                write_samples(config, pipeline, batches, step, team)
+            if score_log is not None and due(settings.score_every):
+                score_log.write(step, pipeline)
+            if saving:
+                # The pipeline first: a run that is killed in between makes it again when it is resumed.
+                if team.is_first:
+                    save_pipeline(pipeline, run_dir / "pipeline")
                 state = {
-                    "model": model.state_dict(),
-                    "ema": ema.weights,
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "model_config": model_facts(model),
                     "autoencoder": fingerprint(vae),
                     "losses": losses,
+                    "guard": guard.state(),
+                    "loss_scale": scale.state(),
                 }
-                # The pipeline first: a run that is killed in between makes it again when it is resumed.
-                with ema.applied():
-                    save_pipeline(model, vae, run_dir / "pipeline")
-                save_checkpoint(run_dir / "checkpoints", step, state, settings.keep_checkpoints)
-                since, clips = time.monotonic(), 0
+                tensors = training_tensors(model, ema, optimizers)
+                save_checkpoint(run_dir / "checkpoints", step, tensors, state, keep, team)
+            since, clips = time.monotonic(), 0
             if stopping:
-                metrics.close()
-                raise Stopped(f"stopped at step {step:,} of {settings.steps:,}; the same command goes on from there")
-    metrics.close()
+                events.write(step=step, event="stop")
+                raise Stopped(
+                    f"stopped at step {step:,} of {settings.steps:,}; the same command goes on from there", *stop[:1]
+                )
+            if step == settings.steps:
+                events.write(step=step, event="end")
     return run_dir / "pipeline"
+
+
+def name_clips(batch: Batch, losses: torch.Tensor, team: Processes) -> list[dict[str, Any]]:
+    """Where the clips of a step come from, over all processes, with their losses, the worst first."""
+    mine = [
+        {"video": draw.video.name, "start": draw.start, "flip": draw.flip, "loss": loss}
+        for draw, loss in zip(batch.draws, losses.tolist(), strict=True)
+    ]
+    everyone = [clip for share in team.gather(mine) for clip in share]
+    # What is no number is worse than any.
+    return sorted(everyone, key=lambda clip: -clip["loss"] if clip["loss"] == clip["loss"] else float("-inf"))
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
@@ -212,10 +294,13 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
 
 def resume(
     config: RunConfig,
+    team: Processes,
     vae: AutoencoderKL,
     model: LavitaTransformer3DModel,
     ema: EMA,
     optimizers: list[torch.optim.Optimizer],
+    guard: StepGuard,
+    scale: LossScale,
 ) -> tuple[int, list[float]]:
     """Loads the last checkpoint of the run folder into all of them.
 
@@ -225,70 +310,24 @@ def resume(
     Raises:
         ValueError: where the checkpoint is of another model or autoencoder.
     """
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    if loaded is None:
+    checkpoint = load_last_checkpoint(config.run_dir / "checkpoints", team)
+    if checkpoint is None:
         return 0, []
-    step, state = loaded
     facts = model_facts(model)
-    for key, value in state["model_config"].items():
+    for key, value in checkpoint.facts["model_config"].items():
         if facts.get(key) != value:
             raise ValueError(
                 f"{config.run_dir} holds a model with {key}={value}, but this data and configuration give "
                 f"{facts.get(key)}; use another run_dir"
             )
-    if state["autoencoder"] != fingerprint(vae):
+    if checkpoint.facts["autoencoder"] != fingerprint(vae):
         raise ValueError(f"{config.run_dir} was trained with another autoencoder; use another run_dir")
-    model.load_state_dict(state["model"])
-    ema.load(state["ema"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return step, state["losses"]
+    restore_training(checkpoint, model, ema, optimizers)
+    guard.restore(checkpoint.facts["guard"])
+    scale.restore(checkpoint.facts["loss_scale"])
+    return checkpoint.step, checkpoint.facts["losses"]
 
 
 def model_facts(model: LavitaTransformer3DModel) -> dict[str, Any]:
-    """The fields of a model's configuration that a checkpoint must agree with."""
-    return {key: value for key, value in model.config.items() if not key.startswith("_")}
-
-
-def write_samples(
-    config: RunConfig, model: LavitaTransformer3DModel, vae: AutoencoderKL, batches: BatchMaker, step: int
-) -> None:
-    """Writes `samples/step-<step>/<i>.mp4` and a contact sheet beside: the same seeds and conditions every time."""
-    num_samples, folder = config.train.num_samples, config.run_dir / "samples"
-    names, embeds = batches.class_names, batches.example_embeds(num_samples)
-    pipeline = make_pipeline(model.eval(), vae)
-    pipeline.set_progress_bar_config(disable=True)
-    videos: list[npt.NDArray[np.uint8]] = []
-    for first in range(0, num_samples, config.train.batch_size):
-        part = range(first, min(num_samples, first + config.train.batch_size))
-        frames = pipeline(
-            class_labels=[i % len(names) for i in part] if names else None,
-            prompt_embeds=None if embeds is None else embeds[part.start : part.stop],
-            num_videos=len(part),
-            num_inference_steps=SAMPLE_STEPS,
-            generator=[generator(seed, "sample") for seed in part],
-            precision=config.train.precision,
-        ).frames
-        videos.extend(np.asarray(frames))
-    model.train()
-    for index, video in enumerate(videos):
-        write_video(folder / f"step-{step:08d}" / f"{index}.mp4", video, model.config["fps"])
-    contact_sheet([[video] for video in videos], folder / f"step-{step:08d}.png")
-
-
-def make_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL) -> LavitaPipeline:
-    """The pipeline of a model, with UniPC as its sampler."""
-    scheduler = make_scheduler("unipc", model.config["learn_sigma"], model.config["prediction_type"])
-    return LavitaPipeline(model, vae, scheduler)
-
-
-def save_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL, folder: Path) -> None:
-    """Saves model and autoencoder as a pipeline in diffusers' layout, replacing an older one whole."""
-    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_pipeline(model, vae).save_pretrained(partial)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """The fields of a model's configuration that a checkpoint must agree with, as JSON holds them."""
+    return json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))

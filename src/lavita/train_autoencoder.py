@@ -18,18 +18,28 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from lavita.autoencoder import encode, load_autoencoder, to_pixels
-from lavita.checkpoint import check_resumable, load_last_checkpoint, save_checkpoint
+from lavita.checkpoint import (
+    Keep,
+    check_resumable,
+    load_last_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_tensors,
+)
 from lavita.config import AutoencoderConfig, save_config
 from lavita.data.catalog import scan
 from lavita.ema import EMA
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
 from lavita.runtime import (
     Metrics,
+    Precision,
     Progress,
     Stopped,
     autocast,
     generator,
+    has_bf16,
     numpy_generator,
+    only_run,
     pick_device,
     stop_requested,
 )
@@ -193,10 +203,17 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
         Stopped: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         FloatingPointError: where the loss is no longer finite.
     """
+    with only_run(config.run_dir):
+        return _train(config)
+
+
+def _train(config: AutoencoderConfig) -> Path:
     run_dir = config.run_dir
     check_resumable(run_dir, config, RESUMABLE)
     save_config(config, run_dir / "config.yaml")
     device = pick_device(config.device)
+    # fp16 would need its loss scaled.
+    precision: Precision = "fp32" if config.precision == "auto" and not has_bf16(device) else config.precision
     sources = [
         load_frames(root, config.resolution, config.memory_gib / len(config.data), config.seed) for root in config.data
     ]
@@ -206,11 +223,9 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
     step = 0
-    if (resumed := load_last_checkpoint(run_dir / "checkpoints")) is not None:
-        step, state = resumed
-        vae.load_state_dict(state["model"])
-        ema.load(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+    if (checkpoint := load_last_checkpoint(run_dir / "checkpoints")) is not None:
+        step = checkpoint.step
+        restore_training(checkpoint, vae, ema, [optimizer])
     metrics = Metrics(run_dir / "metrics.jsonl", step)
     progress = Progress("autoencoder step", config.steps, step)
     factor = config.downsampling
@@ -227,7 +242,7 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
             rate = learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with autocast(device, config.precision):
+            with autocast(device, precision):
                 loss, parts = autoencoder_loss(vae, pixels, noise, config)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -246,11 +261,13 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
             progress.update(step, f"loss {value:.4f}  L1 {parts['reconstruction']:.4f}")
             stopping = bool(stop) and step < config.steps  # read once: a later signal waits for the next step
             if step % config.checkpoint_every == 0 or step == config.steps or stopping:
-                state = {"model": vae.state_dict(), "ema": ema.weights, "optimizer": optimizer.state_dict()}
-                save_checkpoint(run_dir / "checkpoints", step, state, config.keep_checkpoints)
+                tensors = training_tensors(vae, ema, [optimizer])
+                save_checkpoint(run_dir / "checkpoints", step, tensors, {}, Keep(config.keep_checkpoints))
             if stopping:
                 metrics.close()
-                raise Stopped(f"stopped at step {step:,} of {config.steps:,}; the same command goes on from there")
+                raise Stopped(
+                    f"stopped at step {step:,} of {config.steps:,}; the same command goes on from there", stop[0]
+                )
     metrics.close()
 
     vae.load_state_dict(ema.weights)

@@ -20,7 +20,7 @@ from lavita.text import TextEncoder
 
 @dataclass
 class Batch:
-    """The clips of one optimizer step; everything in it is a pure function of the seed and the step."""
+    """Clips of one optimizer step; everything in it is a pure function of the seed, the step and the clip's place."""
 
     latents: torch.Tensor
     """z_0, (B, F + I, C, h, w): clips of F frames, each followed by I images."""
@@ -31,11 +31,15 @@ class Batch:
     """int64 (B,) or, with images, (B, 1 + I), the null class where a label was dropped; None without classes."""
     text_embeds: torch.Tensor | None
     """float32 (B, text_dim) or (B, 1 + I, text_dim), the empty text's where a caption was dropped; None without."""
+    draws: list[ClipDraw]
+    """Where the clips come from."""
 
     def part(self, first: int, size: int, device: torch.device) -> Batch:
         """`size` clips from `first` on, on a device."""
+        chosen = slice(first, first + size)
         parts = (self.latents, self.noise, self.timesteps, self.class_labels, self.text_embeds)
-        return Batch(*(None if t is None else t[first : first + size].to(device) for t in parts))  # type: ignore[arg-type]
+        tensors = [None if t is None else t[chosen].to(device, non_blocking=True) for t in parts]
+        return Batch(*tensors, self.draws[chosen])  # type: ignore[call-arg, arg-type]
 
 
 class BatchMaker:
@@ -79,39 +83,45 @@ class BatchMaker:
             return None
         return self.text_table[torch.linspace(1, len(self.text_table) - 1, count).round().long()]
 
-    def make(self, step: int) -> Batch:
-        """The batch of a step (from 0)."""
-        size, count = self.batch_size, self.num_images
-        clips = [self.sampler.draw(step, index) for index in range(size)]
-        images = [self.image_sampler.draw(step, index) for index in range(size * count)]
-        means, stds = [], []
-        for index, draw in enumerate(clips):
-            parts = [self.source.read(draw, self.sampler.num_frames, self.sampler.frame_interval)]
-            parts += [self.image_source.read(image, 1, 1) for image in images[index * count : (index + 1) * count]]
+    def make(self, step: int, places: range | None = None) -> Batch:
+        """The clips at some places of a step's batch (from 0), by default at all.
+
+        A clip, its noise, timestep and label are functions of (seed, step, place): processes that share a batch, or
+        cut it into parts, train on what one process would have.
+        """
+        places = range(self.batch_size) if places is None else places
+        count = self.num_images
+        clips = [self.sampler.draw(step, place) for place in places]
+        images = [self.image_sampler.draw(step, place * count + image) for place in places for image in range(count)]
+        clip_latents = [self.source.read(draw, self.sampler.num_frames, self.sampler.frame_interval) for draw in clips]
+        image_latents = [self.image_source.read(draw, 1, 1) for draw in images]
+        latents, noises, timesteps, drops = [], [], [], []
+        for index, place in enumerate(places):
+            parts = [clip_latents[index], *image_latents[index * count : (index + 1) * count]]
             mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (F + I, C, h, w)
-            means.append(mean)
-            stds.append(std)
-        mean, std = torch.stack(means), torch.stack(stds)
-        random = generator(self.seed, "step", step)
-        latents = mean + std * torch.randn(mean.shape, generator=random)
-        noise = torch.randn(mean.shape, generator=random)
-        timesteps = torch.randint(0, NUM_TIMESTEPS, (size,), generator=random)
+            random = generator(self.seed, "step", step, place)
+            latents.append(mean + std * torch.randn(mean.shape, generator=random))
+            noises.append(torch.randn(mean.shape, generator=random))
+            timesteps.append(torch.randint(0, NUM_TIMESTEPS, (), generator=random))
+            drops.append(torch.rand(1 + count, generator=random) < self.dropout)
+        batch = Batch(torch.stack(latents), torch.stack(noises), torch.stack(timesteps), None, None, clips)
         if not self.class_names and self.captions is None:
-            return Batch(latents, noise, timesteps, None, None)
-        own: list[tuple[ClipDraw, Catalog]] = []  # each clip, then its images
-        for index, draw in enumerate(clips):
-            own.append((draw, self.source.catalog))
-            own += [(image, self.image_source.catalog) for image in images[index * count : (index + 1) * count]]
-        shape = (size, 1 + count) if count else (size,)
-        dropped = torch.rand(shape, generator=random) < self.dropout
+            return batch
+        dropped = torch.stack(drops) if count else torch.stack(drops)[:, 0]
+        own: list[tuple[int, ClipDraw, Catalog]] = []  # each clip, then its images, with its place among them all
+        for index, (place, draw) in enumerate(zip(places, clips, strict=True)):
+            first = place * (1 + count)
+            own.append((first, draw, self.source.catalog))
+            for number, image in enumerate(images[index * count : (index + 1) * count], 1):
+                own.append((first + number, image, self.image_source.catalog))
         if self.captions is None:
-            labels = torch.tensor([self._label(*pair) for pair in own]).view(shape)
-            return Batch(latents, noise, timesteps, labels.masked_fill(dropped, len(self.class_names)), None)
+            labels = torch.tensor([self._label(draw, catalog) for _, draw, catalog in own]).view(dropped.shape)
+            batch.class_labels = labels.masked_fill(dropped, len(self.class_names))
+            return batch
         assert self.text_table is not None, "the table of text embeddings comes before the first batch"
-        captions = self.captions
-        rows = [captions.draw(catalog.root, draw.video.name, step, index) for index, (draw, catalog) in enumerate(own)]
-        chosen = torch.tensor(rows).view(shape).masked_fill(dropped, 0)
-        return Batch(latents, noise, timesteps, None, self.text_table[chosen])
+        rows = [self.captions.draw(catalog.root, draw.video.name, step, number) for number, draw, catalog in own]
+        batch.text_embeds = self.text_table[torch.tensor(rows).view(dropped.shape).masked_fill(dropped, 0)]
+        return batch
 
     def _label(self, draw: ClipDraw, catalog: Catalog) -> int:
         """The label among the videos' classes, which may be more than the images'."""

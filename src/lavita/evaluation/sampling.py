@@ -41,8 +41,6 @@ def sample_model(
 ) -> dict[str, Any]:
     """Generates at least `num_clips` videos, as many of each class; finished ones are left alone.
 
-    Seeds belong to samples, so the processes share them without changing a video.
-
     Args:
         model: see `is_model`.
         out: folder of the samples, `<class>/<seed>.mkv`, without loss.
@@ -58,7 +56,6 @@ def sample_model(
     Raises:
         ValueError: for a model that cannot be loaded or has texts, or a folder whose videos were made in another way.
     """
-    team = processes or Processes()
     source = model_source(model)
     config = load_pipeline(source).transformer.config
     if config["text_dim"]:
@@ -66,21 +63,19 @@ def sample_model(
     num_classes = config["num_classes"] or 1
     seeds_a_class = -(-num_clips // num_classes)
     seeds = range(options.first_seed, options.first_seed + seeds_a_class)
-    mine = seeds[team.rank :: team.count]
-    if mine:
-        generate(
-            model,
-            out,
-            seeds=",".join(map(str, mine)),
-            steps=options.steps or (250 if options.sampler == "ddpm" else 25),
-            sampler=options.sampler,
-            guidance_scale=options.guidance_scale,
-            num_frames=num_frames,
-            batch_size=options.batch_size,
-            suffix=LOSSLESS,
-            device=device,
-        )
-    team.gather(None)
+    generate(
+        model,
+        out,
+        seeds=f"{seeds[0]}-{seeds[-1]}",
+        steps=options.steps or (250 if options.sampler == "ddpm" else 25),
+        sampler=options.sampler,
+        guidance_scale=options.guidance_scale,
+        num_frames=num_frames,
+        batch_size=options.batch_size,
+        suffix=LOSSLESS,
+        device=device,
+        team=processes,
+    )
     return {"source": model, "weights": _weights(source, model), "seeds": f"{seeds[0]}-{seeds[-1]}"}
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from lavita.data.catalog import read_generation
 from lavita.data.clips import clip_span
+from lavita.distributed import Processes
 from lavita.evaluation.class_scores import CLASS_METRICS
 from lavita.evaluation.comparison import Comparison, check_interval, compare
-from lavita.distributed import Processes
 from lavita.evaluation.extractors import EXTRACTORS
 from lavita.evaluation.feature_scores import (
     FEATURE_METRICS,

@@ -10,6 +10,7 @@ import torch
 
 from lavita.config import RunConfig
 from lavita.data.clips import clip_span
+from lavita.distributed import Processes
 from lavita.evaluation.extractors import get_extractor
 from lavita.evaluation.feature_scores import FEATURE_METRICS, score_name
 from lavita.evaluation.features import BATCH_SIZE, compute_outputs
@@ -48,13 +49,14 @@ class TrainingScorer:
         resolution: int,
         options: TrackingOptions | None = None,
         device: torch.device | str = "cpu",
+        team: Processes | None = None,
     ) -> None:
-        """Reads the real clips and computes their features, once.
+        """Reads the real clips and computes their features, once; `team` shares the sampling.
 
         Raises:
             ValueError: where there are too few videos, or the extractor's weights are missing.
         """
-        self.options, self.resolution = options or TrackingOptions(), resolution
+        self.options, self.resolution, self._team = options or TrackingOptions(), resolution, team or Processes()
         if self.options.num_clips < 3:
             raise ValueError(f"num_clips is {self.options.num_clips}; it must be at least 3")
         self._extractor = get_extractor("video_extractor", self.options.video_extractor, "clip")
@@ -82,7 +84,8 @@ class TrainingScorer:
         pipeline.set_progress_bar_config(disable=True)
         training = pipeline.transformer.training
         pipeline.transformer.eval()
-        for first in range(0, self.options.num_clips, BATCH_SIZE):
+        starts = list(range(0, self.options.num_clips, BATCH_SIZE))
+        for first in self._team.share(starts):
             seeds = range(first, min(first + BATCH_SIZE, self.options.num_clips))
             frames = pipeline(
                 class_labels=[seed % num_classes for seed in seeds] if num_classes else None,
@@ -94,7 +97,9 @@ class TrainingScorer:
             output = self._network.run(torch.from_numpy(np.asarray(frames))).float().cpu().numpy()
             features.append(self._extractor.read(output))
         pipeline.transformer.train(training)
-        score = kernel_score(self._real, np.concatenate(features), self._videos)
+        everyone = self._team.gather(features)
+        in_order = [everyone[index % len(everyone)][index // len(everyone)] for index in range(len(starts))]
+        score = kernel_score(self._real, np.concatenate(in_order), self._videos)
         name = score_name(FEATURE_METRICS["kernel-video"], self._extractor)
         return {name: score.value, f"{name}_standard_error": score.standard_error}
 
@@ -102,13 +107,13 @@ class TrainingScorer:
 class ScoreLog:
     """The scores of a training run, a line each in `scores.jsonl`."""
 
-    def __init__(self, config: RunConfig, resume_step: int, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, resume_step: int, device: torch.device, team: Processes) -> None:
         """Reads the real clips of the run; lines after `resume_step` are dropped, as they will be written again.
 
         Raises:
             ValueError: as `TrainingScorer`.
         """
-        data, self._settings = config.data, config.train
+        data = config.data
         # The configuration has no scores without it.
         assert data.path is not None
         self._score = TrainingScorer(
@@ -118,13 +123,12 @@ class ScoreLog:
             data.resolution,
             TrackingOptions(num_clips=config.train.score_clips),
             device,
+            team,
         )
-        self._lines = Metrics(config.run_dir / "scores.jsonl", resume_step)
+        self._lines = Metrics(config.run_dir / "scores.jsonl", resume_step, team.is_first)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the model is scored after so many steps: every so often, and at the end."""
-        return step % self._settings.score_every == 0 or step == self._settings.steps
-
-    def write(self, step: int, pipeline: LavitaPipeline) -> None:
-        """Scores a pipeline and appends the line."""
-        self._lines.write(step=step, **self._score(pipeline))
+    def write(self, step: int, pipeline: LavitaPipeline) -> dict[str, float]:
+        """Scores a pipeline, appends the line, and returns its numbers."""
+        scores = self._score(pipeline)
+        self._lines.write(step=step, **scores)
+        return scores
