@@ -168,8 +168,8 @@ class TrainConfig(StrictConfig):
     validation_clips: int = Field(VALIDATION_CLIPS, ge=1)
     """Held-out clips of a measurement, each at ten noise levels: the same clips and noise every time."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
-    """Where metrics and samples are shown beside `metrics.jsonl`: TensorBoard, in `run_dir/tensorboard` (extra `track`), or
-    Weights & Biases (extra `wandb`)."""
+    """Where metrics and samples are shown beside `metrics.jsonl`: TensorBoard, in `run_dir/tensorboard`, with the extra
+    `track`; Weights & Biases, with the extra `wandb`."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:
