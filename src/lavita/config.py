@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 DEFAULT_TUBE_SIZE = 2
+VALIDATION_CLIPS = 64
 
 
 class ConfigError(ValueError):
@@ -53,6 +54,11 @@ class DataConfig(StrictConfig):
     """Folder of image files for `num_images`, or a cache of one made by `lavita encode --images`."""
     image_captions: Path | None = None
     """Table of captions of `images`, like `captions`."""
+    validation: Path | None = None
+    """Folder of held-out videos, laid out as the training videos are, or a latent cache of one: the loss on the same
+    clips of them is measured every `train.validate_every` steps."""
+    validation_captions: Path | None = None
+    """Table of captions of `validation`, like `captions`."""
     broken: Literal["skip", "error"] = "skip"
     """What a video that cannot be used does: it is always named; `error` stops the run there."""
 
@@ -66,6 +72,10 @@ class DataConfig(StrictConfig):
             raise ValueError("image_captions is set, but they need images and captions")
         if self.images is not None and self.captions is not None and self.image_captions is None:
             raise ValueError("image_captions is missing: with captions, the images need theirs")
+        if self.validation_captions is not None and (self.validation is None or self.captions is None):
+            raise ValueError("validation_captions is set, but they need validation and captions")
+        if self.validation is not None and self.captions is not None and self.validation_captions is None:
+            raise ValueError("validation_captions is missing: with captions, the held-out videos need theirs")
         return self
 
 
@@ -164,9 +174,22 @@ class TrainConfig(StrictConfig):
     extra `evaluate`."""
     score_clips: int = Field(64, ge=3)
     """Clips of either side of a score: the same real ones and the same seeds every time."""
+    validate_every: int = Field(0, ge=0)
+    """Steps between two measurements of the loss on `data.validation`, in `validation.jsonl`; 0 for none."""
+    validation_clips: int = Field(VALIDATION_CLIPS, ge=1)
+    """Held-out clips of a measurement, each at ten noise levels: the same clips and noise every time."""
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics and samples are shown beside `metrics.jsonl`: TensorBoard, in `run_dir/tensorboard`, with the extra
+    `track`; Weights & Biases, with the extra `wandb`."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers is {self.trackers}, but each may be named once")
+        if self.validation_clips != VALIDATION_CLIPS and not self.validate_every:
+            raise ValueError(
+                f"validation_clips is {self.validation_clips}, but has no effect where validate_every is 0"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
         if self.keep_every % self.checkpoint_every:
@@ -197,6 +220,10 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"train.score_every is {self.train.score_every}, but needs data.path and a model without captions"
             )
+        if self.train.validate_every and data.validation is None:
+            raise ValueError(f"train.validate_every is {self.train.validate_every}, but needs data.validation")
+        if data.validation is not None and not self.train.validate_every:
+            raise ValueError("data.validation is set, but has no effect where train.validate_every is 0")
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
         if model.patch_embedding == "compression":
