@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tiny_data import write_videos
 
 from lavita import cli
+from lavita.config import RunConfig, load_config
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
 
 Run = Callable[..., tuple[int, str, str]]
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
+MakeConfig = Callable[..., RunConfig]
 
 
 @pytest.fixture
@@ -83,3 +86,37 @@ def pipeline(tiny_transformer: LavitaTransformer3DModel, tiny_vae: AutoencoderKL
     pipeline = LavitaPipeline(tiny_transformer, tiny_vae, make_scheduler("unipc"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_vae: AutoencoderKL) -> MakeConfig:
+    """Configurations of tiny runs on three tiny videos; `name` is that of the run's folder."""
+    write_videos(tmp_path / "videos")
+    tiny_vae.register_to_config(scaling_factor=1.5, shift_factor=0.1)
+    tiny_vae.save_pretrained(tmp_path / "vae")
+
+    def make(name: str, *overrides: str) -> RunConfig:
+        values = {
+            "run_dir": str(tmp_path / name),
+            "autoencoder": str(tmp_path / "vae"),
+            "data": {
+                "path": str(tmp_path / "videos"),
+                "class_folders": True,
+                "num_frames": 2,
+                "frame_interval": 2,
+                "resolution": 16,
+            },
+            "model": {"preset": "tiny/4", "class_dropout": 0.3},
+            "train": {
+                "steps": 4,
+                "batch_size": 4,
+                "learning_rate": 1e-3,
+                "precision": "fp32",
+                "device": "cpu",
+                "log_every": 1,
+                "sample_every": 0,
+            },
+        }
+        return load_config(RunConfig, values, overrides)
+
+    return make

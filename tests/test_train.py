@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import MakeConfig
 from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
@@ -31,42 +31,6 @@ from lavita.pipeline import load_pipeline
 from lavita.runtime import Stopped, generator
 from lavita.train import train
 from lavita.video import probe, write_video
-
-MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture
-def make_config(tmp_path: Path, tiny_vae: AutoencoderKL) -> MakeConfig:
-    """Configurations of tiny runs on three tiny videos; `name` is that of the run's folder."""
-    write_videos(tmp_path / "videos")
-    tiny_vae.register_to_config(scaling_factor=1.5, shift_factor=0.1)
-    tiny_vae.save_pretrained(tmp_path / "vae")
-
-    def make(name: str, *overrides: str) -> RunConfig:
-        values = {
-            "run_dir": str(tmp_path / name),
-            "autoencoder": str(tmp_path / "vae"),
-            "data": {
-                "path": str(tmp_path / "videos"),
-                "class_folders": True,
-                "num_frames": 2,
-                "frame_interval": 2,
-                "resolution": 16,
-            },
-            "model": {"preset": "tiny/4", "class_dropout": 0.3},
-            "train": {
-                "steps": 4,
-                "batch_size": 4,
-                "learning_rate": 1e-3,
-                "precision": "fp32",
-                "device": "cpu",
-                "log_every": 1,
-                "sample_every": 0,
-            },
-        }
-        return load_config(RunConfig, values, overrides)
-
-    return make
 
 
 def metrics_of(config: RunConfig, *dropped: str) -> list[dict[str, float]]:

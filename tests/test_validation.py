@@ -241,11 +241,6 @@ def test_without_classes_no_label_is_given(make_validation: MakeValidation, make
     assert np.isfinite(validation.evaluate(make_transformer(), GaussianDiffusion(), CPU, "fp32")["loss"])
 
 
-def test_it_is_due_every_so_often_and_at_the_end(make_validation: MakeValidation) -> None:
-    validation = make_validation()
-    assert [step for step in range(1, 6) if validation.is_due(step)] == [2, 4, 5]
-
-
 def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValidation) -> None:
     write_videos(folders / "other", ["tennis/0.mp4"], 5)
     with pytest.raises(ConfigError, match=r"other: has class 'tennis', which the training videos have not \(boxing, "):

@@ -165,6 +165,8 @@ class TrainConfig(StrictConfig):
     """How many of the last checkpoints are kept."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints of steps that this divides are kept as well; 0 for none."""
+    keep_best: bool = False
+    """The checkpoint with the lowest validation loss is kept as well."""
     sample_every: int = Field(1_000, ge=0)
     """Steps between two sets of sample videos; 0 for none."""
     num_samples: int = Field(8, ge=1)
@@ -195,6 +197,11 @@ class TrainConfig(StrictConfig):
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every is {self.keep_every}, but must be a multiple of checkpoint_every ({self.checkpoint_every})"
+            )
+        if self.keep_best and not (self.validate_every and self.checkpoint_every % self.validate_every == 0):
+            raise ValueError(
+                f"keep_best is set, but validate_every is {self.validate_every}: it must divide checkpoint_every "
+                f"({self.checkpoint_every}), so that each checkpoint has its validation loss"
             )
         if self.init_weights is not None and self.init_from is None:
             raise ValueError("init_weights is set, but has no effect without init_from")

@@ -36,12 +36,13 @@ class Tracker(Protocol):
 class Trackers:
     """All trackers of a run (`train.trackers`); none, and no library loaded, where it names none."""
 
-    def __init__(self, config: RunConfig, resume_step: int) -> None:
-        """Opens them. Only one process of a run may.
+    def __init__(self, config: RunConfig, resume_step: int, active: bool = True) -> None:
+        """Opens them.
 
         Args:
             config: the run.
             resume_step: steps done; what was shown of later ones is taken back, as it comes again.
+            active: False in all but the first of several processes.
 
         Raises:
             ConfigError: where a library is missing or does not start.
@@ -50,7 +51,7 @@ class Trackers:
             "tensorboard": _TensorBoard,
             "wandb": _WeightsAndBiases,
         }
-        self._trackers = [kinds[name](config, resume_step) for name in config.train.trackers]
+        self._trackers = [kinds[name](config, resume_step) for name in config.train.trackers if active]
 
     def log(self, step: int, values: Mapping[str, float | Sequence[float]], prefix: str = "train") -> None:
         """Shows numbers as `<prefix>/<name>`, those of a list as `<prefix>/<name>/0`, `/1`, ...; `step` itself not."""

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ from lavita.runtime import (
 )
 from lavita.snapshots import averaged_model, make_pipeline, save_pipeline, write_samples
 from lavita.text import DEFAULT_TEXT_ENCODER, load_text_encoder
+from lavita.trackers import Trackers
+from lavita.validation import Validation
 
 # What may differ when a run is resumed: how long it is and how it ends, what is written down, and how the work is
 # shared, but nothing that changes a step before the end by more than rounding.
@@ -61,10 +63,16 @@ RESUMABLE = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.keep_best",
     "train.sample_every",
     "train.num_samples",
     "train.score_every",
     "train.score_clips",
+    "train.validate_every",
+    "train.validation_clips",
+    "train.trackers",
+    "data.validation",
+    "data.validation_captions",
     "train.device",
     "run_dir",
 }
@@ -75,7 +83,7 @@ def train(config: RunConfig) -> Path:
     """Trains a model, resuming from the run folder's last checkpoint, and writes `<run_dir>/pipeline`.
 
     Under `torchrun` the processes share each batch; they need one run folder that all of them see. Also in it:
-    `config.yaml`, `metrics.jsonl`, `events.jsonl`, `scores.jsonl`, `checkpoints/` and `samples/`.
+    `config.yaml`, `metrics.jsonl`, `events.jsonl`, `validation.jsonl`, `scores.jsonl`, `checkpoints/` and `samples/`.
 
     Args:
         config: the run.
@@ -104,8 +112,13 @@ def _train(config: RunConfig, team: Processes) -> Path:
     device = pick_device(settings.device)
     vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
     batches = BatchMaker(config, vae)
+    encoder = None
     if batches.captions is not None:
-        batches.embed_captions(load_text_encoder(config.model.text_encoder, device))
+        encoder = load_text_encoder(config.model.text_encoder, device)
+        batches.embed_captions(encoder)
+    validation = None
+    if config.data.validation is not None:
+        validation = Validation(config, vae, batches.source.catalog, encoder, team)
     torch.manual_seed(settings.seed)
     model = build_model(config, vae, batches).to(device)
     if settings.init_from is not None and not list_checkpoints(run_dir / "checkpoints"):
@@ -127,6 +140,7 @@ def _train(config: RunConfig, team: Processes) -> Path:
     if team.is_first:
         save_config(config, run_dir / "config.yaml")
     metrics = Metrics(run_dir / "metrics.jsonl", step, team.is_first)
+    validations = Metrics(run_dir / "validation.jsonl", step, team.is_first and validation is not None)
     events = Metrics(run_dir / "events.jsonl", step, team.is_first)
     if step < settings.steps:
         events.write(step=step, event="resume" if step else "start", processes=team.count, parallel=settings.parallel)
@@ -142,13 +156,17 @@ def _train(config: RunConfig, team: Processes) -> Path:
     share = settings.batch_size // team.count
     places = range(team.rank * share, (team.rank + 1) * share)
     micro = share // settings.accumulation
-    keep = Keep(settings.keep_checkpoints, settings.keep_every)
+    keep = Keep(settings.keep_checkpoints, settings.keep_every, settings.keep_best)
     since, clips = time.monotonic(), 0
 
     def due(every: int) -> bool:
         return bool(every) and (step % every == 0 or step == settings.steps)
 
-    with ThreadPoolExecutor(1) as reader, stop_requested() as stop:
+    with (
+        ThreadPoolExecutor(1) as reader,
+        closing(Trackers(config, step, team.is_first)) as trackers,
+        stop_requested() as stop,
+    ):
         upcoming = reader.submit(batches.make, step, places)
         while step < settings.steps:
             batch = upcoming.result()
@@ -207,20 +225,32 @@ def _train(config: RunConfig, team: Processes) -> Path:
             if due(settings.log_every) and losses:
                 rate = clips / (time.monotonic() - since)
                 loss_mean = sum(losses) / len(losses)
-                scaled = {"loss_scale": scale.value} if scale.enabled else {}
-                metrics.write(step=step, loss=loss_mean, lr=rate_now, grad_norm=norm, clips_per_second=rate, **scaled)
+                line = {"loss": loss_mean, "lr": rate_now, "grad_norm": norm, "clips_per_second": rate}
+                if scale.enabled:
+                    line["loss_scale"] = scale.value
+                metrics.write(step=step, **line)
+                trackers.log(step, line)
                 progress.update(step, f"loss {loss_mean:.4f}  {rate:.1f} clips/s")
                 since, clips, losses = time.monotonic(), 0, []
             stopping = bool(stops) and step < settings.steps
             saving = due(settings.checkpoint_every) or step == settings.steps or stopping
-            if not (saving or due(settings.sample_every) or due(settings.score_every)):
+            showing = (settings.sample_every, settings.score_every, settings.validate_every)
+            if not saving and not any(map(due, showing)):
                 continue
 
             pipeline = make_pipeline(averaged_model(model, ema), vae)
+            validation_loss = None
+            if validation is not None and due(settings.validate_every):
+                values = validation.evaluate(pipeline.transformer, diffusion, device, settings.precision)
+                validation_loss = values["loss"]
+                validations.write(step=step, **values)
+                trackers.log(step, values, "validation")
+                progress.message(f"step {step:,}: validation loss {validation_loss:.4f}")
             if due(settings.sample_every):
-                write_samples(config, pipeline, batches, step, team)
+                sheet = write_samples(config, pipeline, batches, step, team)
+                trackers.image(step, sheet)
             if score_log is not None and due(settings.score_every):
-                score_log.write(step, pipeline)
+                trackers.log(step, score_log.write(step, pipeline), "score")
             if saving:
                 # The pipeline first: a run that is killed in between makes it again when it is resumed.
                 if team.is_first:
@@ -231,6 +261,7 @@ def _train(config: RunConfig, team: Processes) -> Path:
                     "losses": losses,
                     "guard": guard.state(),
                     "loss_scale": scale.state(),
+                    "validation_loss": validation_loss,
                 }
                 tensors = training_tensors(model, ema, optimizers)
                 save_checkpoint(run_dir / "checkpoints", step, tensors, state, keep, team)

@@ -84,10 +84,6 @@ class Validation:
             ]
             self._embeds = embed([captions.texts[row] for row in chosen]).cpu()
 
-    def is_due(self, step: int) -> bool:
-        """Whether the loss is measured after so many steps: every so often, and at the end."""
-        return step % self._settings.validate_every == 0 or step == self._settings.steps
-
     @torch.no_grad()
     def evaluate(
         self, model: torch.nn.Module, diffusion: GaussianDiffusion, device: torch.device, precision: Precision

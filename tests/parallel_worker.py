@@ -1,0 +1,15 @@
+"""What `test_parallel.py` runs under torchrun: one run after the other, as configured by the files it is given."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lavita.config import RunConfig, load_config, read_yaml
+from lavita.distributed import processes
+from lavita.train import train
+
+if __name__ == "__main__":
+    with processes():
+        for file in sys.argv[1:]:
+            train(load_config(RunConfig, read_yaml(Path(file))))
