@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lavita.evaluation.distributed import processes
+from lavita.distributed import processes
 from lavita.evaluation.features import read_pixels
 from lavita.evaluation.protocol import make_protocol
 from lavita.evaluation.report import print_scores, write_scores
