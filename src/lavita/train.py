@@ -80,6 +80,8 @@ def train(config: RunConfig) -> Path:
         (run_dir / "init.txt").write_text(report + "\n")
         print(report, file=sys.stderr)
     model.train()
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     diffusion = GaussianDiffusion(config.model.prediction_type)
     ema = EMA(model, settings.ema_decay)
     optimizers = make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
