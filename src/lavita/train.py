@@ -58,6 +58,7 @@ RESUMABLE = {
     "train.decay_steps",
     "train.accumulation",
     "train.parallel",
+    "train.gradient_checkpointing",
     "train.bad_steps",
     "train.log_every",
     "train.checkpoint_every",
@@ -127,6 +128,8 @@ def _train(config: RunConfig, team: Processes) -> Path:
             (run_dir / "init.txt").write_text(report + "\n")
             print(report, file=sys.stderr)
     model.train()
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     num_parameters = sum(p.numel() for p in model.parameters())
     parallel = ParallelModel(model, settings.parallel, team, device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -135,13 +135,20 @@ class TransformerBlock(nn.Module):
     With S-AdaLN, in adaLN-Zero form, each f of them adds `gate * f(LayerNorm(x) (1 + scale) + shift)` to x; the two
     attentions of Variant 3 share their three vectors, as its parameter count in Table 3 says. With all tokens, the
     condition is among the tokens, and each adds `f(LayerNorm(x))`, the norm with weights of its own.
+
+    With `gradient_checkpointing`, which `LavitaTransformer3DModel.enable_gradient_checkpointing` sets, autograd keeps
+    its input only, and the backward pass computes the rest again (Chen et al. 2016).
     """
+
+    # What is checkpointed is inside the block's own call: FSDP's hooks, which gather the block's weights, are outside.
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, mixing: Mixing, conditioning: Conditioning = "s_adaln"
     ) -> None:
         """`mixing` is what its attention looks along; `space_and_time` needs an even `num_heads`."""
         super().__init__()
+        self.gradient_checkpointing = False
         self.mixing: Mixing = mixing
         self.attn = Attention(hidden_size, num_heads)
         self.temporal_attn = Attention(hidden_size, num_heads) if mixing == "space_then_time" else None
@@ -154,6 +161,11 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames) -> torch.Tensor:
         """Tokens (B, F, N, D) and, for S-AdaLN, their conditions (B, R, 1, D) to tokens (B, F, N, D)."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(self._mix, x, condition, frames)
+        return self._mix(x, condition, frames)
+
+    def _mix(self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames) -> torch.Tensor:
         if self.mixing == "time":
             moving, still = x[:, : frames.num_video], x[:, frames.num_video :]
             if moving.shape[1]:

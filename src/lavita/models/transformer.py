@@ -113,7 +113,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
     Parameters keep the names of DiT's and Latte's published weights.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
 
     @register_to_config

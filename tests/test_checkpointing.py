@@ -1,0 +1,143 @@
+"""Gradient checkpointing changes what is kept between the passes, and not one bit of the gradients."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeTransformer
+from torch import nn
+
+from lavita.models.transformer import LavitaTransformer3DModel
+
+Gradients = dict[str, torch.Tensor]
+
+every_kind = pytest.mark.parametrize(
+    ("variant", "conditioning", "patch_embedding", "temporal_position"),
+    list(itertools.product((1, 2, 3, 4), ("s_adaln", "all_tokens"), ("uniform", "compression"), ("absolute", "rope"))),
+)
+bf16 = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+
+
+def batch(model: LavitaTransformer3DModel, num_images: int, seed: int = 0) -> dict[str, Any]:
+    """Two clips, and conditions of all frames that have their own."""
+    random = torch.Generator().manual_seed(seed)
+    frames, size = model.config["num_frames"] + num_images, model.config["sample_size"]
+    rows = (2, 1 + num_images) if num_images else (2,)
+    given: dict[str, Any] = {
+        "latents": torch.randn(2, frames, 4, size, size, generator=random),
+        "timesteps": torch.tensor([3, 900]),
+        "num_images": num_images,
+    }
+    if model.config["num_classes"]:
+        given["class_labels"] = torch.randint(3, rows, generator=random)
+    if model.config["text_dim"]:
+        given["text_embeds"] = torch.randn(*rows, model.config["text_dim"], generator=random)
+    return given
+
+
+def backward(network: nn.Module, given: dict[str, Any], bf16: bool) -> torch.Tensor:
+    network.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = network(**given).sample
+    output.float().square().mean().backward()
+    return output.detach()
+
+
+def gradients(model: nn.Module) -> Gradients:
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.clone()
+    return found
+
+
+def assert_same(mine: Gradients, expected: Gradients) -> None:
+    assert mine.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.any(), name
+        assert torch.equal(mine[name], gradient), name
+
+
+@bf16
+@pytest.mark.parametrize("fields", [{}, {"num_classes": 3}, {"text_dim": 5}], ids=["nothing", "classes", "texts"])
+@every_kind
+def test_gradients_are_the_same_to_the_bit(
+    variant: int,
+    conditioning: str,
+    patch_embedding: str,
+    temporal_position: str,
+    fields: dict[str, int],
+    bf16: bool,
+    make_transformer: MakeTransformer,
+) -> None:
+    model = make_transformer(
+        variant=variant,
+        conditioning=conditioning,
+        patch_embedding=patch_embedding,
+        temporal_position=temporal_position,
+        num_frames=4,
+        **fields,
+    ).train()
+    for num_images in (0,) if patch_embedding == "compression" else (0, 2):
+        given = batch(model, num_images)
+        output = backward(model, given, bf16)
+        expected = gradients(model)
+        model.enable_gradient_checkpointing()
+        assert torch.equal(backward(model, given, bf16), output)
+        assert_same(gradients(model), expected)
+        model.disable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_fused_attention_too(variant: int, make_transformer: MakeTransformer) -> None:
+    """144 tokens a frame are more than the plain product takes."""
+    model = make_transformer(variant=variant, sample_size=24).train()
+    given = batch(model, 1)
+    backward(model, given, bf16=False)
+    expected = gradients(model)
+    model.enable_gradient_checkpointing()
+    backward(model, given, bf16=False)
+    assert_same(gradients(model), expected)
+
+
+@bf16
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_between_the_passes_a_block_keeps_its_input_alone(
+    variant: int, bf16: bool, make_transformer: MakeTransformer
+) -> None:
+    model = make_transformer(variant=variant, num_blocks=6, num_frames=4).train()
+    model.enable_gradient_checkpointing()
+    kept = []
+    for count in (6, 4):
+        del model.blocks[count:]
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage] = storages) -> torch.Tensor:
+            storages[tensor.data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
+            model(**batch(model, 0))
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    tokens = 2 * 4 * 16 * 32  # B F N D
+    assert kept[0] - kept[1] == 2 * tokens * (2 if bf16 else 4)  # the residual stream is in autocast's precision
+
+
+def test_each_block_runs_twice_in_training_and_once_in_sampling(make_transformer: MakeTransformer) -> None:
+    model = make_transformer().train()
+    runs: list[nn.Module] = []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda module, _: runs.append(module))
+    attentions = [block.attn for block in model.blocks]
+    model.enable_gradient_checkpointing()
+    assert model.is_gradient_checkpointing
+    backward(model, batch(model, 0), bf16=False)
+    assert runs == [*attentions, *reversed(attentions)]
+    runs.clear()
+    with torch.no_grad():
+        model(**batch(model, 0))
+    assert runs == attentions
