@@ -112,7 +112,7 @@ def draw_levels(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]
     from matplotlib import colormaps
 
     count = len(rows[-1])
-    colours = [colormaps["plasma"](0.05 + 0.85 * place / max(1, count - 1)) for place in range(count)]
+    colours = [colormaps["plasma"](0.2 + 0.65 * place / max(1, count - 1)) for place in range(count)]
     with _Panel(title) as panel:
         for place in range(count):
             pairs = [(step, row[place]) for step, row in zip(steps, rows, strict=True) if len(row) == count]

@@ -25,19 +25,21 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2rem aut
 h1 { margin-bottom: 0; } h2 { margin: 2.2rem 0 .5rem; } h3 { margin: 1rem 0 .25rem; font-size: 1rem; }
 .small { font-size: .85rem; opacity: .8; }
 .cards { display: flex; gap: 1rem; flex-wrap: wrap; margin-top: 1rem; }
-.card { flex: 1 1 20rem; border: 1px solid #8886; border-top: 5px solid; border-radius: 8px; padding: .6rem 1rem; }
+.card { flex: 1 1 20rem; max-width: 40rem; padding: .6rem 1rem; border: 1px solid #8886; border-top: 5px solid;
+  border-radius: 8px; }
 .card h3 { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; } .card table { width: 100%; }
 progress { width: 100%; height: .5rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 td, th { border-bottom: 1px solid #8884; padding: .2rem .6rem .2rem 0; text-align: left; vertical-align: top; }
 td { overflow-wrap: anywhere; } .n { text-align: right; font-variant-numeric: tabular-nums; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: .75rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: .75rem; }
 .panels svg { width: 100%; height: auto; font-family: system-ui, sans-serif; }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .9rem; padding: .3rem;
   position: sticky; top: 0; background: Canvas; }
 .chip { display: inline-block; width: .9em; height: .9em; border-radius: 3px; margin-right: .4em; }
 .scroll { overflow-x: auto; } .sheets td { padding: .3rem .6rem .3rem 0; border: 0; }
-.sheets img { display: block; max-width: min(540px, 90vw); image-rendering: pixelated; border-radius: 4px; }
+.sheets img { display: block; width: 100%; min-width: 240px; max-width: 540px; border-radius: 4px; }
+figure { margin: 0; } figcaption { font-size: .85rem; }
 .videos { display: flex; flex-wrap: wrap; gap: 6px; }
 video { width: 144px; height: 144px; image-rendering: pixelated; border-radius: 4px; background: #8883; }
 .loud { color: #c33; font-weight: 600; } code { font-size: .85rem; } summary { cursor: pointer; }
@@ -189,7 +191,7 @@ def _curves(runs: Sequence[Run]) -> str:
 
 
 def _samples(runs: Sequence[Run], out: Path) -> str:
-    """The newest samples as videos, and contact sheets over time: a row a step, a column a run."""
+    """The newest samples as videos, and contact sheets over time."""
     if not any(run.samples for run in runs):
         return ""
     parts = ["<h2>Samples</h2>", "<p class=small>The same seeds and conditions every time.</p>"]
@@ -206,24 +208,37 @@ def _samples(runs: Sequence[Run], out: Path) -> str:
                 parts.append(f"<h3>{_chip(place)}{html.escape(run.name)}, step {step:,}</h3>")
                 parts.append(f'<div class="videos">{tags}</div>')
     chosen = [dict(_spread(run.samples)) for run in runs]
-    steps = sorted({step for sheets in chosen for step in sheets}, reverse=True)
-    heads = "".join(f"<th>{_chip(place)}{html.escape(run.name)}</th>" for place, run in enumerate(runs))
-    rows = []
-    for step in steps:
-        cells = []
-        for place, sheets in enumerate(chosen):
-            picture = ""
-            if step in sheets:
-                source = _copy(sheets[step], out, place, None)
-                picture = f'<a href="{source}"><img src="{source}" alt="samples of step {step}" loading="lazy"></a>'
-            cells.append(f"<td>{picture}</td>")
-        rows.append(f"<tr><td class=n>{step:,}</td>{''.join(cells)}</tr>")
+    parts += ["<h3>Over time</h3>", _strip(chosen[0], out) if len(runs) == 1 else _sheet_table(runs, chosen, out)]
     left = sum(len(run.samples) - len(sheets) for run, sheets in zip(runs, chosen, strict=True))
-    parts.append(f"<h3>Over time</h3>\n<div class=scroll><table class=sheets><tr><th>step</th>{heads}</tr>")
-    parts.append("\n".join(rows) + "\n</table></div>")
     if left:
         parts.append(f"<p class=small>{left} sets of samples between these are not shown.</p>")
     return "\n".join(parts)
+
+
+def _strip(sheets: dict[int, Path], out: Path) -> str:
+    """The contact sheets of one run, the newest first."""
+    figures = "\n".join(
+        f"<figure>{_picture(sheets[step], out, 0, step)}<figcaption>step {step:,}</figcaption></figure>"
+        for step in sorted(sheets, reverse=True)
+    )
+    return f'<div class="panels sheets">\n{figures}\n</div>'
+
+
+def _sheet_table(runs: Sequence[Run], chosen: Sequence[dict[int, Path]], out: Path) -> str:
+    """The contact sheets of several runs: a row a step, the newest first; a column a run."""
+    heads = "".join(f"<th>{_chip(place)}{html.escape(run.name)}</th>" for place, run in enumerate(runs))
+    rows = []
+    for step in sorted({step for sheets in chosen for step in sheets}, reverse=True):
+        pictures = (
+            _picture(sheets[step], out, place, step) if step in sheets else "" for place, sheets in enumerate(chosen)
+        )
+        rows.append(f"<tr><td class=n>{step:,}</td>{''.join(f'<td>{picture}</td>' for picture in pictures)}</tr>")
+    return f"<div class=scroll><table class=sheets><tr><th>step</th>{heads}</tr>\n{chr(10).join(rows)}\n</table></div>"
+
+
+def _picture(sheet: Path, out: Path, place: int, step: int) -> str:
+    source = _copy(sheet, out, place, None)
+    return f'<a href="{source}"><img src="{source}" alt="samples of step {step}" loading="lazy"></a>'
 
 
 def _spread(samples: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
