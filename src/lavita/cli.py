@@ -357,6 +357,17 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are shown side by side.")],
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("runs/report"),
+) -> None:
+    """Write a page of training runs: configuration, curves, samples over time. Works while they run."""
+    from lavita.report.page import write_report
+
+    print(write_report(runs, out))
+
+
+@app.command()
 def info(
     model: Annotated[
         str | None,

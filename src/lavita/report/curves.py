@@ -1,0 +1,242 @@
+"""Curves of several runs as SVG to stand inside a page: its colours and fonts are theirs."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+COLOURS = ("#2a6fdb", "#e07b00", "#1f9d62", "#c2388f", "#8458d8", "#a5790a", "#0aa0b0", "#d2403a")
+INK = "#010203"  # stands for the page's own colour of text
+SIZE = (5.4, 3.0)  # inches, of 72 units
+MOST_BINS = 600  # of a curve: the highest and the lowest value of each are drawn, so that no spike is lost
+SMOOTHED_FROM = 10  # values: fewer are a curve of their own
+
+Axes = Any
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a panel: values over steps."""
+
+    label: str
+    colour: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    errors: Sequence[float] | None = None
+    """Standard errors of the values."""
+
+
+def colour_of(place: int) -> str:
+    """The colour of a run by its place in the report."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """An exponential average over about a 25th of the values, without a bias towards 0 at its beginning.
+
+    Args:
+        values: finite.
+    """
+    keep = 1 - 1 / max(1.0, len(values) / 25)
+    averages, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        averages.append(total / weight)
+    return averages
+
+
+def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """A long curve by the lowest and the highest value of each of `MOST_BINS` stretches; a short one as it is."""
+    if len(steps) <= 2 * MOST_BINS:
+        return list(steps), list(values)
+    x, y = np.asarray(steps), np.asarray(values)
+    kept: list[int] = []
+    for stretch in np.array_split(np.arange(len(x)), MOST_BINS):
+        kept += sorted({int(stretch[y[stretch].argmin()]), int(stretch[y[stretch].argmax()])})
+    return x[kept].tolist(), y[kept].tolist()
+
+
+def draw_panel(
+    title: str,
+    curves: Sequence[Curve],
+    smoothed: bool = False,
+    points: Sequence[Curve] = (),
+    marks: Sequence[tuple[float, str]] = (),
+    stops: Sequence[tuple[float, str]] = (),
+) -> str:
+    """One quantity over the steps.
+
+    Args:
+        title: what it is, and its unit.
+        curves: of each run; a value that is not finite is left out.
+        smoothed: draw the values pale, and their average over it.
+        points: drawn as diamonds.
+        marks: step and colour of each resume: a dotted line.
+        stops: step and colour of what is worth a look, such as spikes: a cross at the top.
+
+    Returns:
+        SVG; empty where there is nothing to draw.
+    """
+    drawn = [_finite(curve) for curve in (*curves, *points)]
+    if not any(curve.steps for curve in drawn):
+        return ""
+    with _Panel(title) as panel:
+        axes = panel.axes
+        for step, colour in marks:
+            axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", alpha=0.7)
+        for curve in drawn[: len(curves)]:
+            _draw_curve(axes, curve, smoothed)
+        for curve in drawn[len(curves) :]:
+            axes.plot(curve.steps, curve.values, "D", color=curve.colour, markersize=4, markeredgecolor=INK)
+        for step, colour in stops:
+            axes.plot([step], [0.97], "x", color=colour, markersize=6, transform=axes.get_xaxis_transform())
+        _scale(axes, [value for curve in drawn for value in curve.values])
+        axes.set_xlabel("step")
+    return panel.svg
+
+
+def draw_levels(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> str:
+    """Ten curves over the steps, one for each noise level.
+
+    Args:
+        title: what it is.
+        steps: when it was measured.
+        rows: what was measured each time, from the least noise to the most.
+    """
+    from matplotlib import colormaps
+
+    count = len(rows[-1])
+    colours = [colormaps["plasma"](0.2 + 0.65 * place / max(1, count - 1)) for place in range(count)]
+    with _Panel(title) as panel:
+        for place in range(count):
+            pairs = [(step, row[place]) for step, row in zip(steps, rows, strict=True) if len(row) == count]
+            panel.axes.plot(
+                *zip(*pairs, strict=True),
+                color=colours[place],
+                linewidth=1.4,
+                marker="o",
+                markersize=2.5,
+                label=level_name(place, count),
+            )
+        _scale(panel.axes, [value for row in rows for value in row])
+        panel.axes.set_xlabel("step")
+        panel.axes.legend(
+            title="noise", reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8
+        )
+    return panel.svg
+
+
+def draw_profile(title: str, curves: Sequence[tuple[Curve, Sequence[float] | None]]) -> str:
+    """A quantity over the noise levels: of each run the last measurement and, dashed and pale, the first."""
+    with _Panel(title) as panel:
+        for curve, first in curves:
+            if first is not None:
+                panel.axes.plot(curve.steps, first, color=curve.colour, linewidth=1.2, linestyle="--", alpha=0.5)
+            panel.axes.plot(curve.steps, curve.values, color=curve.colour, linewidth=1.8, marker="o", markersize=4)
+        _scale(panel.axes, [value for curve, first in curves for value in (*curve.values, *(first or ()))])
+        count = len(curves[0][0].steps)
+        panel.axes.set_xticks(range(count), [level_name(place, count) for place in range(count)], fontsize=7)
+        panel.axes.set_xlabel("part of the noise schedule")
+    return panel.svg
+
+
+def level_name(place: int, count: int) -> str:
+    """The part of the schedule that a noise level stands for."""
+    return f"{100 * place // count}-{100 * (place + 1) // count}%"
+
+
+def _finite(curve: Curve) -> Curve:
+    kept = [place for place, value in enumerate(curve.values) if np.isfinite(value)]
+    errors = None if curve.errors is None else [curve.errors[place] for place in kept]
+    return Curve(
+        curve.label,
+        curve.colour,
+        [curve.steps[place] for place in kept],
+        [curve.values[place] for place in kept],
+        errors,
+    )
+
+
+def _draw_curve(axes: Axes, curve: Curve, smoothed: bool) -> None:
+    style: dict[str, Any] = {"color": curve.colour, "linewidth": 1.5}
+    if curve.errors is not None:
+        axes.errorbar(curve.steps, curve.values, curve.errors, marker="o", markersize=4, capsize=3, **style)
+        return
+    if len(curve.steps) <= 40:
+        style.update(marker="o", markersize=3)
+    if smoothed and len(curve.steps) >= SMOOTHED_FROM:
+        axes.plot(*thin(curve.steps, curve.values), color=curve.colour, linewidth=0.8, alpha=0.35)
+        style = {"color": curve.colour, "linewidth": 1.8}
+        axes.plot(*thin(curve.steps, smooth(curve.values)), **style)
+        return
+    axes.plot(*thin(curve.steps, curve.values), **style)
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where positive values span more than a factor of ten, with numbers that read as such."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    finite = [value for value in values if np.isfinite(value)]
+    if finite and min(finite) > 0 and max(finite) / min(finite) > 10:
+        axes.set_yscale("log")
+        wide = max(finite) / min(finite) > 1e4
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+class _Panel:
+    """A figure that becomes SVG in the page's own colours when its block ends."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.svg = title, ""
+
+    def __enter__(self) -> _Panel:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+        style: Any = {"svg.fonttype": "none", "svg.hashsalt": self.title, "font.size": 9}
+        style.update(dict.fromkeys(inks, INK))
+        self._style = rc_context(style)
+        self._style.__enter__()
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        self.axes: Axes = figure.subplots()
+        self.axes.set_title(self.title, fontsize=10, loc="left")
+        self.axes.spines[["top", "right"]].set_visible(False)
+        self.axes.grid(alpha=0.25, linewidth=0.6)
+        self.axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        self.axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        self._figure = figure
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                self.svg = self._render()
+        finally:
+            self._style.__exit__(kind, value, trace)
+
+    def _render(self) -> str:
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        self._figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+        svg = stream.getvalue()
+        svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+        svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
+        svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would reach the rest of the page
+        svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every picture has these, a page may have each once
+        svg = re.sub(
+            r'<svg ([^>]*?)(?:width|height)="[^"]*" ([^>]*?)(?:width|height)="[^"]*"', r"<svg \1\2", svg, count=1
+        )
+        label = html.escape(self.title, quote=True)
+        return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
