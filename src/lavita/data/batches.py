@@ -143,12 +143,11 @@ def open_videos(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
         cache = CacheSource(data.latent_cache, data.has_classes, span, data.broken)
         cache.check(vae, data.resolution, data.horizontal_flip, data.path)
         if data.dataset != "folder" and data.path is not None:
-            names = {member.name for member in list_dataset(data.path, data.dataset).choose(data.split)}
-            cache.catalog = cache.catalog.only(names)
-            if not cache.catalog.videos:
+            members = {member.name for member in list_dataset(data.path, data.dataset).choose(data.split)}
+            if outside := [video.name for video in cache.catalog.videos if video.name not in members]:
                 raise ConfigError(
-                    f"{data.latent_cache}: holds no video of split {data.split or SPLITS[data.dataset][0]!r} of "
-                    f"{data.path}; encode that split"
+                    f"{data.latent_cache}: holds {outside[0]}, which is not in split "
+                    f"{data.split or SPLITS[data.dataset][0]!r} of {data.path}; encode that split"
                 )
         return cache
     if data.path is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lavita.config import SETS_WITH_CLASSES, SPLITS, DataSetName, check_split
+from lavita.config import SETS_WITH_CLASSES, SPLITS, ConfigError, DataSetName, check_split
 from lavita.data.catalog import Catalog, find_videos, make_catalog, scan
 from lavita.data.ucf101 import class_of, read_split_lists
 from lavita.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError
@@ -110,6 +110,8 @@ def open_dataset(
         ValueError: for what `catalog.scan` refuses, a layout that is not the data set's, a split that the folder does
             not tell, or options that do not go together.
     """
+    if name not in SPLITS:
+        raise ConfigError(f"dataset is {name!r}; allowed: {', '.join(SPLITS)}")
     if name == "folder":
         if split is not None:
             check_split(name, split)
