@@ -251,7 +251,7 @@ def sample(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Table of prompts: CSV or JSONL with `file` and `caption`.", show_default=False),
+        typer.Option(help="Table of prompts: CSV, JSONL or Parquet with `file` and `caption`.", show_default=False),
     ] = None,
     seeds: Annotated[str, typer.Option(help="One video a class or prompt for each seed: 0-7 or 1,5,9.")] = "0-3",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations; 250 for ddpm.")] = 25,

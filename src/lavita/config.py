@@ -71,8 +71,8 @@ class DataConfig(StrictConfig):
     latent_cache: Path | None = None
     """Folder that `lavita encode` wrote; without it the videos are read and encoded at every step."""
     captions: Path | None = None
-    """Table of captions, CSV with a header or JSONL, of `file` (below the folder of videos) and `caption`; a file may
-    have several. Makes the model text-conditional."""
+    """Table of captions, CSV with a header, JSONL or Parquet, of `file` (below the folder of videos) and `caption`, or
+    as WebVid's; a file may have several. Makes the model text-conditional; videos without a caption are broken ones."""
     num_images: int = Field(0, ge=0)
     """Image frames that follow every clip in joint training; 8 in the paper. Frames of videos drawn independently, or
     images of `images`."""
@@ -86,7 +86,8 @@ class DataConfig(StrictConfig):
     validation_captions: Path | None = None
     """Table of captions of `validation`, like `captions`."""
     broken: Literal["skip", "error"] = "skip"
-    """What a video that cannot be used does: it is always named; `error` stops the run there."""
+    """What a video that cannot be used does: it is always named, or, where many lack a caption, counted; `error` stops
+    the run there."""
 
     @property
     def has_classes(self) -> bool:

@@ -216,7 +216,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Row]]:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             columns = [name for name in names if name in wanted] or names[:1]
-            for batch in table.iter_batches(batch_size=8192, columns=columns):
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
