@@ -54,8 +54,8 @@ def read_captions(file: Path) -> dict[str, tuple[str, ...]]:
             naming the line.
     """
     captions: dict[str, list[str]] = {}
-    for number, names, text in _entries(file):
-        if not text:
+    for number, names, value in _entries(file):
+        if not (text := _caption(value)):
             raise ValueError(f"{file}: line {number} has no caption")
         captions.setdefault(names[0], []).append(text)
     if not captions:
@@ -76,13 +76,13 @@ def find_captions(file: Path, names: Collection[str]) -> CaptionTable:
     captions: dict[str, list[str]] = {}
     num_rows = num_unused = num_empty = 0
     example = ""
-    for _, candidates, text in _entries(file):
+    for _, candidates, value in _entries(file):
         num_rows += 1
         name = next((candidate for candidate in candidates if candidate in names), None)
         if name is None:
             num_unused += 1
             example = example or candidates[0]
-        elif text:
+        elif text := _caption(value):
             captions.setdefault(name, []).append(text)
         else:
             num_empty += 1
@@ -130,8 +130,8 @@ def match_captions(
     return table.captions, catalog.only(table.captions)
 
 
-def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], str]]:
-    """For each row its number, the file's possible names, and its caption, empty where it has none."""
+def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], object]]:
+    """For each row its number, the file's possible names, and what stands in the column of captions."""
     file_column = text_column = None
     for number, row in _rows(file):
         if file_column is None or text_column is None:
@@ -146,12 +146,17 @@ def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], str]]:
                 names = (f"{folder}/{value}.mp4", *names)
         else:
             names = (value.replace("\\", "/").removeprefix("./"),)
-        yield number, names, " ".join(_text(row.get(text_column)).split())
+        yield number, names, row.get(text_column)
 
 
 def _text(value: object) -> str:
     """Tables hold numbers as identifiers, and None where there is nothing."""
     return "" if value is None else str(value).strip()
+
+
+def _caption(value: object) -> str:
+    """A caption on one line; empty where there is none."""
+    return " ".join(_text(value).split())
 
 
 def _pick_columns(file: Path, columns: Sequence[str]) -> tuple[str, str]:
