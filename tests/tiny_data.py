@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
+import av
 import numpy as np
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from PIL import Image
 
 from lavita.video import write_video
@@ -37,3 +41,26 @@ def write_broken(file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(np.random.default_rng(0).bytes(2000))
     return file
+
+
+def write_frames(root: Path, names: Sequence[str], num_frames: int = 4, pattern: str = "{:06d}.jpg") -> Path:
+    """Writes a folder of frames for each name below `root`, which it returns."""
+    for seed, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number, frame in enumerate(paint(num_frames, seed)):
+            Image.fromarray(frame).save(root / name / pattern.format(number))
+    return root
+
+
+def write_avi(root: Path, names: Sequence[str], num_frames: int = 4) -> Path:
+    """Like `write_videos`, for names that end in .avi: Motion JPEG, so that every frame is decoded to be counted."""
+    for seed, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        frames = paint(num_frames, seed)
+        with av.open(str(root / name), "w") as container:
+            stream = cast(VideoStream, container.add_stream("mjpeg", rate=25))
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuvj420p"
+            for pixels in frames:
+                container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+    return root

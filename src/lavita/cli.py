@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data sets, and make one.", no_args_is_help=True)
 autoencoder_app = typer.Typer(help="Train and score autoencoders.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")
@@ -39,6 +39,16 @@ class SamplerName(StrEnum):
     ddpm = "ddpm"
 
 
+class DataSetOption(StrEnum):
+    """The names of `config.SPLITS`, here for the help."""
+
+    folder = "folder"
+    faceforensics = "faceforensics"
+    sky_timelapse = "sky_timelapse"
+    ucf101 = "ucf101"
+    taichi_hd = "taichi_hd"
+
+
 class VideoFormat(StrEnum):
     """What generated videos are written as."""
 
@@ -50,6 +60,11 @@ class VideoFormat(StrEnum):
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Fields of the configuration, as a.b=c: train.steps=1000", show_default=False),
+]
+DataSet = Annotated[DataSetOption, typer.Option(help="What the folder holds: any videos, or a data set of the paper.")]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="Of a named data set: train, test, all ... default: the paper's", show_default=False),
 ]
 ConfigFile = Annotated[
     str | None,
@@ -91,6 +106,43 @@ def data_arcade(
     render_dataset(out, train_episodes, heldout_episodes, num_frames, seed, lambda done, total: progress.update(done))
     write_captions(out)
     print(out)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of videos.")],
+    dataset: Annotated[
+        DataSetOption | None,
+        typer.Option(help="What it holds. default: any videos, with a guess", show_default=False),
+    ] = None,
+    split: SplitOption = None,
+    num_frames: Annotated[int, typer.Option(min=1, help="Of a clip.")] = 16,
+    frame_interval: Annotated[int, typer.Option(min=1, help="Of a clip: every how many frames one is taken.")] = 3,
+    captions: Annotated[
+        Path | None, typer.Option(help="Table of captions to compare with the videos.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write contact_sheet.png and inspection.json into.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a folder of videos holds: classes, splits, sizes, rates, lengths, clips, what is broken."""
+    from lavita.data.inspect import inspect_dataset, print_inspection
+
+    sheet = None if out is None else out / "contact_sheet.png"
+    found = inspect_dataset(
+        folder, None if dataset is None else dataset.value, split, num_frames, frame_interval, captions, sheet
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "inspection.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print_inspection(found)
+        if out is not None:
+            print(out)
 
 
 @autoencoder_app.command("train")
@@ -144,15 +196,19 @@ def encode(
     images: Annotated[
         bool, typer.Option("--images", help="Encode the image files below the folder instead, for joint training.")
     ] = False,
+    dataset: DataSet = DataSetOption.folder,
+    split: SplitOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Encode every frame of every video once, so that training reads latents. Run it again to go on."""
     from lavita.autoencoder import autoencoder_source, load_autoencoder
+    from lavita.data.datasets import open_dataset
     from lavita.data.latents import encode_dataset
     from lavita.runtime import pick_device
 
+    catalog = open_dataset(data, dataset.value, split, images=images)
     vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
-    manifest = encode_dataset(data, out, vae, resolution, flip, images=images)
+    manifest = encode_dataset(data, out, vae, resolution, flip, images=images, catalog=catalog)
     print(f"{out}: {len(manifest['videos'])} videos, {len(manifest['broken'])} broken")
 
 
@@ -195,7 +251,7 @@ def sample(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Table of prompts: CSV or JSONL with `file` and `caption`.", show_default=False),
+        typer.Option(help="Table of prompts: CSV, JSONL or Parquet with `file` and `caption`.", show_default=False),
     ] = None,
     seeds: Annotated[str, typer.Option(help="One video a class or prompt for each seed: 0-7 or 1,5,9.")] = "0-3",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations; 250 for ddpm.")] = 25,

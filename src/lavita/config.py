@@ -16,6 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 DEFAULT_TUBE_SIZE = 2
 VALIDATION_CLIPS = 64
 
+DataSetName = Literal["folder", "faceforensics", "sky_timelapse", "ucf101", "taichi_hd"]
+SPLITS: Mapping[DataSetName, tuple[str, ...]] = {
+    "folder": (),
+    "faceforensics": ("train", "val", "test", "all"),
+    "sky_timelapse": ("train", "test", "all"),
+    "ucf101": ("all", "train", "test", "val", "train01", "test01", "train02", "test02", "train03", "test03"),
+    "taichi_hd": ("train", "test", "all"),
+}
+"""What `split` can be for each data set, first what the paper trains on."""
+SETS_WITH_CLASSES = frozenset({"ucf101"})
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, its value and what is allowed."""
@@ -27,13 +38,28 @@ class StrictConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def check_split(dataset: DataSetName, split: str) -> None:
+    """Refuses a split that a data set does not have; ConfigError names those that it has."""
+    if dataset == "folder":
+        raise ConfigError(f"split is {split!r}, but dataset=folder has no splits: name the subfolder in path instead")
+    if split not in SPLITS[dataset]:
+        raise ConfigError(f"split is {split!r}; allowed for dataset={dataset}: {', '.join(SPLITS[dataset])}")
+
+
 class DataConfig(StrictConfig):
     """Which videos, which frames of them, and at what size."""
 
     path: Path | None = None
     """Folder of videos (any tree of video files or frame folders); not needed beside a `latent_cache`."""
+    dataset: DataSetName = "folder"
+    """What `path` holds: `folder`, any tree of videos, or one of the paper's data sets, which know their splits and
+    classes (docs/data.md)."""
+    split: str | None = None
+    """Part of a named data set; by default what the paper trains on: `train`, of UCF101 `all`."""
+    use_classes: bool = True
+    """Train with the classes of a named data set that has some; `false` for a model without classes."""
     class_folders: bool = False
-    """Take the name of each video's parent folder as its class."""
+    """Take the name of each video's parent folder as its class; with `dataset=folder`."""
     num_frames: int = Field(16, ge=1)
     """Frames of a clip."""
     frame_interval: int = Field(3, ge=1)
@@ -45,8 +71,8 @@ class DataConfig(StrictConfig):
     latent_cache: Path | None = None
     """Folder that `lavita encode` wrote; without it the videos are read and encoded at every step."""
     captions: Path | None = None
-    """Table of captions, CSV with a header or JSONL, of `file` (below the folder of videos) and `caption`; a file may
-    have several. Makes the model text-conditional."""
+    """Table of captions, CSV with a header, JSONL or Parquet, of `file` (below the folder of videos) and `caption`, or
+    as WebVid's; a file may have several. Makes the model text-conditional; videos without a caption are broken ones."""
     num_images: int = Field(0, ge=0)
     """Image frames that follow every clip in joint training; 8 in the paper. Frames of videos drawn independently, or
     images of `images`."""
@@ -60,7 +86,33 @@ class DataConfig(StrictConfig):
     validation_captions: Path | None = None
     """Table of captions of `validation`, like `captions`."""
     broken: Literal["skip", "error"] = "skip"
-    """What a video that cannot be used does: it is always named; `error` stops the run there."""
+    """What a video that cannot be used does: it is always named, or, where many lack a caption, counted; `error` stops
+    the run there."""
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the videos have classes."""
+        return self.class_folders or (self.dataset in SETS_WITH_CLASSES and self.use_classes)
+
+    @model_validator(mode="after")
+    def _data_set_fits(self) -> DataConfig:
+        if self.split is not None:
+            check_split(self.dataset, self.split)
+        if self.class_folders and self.dataset != "folder":
+            raise ValueError(f"class_folders is set, but dataset={self.dataset} knows its classes; leave it out")
+        if not self.use_classes and self.dataset not in SETS_WITH_CLASSES:
+            raise ValueError(f"use_classes is false, but has no effect: dataset={self.dataset} knows no classes")
+        if self.captions is not None and self.dataset in SETS_WITH_CLASSES and self.use_classes:
+            raise ValueError(
+                f"captions and the classes of dataset={self.dataset} are both there, but a model has texts or classes: "
+                "set use_classes=false"
+            )
+        if self.path is None and self.latent_cache is not None:
+            if self.split is not None:
+                raise ValueError(f"split is {self.split!r}, but has no effect without path: a cache has no splits")
+            if self.dataset not in ("folder", *SETS_WITH_CLASSES):
+                raise ValueError(f"dataset is {self.dataset!r}, but has no effect without path")
+        return self
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> DataConfig:
@@ -234,6 +286,11 @@ class RunConfig(StrictConfig):
             raise ValueError(f"train.validate_every is {self.train.validate_every}, but needs data.validation")
         if data.validation is not None and not self.train.validate_every:
             raise ValueError("data.validation is set, but has no effect where train.validate_every is 0")
+        if self.train.score_every and data.dataset != "folder":
+            raise ValueError(
+                f"train.score_every is {self.train.score_every}, but needs data.dataset=folder: it compares with every "
+                "video in data.path"
+            )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
         if model.patch_embedding == "compression":

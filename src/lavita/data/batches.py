@@ -8,10 +8,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from lavita.autoencoder import latent_size
-from lavita.config import ConfigError, RunConfig
-from lavita.data.captions import CaptionSampler, read_captions
+from lavita.config import SPLITS, ConfigError, RunConfig
+from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span
+from lavita.data.datasets import list_dataset, open_dataset
 from lavita.data.latents import MANIFEST, CacheSource, ClipSource, VideoSource
 from lavita.diffusion import NUM_TIMESTEPS
 from lavita.runtime import generator
@@ -55,20 +56,24 @@ class BatchMaker:
         self.seed, self.batch_size = seed, config.train.batch_size
         self.num_images, self.dropout = data.num_images, config.model.class_dropout
         self.source = open_videos(config, vae)
+        tables = []
+        if data.captions is not None:
+            captions, self.source.catalog = match_captions(data.captions, self.source.catalog, data.broken)
+            tables.append((captions, self.source.catalog))
         catalog = self.source.catalog
         self.class_names = catalog.class_names
         self.sampler = ClipSampler(catalog, data.num_frames, data.frame_interval, data.horizontal_flip, seed)
         self.image_source = self.source if data.images is None else open_images(config, vae)
+        if data.image_captions is not None:
+            captions, self.image_source.catalog = match_captions(
+                data.image_captions, self.image_source.catalog, data.broken
+            )
+            tables.append((captions, self.image_source.catalog))
         images = self.image_source.catalog
         self.image_sampler = ClipSampler(images, 1, 1, data.horizontal_flip, seed, "image")
         if unknown := sorted(set(images.class_names) - set(self.class_names)):
             raise ConfigError(f"{images.root}: has class {unknown[0]!r}, which the videos have not")
-        self.captions: CaptionSampler | None = None
-        if data.captions is not None:
-            tables = [(read_captions(data.captions), catalog, data.captions)]
-            if data.image_captions is not None:
-                tables.append((read_captions(data.image_captions), images, data.image_captions))
-            self.captions = CaptionSampler(tables, seed)
+        self.captions = CaptionSampler(tables, seed) if tables else None
         self.text_table: torch.Tensor | None = None
         """Embeddings of `captions.texts`, float32 (texts, text_dim), once `embed_captions` was called."""
 
@@ -135,12 +140,21 @@ def open_videos(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
     span = clip_span(data.num_frames, data.frame_interval)
     latent_size(vae, data.resolution)
     if data.latent_cache is not None:
-        cache = CacheSource(data.latent_cache, data.class_folders, span, data.broken)
+        cache = CacheSource(data.latent_cache, data.has_classes, span, data.broken)
         cache.check(vae, data.resolution, data.horizontal_flip, data.path)
+        if data.dataset != "folder" and data.path is not None:
+            members = {member.name for member in list_dataset(data.path, data.dataset).choose(data.split)}
+            if outside := [video.name for video in cache.catalog.videos if video.name not in members]:
+                raise ConfigError(
+                    f"{data.latent_cache}: holds {outside[0]}, which is not in split "
+                    f"{data.split or SPLITS[data.dataset][0]!r} of {data.path}; encode that split"
+                )
         return cache
     if data.path is None:
         raise ConfigError("data.path is missing: name a folder of videos, or a data.latent_cache")
-    catalog = scan(data.path, data.class_folders, span, data.broken)
+    catalog = open_dataset(
+        data.path, data.dataset, data.split, data.class_folders, span, data.broken, use_classes=data.use_classes
+    )
     return VideoSource(catalog, vae, data.resolution, config.train.precision)
 
 
@@ -149,8 +163,8 @@ def open_images(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
     data = config.data
     assert data.images is not None
     if (data.images / MANIFEST).exists():
-        cache = CacheSource(data.images, data.class_folders, broken=data.broken)
+        cache = CacheSource(data.images, data.has_classes, broken=data.broken)
         cache.check(vae, data.resolution, data.horizontal_flip, None)
         return cache
-    catalog = scan(data.images, data.class_folders, broken=data.broken, images=True)
+    catalog = scan(data.images, data.has_classes, broken=data.broken, images=True)
     return VideoSource(catalog, vae, data.resolution, config.train.precision)

@@ -4,81 +4,244 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from lavita.data.catalog import Catalog
 from lavita.runtime import numpy_generator
 
+TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+# The documented name of each column wins; of the others a table may have one.
+FILE_COLUMNS = ("file", "video", "video_path", "image", "image_path", "path", "file_path", "file_name", "filename")
+TEXT_COLUMNS = ("caption", "text", "prompt")
+# WebVid's: the video is <page_dir>/<videoid>.mp4, its caption is in `name`.
+WEBVID_FILE, WEBVID_FOLDER, WEBVID_TEXT = "videoid", "page_dir", "name"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """What a table says of some files."""
+
+    captions: Mapping[str, tuple[str, ...]]
+    """The captions of each file, in the table's order."""
+    num_rows: int
+    num_unused: int
+    """Rows of files that were not asked for."""
+    num_empty: int
+    """Rows of files that were asked for, without a caption."""
+    example: str
+    """A file that was not asked for; empty where there is none."""
+
 
 def read_captions(file: Path) -> dict[str, tuple[str, ...]]:
-    """Reads a table of captions.
+    """Reads a whole table of captions.
 
     Args:
-        file: CSV with a header, or JSONL, with the columns `file` (path below the folder of the videos, forward
-            slashes) and `caption`; others are ignored. A file of several captions stands on several lines.
+        file: CSV with a header, JSONL or Parquet (extra `tables`), with the columns `file` (path below the folder of
+            the videos, forward slashes) and `caption`, or one of the other names in `FILE_COLUMNS` and `TEXT_COLUMNS`,
+            or WebVid's. Further columns are ignored. A file of several captions stands on several lines.
 
     Returns:
         The captions of each file, in the table's order.
 
     Raises:
-        ValueError: for a missing or damaged table, a missing column or an empty caption, naming the line.
+        ValueError: for a missing or damaged table, columns that are missing or could be several, or an empty caption,
+            naming the line.
     """
     captions: dict[str, list[str]] = {}
-    for number, row in _rows(file):
-        for column in ("file", "caption"):
-            if not isinstance(row.get(column), str) or not str(row[column]).strip():
-                raise ValueError(
-                    f"{file}: line {number} has no {column!r}; found: {', '.join(map(str, row)) or 'nothing'}"
-                )
-        captions.setdefault(str(row["file"]), []).append(" ".join(str(row["caption"]).split()))
+    for number, names, value in _entries(file):
+        if not (text := _caption(value)):
+            raise ValueError(f"{file}: line {number} has no caption")
+        captions.setdefault(names[0], []).append(text)
     if not captions:
         raise ValueError(f"{file}: holds no captions")
     return {name: tuple(texts) for name, texts in captions.items()}
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    if file.suffix.lower() not in (".csv", ".jsonl"):
-        raise ValueError(f"{file}: a table of captions ends in .csv or .jsonl")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
-    if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        yield from ((reader.line_num, dict(row)) for row in reader)
+def find_captions(file: Path, names: Collection[str]) -> CaptionTable:
+    """Reads the captions of some files, and keeps nothing else: a table may be many times larger than the folder.
+
+    Args:
+        file: as for `read_captions`.
+        names: the files, as the table calls them: paths below their folder.
+
+    Raises:
+        ValueError: as `read_captions`, but an empty caption is counted.
+    """
+    captions: dict[str, list[str]] = {}
+    num_rows = num_unused = num_empty = 0
+    example = ""
+    for _, candidates, value in _entries(file):
+        num_rows += 1
+        name = next((candidate for candidate in candidates if candidate in names), None)
+        if name is None:
+            num_unused += 1
+            example = example or candidates[0]
+        elif text := _caption(value):
+            captions.setdefault(name, []).append(text)
+        else:
+            num_empty += 1
+    found = {name: tuple(texts) for name, texts in captions.items()}
+    return CaptionTable(found, num_rows, num_unused, num_empty, example)
+
+
+def match_captions(
+    file: Path, catalog: Catalog, broken: Literal["skip", "error"] = "skip"
+) -> tuple[Mapping[str, tuple[str, ...]], Catalog]:
+    """The captions of a catalog's videos or images, and the catalog of those that have one.
+
+    What the table says of other files is counted on the console: tables of web videos name many that are gone.
+
+    Args:
+        file: as for `read_captions`.
+        catalog: the videos.
+        broken: what a video without a caption does: `skip` leaves it out and says how many there are; `error` raises.
+
+    Raises:
+        ValueError: for a table that cannot be used, one that has no caption for any of the videos, or, with `error`, a
+            video without one.
+    """
+    names = {video.name for video in catalog.videos}
+    table = find_captions(file, names)
+    if not table.captions:
+        raise ValueError(
+            f"{file}: has no caption for any of the {len(names)} files in {catalog.root}: it names files as "
+            f"{table.example or 'none'!r}, the folder holds {catalog.videos[0].name!r}"
+        )
+    if table.num_unused:
+        print(
+            f"{file}: {table.num_unused:,} of {table.num_rows:,} rows are of files that are not in {catalog.root}, as "
+            f"{table.example}",
+            file=sys.stderr,
+        )
+    bare = [video.name for video in catalog.videos if video.name not in table.captions]
+    if bare and broken == "error":
+        raise ValueError(f"{file}: has no caption for {bare[0]}, which is in {catalog.root}")
+    if bare:
+        print(
+            f"skipped: {len(bare):,} of {len(names):,} files in {catalog.root} have no caption in {file}, as {bare[0]}",
+            file=sys.stderr,
+        )
+    return table.captions, catalog.only(table.captions)
+
+
+def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], object]]:
+    """For each row its number, the file's possible names, and what stands in the column of captions."""
+    file_column = text_column = None
+    for number, row in _rows(file):
+        if file_column is None or text_column is None:
+            file_column, text_column = _pick_columns(file, list(row))
+        value = _text(row.get(file_column))
+        if not value:
+            raise ValueError(f"{file}: line {number} has no {file_column!r}; found: {', '.join(row) or 'nothing'}")
+        if file_column == WEBVID_FILE:
+            folder = _text(row.get(WEBVID_FOLDER))
+            names: tuple[str, ...] = (f"{value}.mp4",)
+            if folder and folder.lower() != "nan":  # how pandas writes those that its authors did not download
+                names = (f"{folder}/{value}.mp4", *names)
+        else:
+            names = (value.replace("\\", "/").removeprefix("./"),)
+        yield number, names, row.get(text_column)
+
+
+def _text(value: object) -> str:
+    """Tables hold numbers as identifiers, and None where there is nothing."""
+    return "" if value is None else str(value).strip()
+
+
+def _caption(value: object) -> str:
+    """A caption on one line; empty where there is none."""
+    return " ".join(_text(value).split())
+
+
+def _pick_columns(file: Path, columns: Sequence[str]) -> tuple[str, str]:
+    file_names = [name for name in FILE_COLUMNS if name in columns] or [n for n in (WEBVID_FILE,) if n in columns]
+    text_names = [name for name in TEXT_COLUMNS if name in columns]
+    if WEBVID_FILE in file_names and WEBVID_TEXT in columns:
+        text_names.append(WEBVID_TEXT)
+    picked = []
+    for what, names, known in (
+        ("files", file_names, (*FILE_COLUMNS, WEBVID_FILE)),
+        ("captions", text_names, (*TEXT_COLUMNS, f"{WEBVID_TEXT} beside {WEBVID_FILE}")),
+    ):
+        if not names:
+            raise ValueError(
+                f"{file}: has no column of {what}, which is one of {', '.join(known)}; found: "
+                f"{', '.join(columns) or 'nothing'}"
+            )
+        if len(names) > 1 and names[0] != known[0]:
+            raise ValueError(f"{file}: {' and '.join(names)} could both be the column of {what}; call one {known[0]!r}")
+        picked.append(names[0])
+    return picked[0], picked[1]
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Row]]:
+    suffix = file.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"{file}: a table of captions ends in {', '.join(TABLE_SUFFIXES)}")
+    if suffix == ".parquet":
+        yield from _parquet_rows(file)
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: line {number} is not JSON") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}: line {number} is not an object with 'file' and 'caption'")
-        yield number, row
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            if suffix == ".csv":
+                reader = csv.reader(stream)
+                header = next(reader, [])
+                # A short line lacks its last columns.
+                yield from ((reader.line_num, dict(zip(header, values, strict=False))) for values in reader if values)
+                return
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{file}: line {number} is not JSON") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{file}: line {number} is not an object with 'file' and 'caption'")
+                yield number, row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f'{file}: tables in Parquet need the extra "tables": pip install "lavita[tables]"') from error
+    wanted = {*FILE_COLUMNS, *TEXT_COLUMNS, WEBVID_FILE, WEBVID_FOLDER, WEBVID_TEXT}
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            columns = [name for name in names if name in wanted] or names[:1]
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 class CaptionSampler:
     """Draws a caption of a video or image, as its row in a list of all texts; row 0 is the empty text."""
 
-    def __init__(self, tables: Sequence[tuple[dict[str, tuple[str, ...]], Catalog, Path]], seed: int) -> None:
-        """Takes tables of captions, each with the catalog of its files and its path, for messages.
-
-        Raises:
-            ValueError: where a file of a catalog has no caption.
-        """
+    def __init__(self, tables: Sequence[tuple[Mapping[str, tuple[str, ...]], Catalog]], seed: int) -> None:
+        """Takes the captions of the files of some catalogs, as `match_captions` gives them."""
         self.seed = seed
         self.texts: list[str] = [""]
         numbers = {"": 0}
         self._rows: dict[tuple[Path, str], list[int]] = {}
-        for table, catalog, path in tables:
+        for captions, catalog in tables:
             for video in catalog.videos:
-                if video.name not in table:
-                    raise ValueError(f"{path}: has no caption for {video.name}, which is in {catalog.root}")
                 rows = self._rows[catalog.root, video.name] = []
-                for text in table[video.name]:
+                for text in captions[video.name]:
                     if text not in numbers:
                         numbers[text] = len(self.texts)
                         self.texts.append(text)

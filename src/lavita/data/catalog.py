@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +38,18 @@ class Catalog:
     """Sorted; empty without classes."""
     broken: tuple[str, ...]
     """One message a video that cannot be used, each beginning with its path."""
+
+    def only(self, names: Container[str]) -> Catalog:
+        """The videos with these names; a class that none of them has is gone."""
+        videos = [video for video in self.videos if video.name in names]
+        kept = sorted({video.label for video in videos if video.label is not None})
+        labels = {label: index for index, label in enumerate(kept)}
+        return Catalog(
+            self.root,
+            tuple(Video(v.info, v.name, None if v.label is None else labels[v.label]) for v in videos),
+            tuple(self.class_names[label] for label in kept),
+            self.broken,
+        )
 
 
 def read_generation(root: Path) -> dict[str, Any] | None:
@@ -99,31 +113,97 @@ def scan(
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    videos: list[tuple[VideoInfo, str, str]] = []
+    paths = find_images(root) if images else find_videos(root)
+    found = [(path, path.parent.name if class_folders and path.parent != root else None) for path in paths]
+    catalog = make_catalog(root, found, min_frames, broken, "image" if images else "video")
+    for video in catalog.videos:
+        if class_folders and video.label is None:
+            raise ValueError(
+                f"{video.info.path}: lies in no class folder; with class_folders each video must be in one"
+            )
+    return catalog
+
+
+def make_catalog(
+    root: Path,
+    found: Iterable[tuple[Path, str | None]],
+    min_frames: int = 1,
+    broken: Literal["skip", "error"] = "skip",
+    kind: Literal["video", "image"] = "video",
+) -> Catalog:
+    """Reads the headers of videos.
+
+    Args:
+        root: the data set's folder.
+        found: videos below it, each with the name of its class or None.
+        min_frames: shorter videos are broken ones.
+        broken: as for `scan`.
+        kind: what they are, for messages.
+
+    Raises:
+        ValueError: where no video is usable, or, with `error`, one is broken.
+    """
+    class_of = dict(found)
+    videos: list[VideoInfo] = []
     problems: list[str] = []
-    for path in find_images(root) if images else find_videos(root):
-        try:
-            info = probe(path)
-            if info.num_frames < min_frames:
-                raise VideoError(path, f"has {info.num_frames} frames, but a clip needs {min_frames}")
-        except VideoError as error:
-            if broken == "error":
-                raise
-            problems.append(str(error))
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        if class_folders and path.parent == root:
-            raise ValueError(f"{path}: lies in no class folder; with class_folders each video must be in one")
-        videos.append((info, path.relative_to(root).as_posix(), path.parent.name))
+    for path, result in zip(class_of, probe_all(class_of), strict=True):
+        if isinstance(result, VideoInfo):
+            if result.num_frames >= min_frames:
+                videos.append(result)
+                continue
+            result = VideoError(path, f"has {result.num_frames} frames, but a clip needs {min_frames}")
+        if broken == "error":
+            raise result
+        problems.append(str(result))
+        print(f"skipped: {result}", file=sys.stderr)
     if not videos:
-        found = f"{len(problems)} broken ones only, the first: {problems[0]}" if problems else "none"
-        kind, suffixes = ("image", FRAME_SUFFIXES) if images else ("video", VIDEO_SUFFIXES)
-        raise ValueError(f"{root}: no usable {kind}s (found {found}); {kind} files end in {' '.join(sorted(suffixes))}")
-    class_names = tuple(sorted({folder for _, _, folder in videos})) if class_folders else ()
-    index = {name: label for label, name in enumerate(class_names)}
+        words = f"{len(problems)} broken ones only, the first: {problems[0]}" if problems else "none"
+        suffixes = FRAME_SUFFIXES if kind == "image" else VIDEO_SUFFIXES
+        raise ValueError(f"{root}: no usable {kind}s (found {words}); {kind} files end in {' '.join(sorted(suffixes))}")
+    classes = {info.path: class_of[info.path] for info in videos}
+    class_names = tuple(sorted({name for name in classes.values() if name is not None}))
+    index: dict[str | None, int] = {name: label for label, name in enumerate(class_names)}
     return Catalog(
         root,
-        tuple(Video(info, name, index.get(folder)) for info, name, folder in videos),
+        tuple(Video(info, info.path.relative_to(root).as_posix(), index.get(classes[info.path])) for info in videos),
         class_names,
         tuple(problems),
     )
+
+
+def probe_all(
+    paths: Iterable[Path], on_probed: Callable[[int], None] = lambda count: None
+) -> Iterator[VideoInfo | VideoError]:
+    """`video.probe` of many videos on all cores, in their order.
+
+    Args:
+        paths: the videos.
+        on_probed: is told how many are done, after each.
+
+    Yields:
+        What a video holds, or why it cannot be read.
+    """
+    workers = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)  # threads: decoding and reading happen outside of the interpreter's lock
+    pending: deque[Future[VideoInfo | VideoError]] = deque()
+    count = 0
+    try:
+        remaining = iter(paths)
+        while True:
+            while len(pending) < 16 * workers and (path := next(remaining, None)) is not None:
+                pending.append(pool.submit(_try_probe, path))
+            if not pending:
+                return
+            result = pending.popleft().result()
+            count += 1
+            on_probed(count)
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _try_probe(path: Path) -> VideoInfo | VideoError:
+    try:
+        return probe(path)
+    except VideoError as error:
+        return error

@@ -147,6 +147,7 @@ def encode_dataset(
     precision: Precision = "auto",
     broken: Literal["skip", "error"] = "skip",
     images: bool = False,
+    catalog: Catalog | None = None,
 ) -> dict[str, Any]:
     """Writes a latent cache of every frame of every video below `root`; one that was stopped goes on.
 
@@ -159,6 +160,7 @@ def encode_dataset(
         precision: see `runtime.autocast`.
         broken: what a video that cannot be read does: `skip` names it and goes on.
         images: take every image file as a video of one frame, and no videos.
+        catalog: the videos below `root` to encode; by default all.
 
     Returns:
         The manifest.
@@ -186,7 +188,7 @@ def encode_dataset(
                 )
     started.write_text(json.dumps(settings))
 
-    catalog = scan(root, broken=broken, images=images)
+    catalog = catalog or scan(root, broken=broken, images=images)
     problems = list(catalog.broken)
     rows = []
     progress = Progress("encoding frame", sum(video.info.num_frames for video in catalog.videos))

@@ -1,0 +1,64 @@
+"""UCF101: its class names, and the lists of its three splits (Soomro et al. 2012)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# Sorted as Python sorts, not as classInd.txt, which takes no notice of case: labels then do not depend on whether that
+# file is there, and are those of the public code, which sorts the folders.
+_NAMES = """
+ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball BasketballDunk
+BenchPress Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling BoxingPunchingBag BoxingSpeedBag
+BreastStroke BrushingTeeth CleanAndJerk CliffDiving CricketBowling CricketShot CuttingInKitchen Diving Drumming
+Fencing FieldHockeyPenalty FloorGymnastics FrisbeeCatch FrontCrawl GolfSwing Haircut HammerThrow Hammering
+HandstandPushups HandstandWalking HeadMassage HighJump HorseRace HorseRiding HulaHoop IceDancing JavelinThrow
+JugglingBalls JumpRope JumpingJack Kayaking Knitting LongJump Lunges MilitaryParade Mixing MoppingFloor Nunchucks
+ParallelBars PizzaTossing PlayingCello PlayingDaf PlayingDhol PlayingFlute PlayingGuitar PlayingPiano PlayingSitar
+PlayingTabla PlayingViolin PoleVault PommelHorse PullUps Punch PushUps Rafting RockClimbingIndoor RopeClimbing
+Rowing SalsaSpin ShavingBeard Shotput SkateBoarding Skiing Skijet SkyDiving SoccerJuggling SoccerPenalty
+StillRings SumoWrestling Surfing Swing TableTennisShot TaiChi TennisSwing ThrowDiscus TrampolineJumping Typing
+UnevenBars VolleyballSpiking WalkingWithDog WallPushups WritingOnBoard YoYo
+"""
+CLASSES = tuple(_NAMES.split())
+_SPELLING = {name.lower(): name for name in CLASSES}
+_VIDEO = re.compile(r"v_([A-Za-z]+)_g\d+_c\d+(\.\w+)?")
+_LIST = re.compile(r"(train|test)list(0[123])\.txt")
+
+
+def class_of(path: Path) -> str | None:
+    """The class of a video by its name, `v_<Class>_g01_c01`, else by its folder; None where neither names one.
+
+    The videos of HandstandPushups are called v_HandStandPushups: a class's spelling is that of its folder.
+    """
+    match = _VIDEO.fullmatch(path.name)
+    name = match[1] if match else path.parent.name
+    return _SPELLING.get(name.lower(), name if match else None)
+
+
+def read_split_lists(root: Path) -> dict[str, list[str]]:
+    """The lists of the three splits, in the folder or in `ucfTrainTestlist` in it or beside it.
+
+    Returns:
+        For train01, test01, ... names of videos without folder and suffix, in lower case; `train` and `test` are those
+        of the first split. Empty where there is no list.
+
+    Raises:
+        ValueError: for a list that cannot be read.
+    """
+    lists: dict[str, list[str]] = {}
+    for folder in (root, root / "ucfTrainTestlist", root.resolve().parent / "ucfTrainTestlist"):
+        for file in sorted(folder.glob("*list0[123].txt")):
+            if not (match := _LIST.fullmatch(file.name)):
+                continue
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{file}: cannot be read ({error})") from error
+            # ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1: the label is in the lists of training only.
+            entries = [line.split()[0] for line in lines if line.strip()]
+            lists[match[1] + match[2]] = [Path(entry).stem.lower() for entry in entries]
+        if lists:
+            break
+    first = {part: lists[f"{part}01"] for part in ("train", "test") if f"{part}01" in lists}
+    return {**first, **lists}
