@@ -16,6 +16,7 @@ from lavita.data.batches import BatchMaker
 from lavita.data.catalog import Catalog, scan
 from lavita.data.datasets import guess_dataset, list_dataset, open_dataset
 from lavita.data.ucf101 import CLASSES
+from lavita.validation import open_validation
 
 # Names as they are in the real sets.
 FACES = {
@@ -409,3 +410,19 @@ def test_keys_that_do_not_go_together_are_refused(overrides: list[str], message:
 def test_scores_need_a_plain_folder() -> None:
     with pytest.raises(ConfigError, match=r"train\.score_every is 5, but needs data\.dataset=folder"):
         load_config(RunConfig, {}, ["data.dataset=taichi_hd", "data.path=a", "train.score_every=5"])
+
+
+def test_held_out_videos_have_the_layout_of_the_training_videos(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
+    sky_original(tmp_path)
+    values = {
+        "data": {
+            "path": str(tmp_path),
+            "dataset": "sky_timelapse",
+            "validation": str(tmp_path / "sky_test"),
+            "num_frames": 2,
+            "resolution": 16,
+        },
+        "train": {"validate_every": 1},
+    }
+    source = open_validation(load_config(RunConfig, values), tiny_vae)
+    assert names_of(source.catalog) == SKY["test"]

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 
 from lavita.autoencoder import latent_size
 from lavita.config import ConfigError, RunConfig
-from lavita.data.captions import CaptionSampler, read_captions
-from lavita.data.catalog import Catalog, scan
+from lavita.data.captions import CaptionSampler, match_captions
+from lavita.data.catalog import Catalog
 from lavita.data.clips import ClipSampler, clip_span
+from lavita.data.datasets import open_dataset
 from lavita.data.latents import MANIFEST, CacheSource, ClipSource, VideoSource
 from lavita.diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from lavita.distributed import Processes
@@ -57,6 +58,10 @@ class Validation:
         if count < self._team.count:
             raise ConfigError(f"train.validation_clips is {count}, but each of {self._team.count} processes needs one")
         source = open_validation(config, vae)
+        tables = []
+        if data.validation_captions is not None:
+            table, source.catalog = match_captions(data.validation_captions, source.catalog, data.broken)
+            tables.append((table, source.catalog))
         labels = _labels(source.catalog, training)
         _check_held_out(source.catalog, training)
         sampler = ClipSampler(source.catalog, data.num_frames, data.frame_interval, False, seed, "validation")
@@ -73,10 +78,9 @@ class Validation:
         if labels:
             rows = [draws[index].video.label for index in self._mine]
             self._labels = torch.tensor([labels[row] for row in rows if row is not None], dtype=torch.int64)
-        elif data.validation_captions is not None:
+        elif tables:
             assert embed is not None, "captions need their encoder"
-            table = (read_captions(data.validation_captions), source.catalog, data.validation_captions)
-            captions = CaptionSampler([table], seed)
+            captions = CaptionSampler(tables, seed)
             names = [draws[index].video.name for index in self._mine]
             chosen = [
                 captions.draw(source.catalog.root, name, 0, index)
@@ -162,10 +166,14 @@ def open_validation(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
     span = clip_span(data.num_frames, data.frame_interval)
     latent_size(vae, data.resolution)
     if (data.validation / MANIFEST).exists():
-        cache = CacheSource(data.validation, data.class_folders, span, data.broken)
+        cache = CacheSource(data.validation, data.has_classes, span, data.broken)
         cache.check(vae, data.resolution, False, None)
         return cache
-    catalog = scan(data.validation, data.class_folders, span, data.broken)
+    # All of the folder: it is named for what is held out.
+    split = None if data.dataset == "folder" else "all"
+    catalog = open_dataset(
+        data.validation, data.dataset, split, data.class_folders, span, data.broken, use_classes=data.use_classes
+    )
     return VideoSource(catalog, vae, data.resolution, config.train.precision)
 
 
