@@ -55,6 +55,8 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+        if tag == "br":
+            self.handle_data("; ")
         if tag not in ("img", "meta", "br"):
             self._open.append(tag)
 
@@ -101,8 +103,8 @@ def make_run(folder: Path, *overrides: str, steps: int = 40, samples: tuple[int,
     write_lines(
         folder / "events.jsonl",
         [
-            {"step": 0, "event": "start", "processes": 2},
-            {"step": 21, "event": "spike", "loss": 6.25, "grad_norm": 99.5, "clips": [clip]},
+            {"step": 0, "event": "start", "processes": 2, "parallel": "ddp"},
+            {"step": 21, "event": "spike", "loss": 6.25, "grad_norm": 99.5, "skipped": True, "clips": [clip]},
         ],
     )
     (folder / "checkpoints").mkdir()
@@ -135,8 +137,14 @@ def test_the_page_of_one_run_says_what_its_lines_say(tmp_path: Path) -> None:
     assert set(load_config(RunConfig, {}).train.model_dump()) <= {key.removeprefix("train.") for key in facts}
     assert "running" in page.text and "What differs" not in page.text
     spike, start = (row for row in page.rows if "spike" in row or "start" in row)
-    assert spike == ["21", "spike", "6.25", "99.5", "a/<b>.mp4 from frame 17, mirrored: loss 7.5"]
-    assert start == ["0", "start", "", "", "2 processes"]
+    assert spike == [
+        "21",
+        "spike",
+        "6.25",
+        "99.5",
+        "this step was left out; a/<b>.mp4 from frame 17, mirrored: loss 7.5",
+    ]
+    assert start == ["0", "start", "", "", "2 processes, parallel=ddp"]
     assert [label for label in page.svg if "noise" not in label] == [
         *("loss", "validation loss", "validation: L_simple", SCORE),
         *("gradient norm", "learning rate", "clips/s", "validation loss over time"),
@@ -246,6 +254,13 @@ def test_damaged_and_repeated_lines(tmp_path: Path) -> None:
     assert parsed.validation == [] and parsed.samples == []
     page = Page(write_report([run], tmp_path / "page"))
     assert ["steps", "41 of 80"] in page.rows and "2 damaged lines" in page.text and not page.sources
+
+
+def test_a_run_that_passes_over_bad_steps_goes_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "train.bad_steps=skip", samples=())
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"step": 41, "event": "not-finite", "grad_norm": NaN, "skipped": true, "clips": []}\n')
+    assert read_runs([run])[0].state(time.time()) == "running"
 
 
 @pytest.mark.parametrize(

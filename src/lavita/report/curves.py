@@ -15,7 +15,7 @@ COLOURS = ("#2a6fdb", "#e07b00", "#1f9d62", "#c2388f", "#8458d8", "#a5790a", "#0
 INK = "#010203"  # stands for the page's own colour of text
 SIZE = (5.4, 3.0)  # inches, of 72 units
 MOST_BINS = 600  # of a curve: the highest and the lowest value of each are drawn, so that no spike is lost
-SMOOTHED_FROM = 10  # values: fewer are a curve of their own
+SMOOTHED_FROM = 50  # values: fewer are a curve of their own
 
 Axes = Any
 

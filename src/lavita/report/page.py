@@ -290,7 +290,10 @@ def _measured(event: dict[str, Any], key: str) -> str:
 def _details(event: dict[str, Any]) -> str:
     parts = []
     if isinstance(event.get("processes"), int):
-        parts.append(f"{event['processes']} {'process' if event['processes'] == 1 else 'processes'}")
+        shared = f"{event['processes']} processes, parallel={html.escape(str(event.get('parallel', '?')))}"
+        parts.append("1 process" if event["processes"] == 1 else shared)
+    if event.get("skipped"):
+        parts.append("this step was left out")
     if event.get("note"):
         parts.append(html.escape(str(event["note"])))
     clips = event.get("clips")

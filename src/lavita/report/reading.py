@@ -71,7 +71,7 @@ class Run:
             return "finished"
         if last.get("event") == "stop":
             return f"stopped at step {last['step']:,}"
-        if last.get("event") == "not-finite":
+        if last.get("event") == "not-finite" and self.config.get("train.bad_steps") != "skip":
             return f"ended at step {last['step']:,}: the loss is not finite"
         if self.updated is None:
             return "just begun"
