@@ -263,6 +263,13 @@ def sample(
     images: Annotated[
         bool, typer.Option("--images", help="Single images (.png) from the model without its temporal modules.")
     ] = False,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="Adapters trained on this model: RUN/pipeline/lora, or peft's.", show_default=False),
+    ] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="How much of the adapters. default: 1", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at once; does not change them.")] = 8,
     video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = VideoFormat.mp4,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -274,6 +281,8 @@ def sample(
     from lavita.distributed import processes
     from lavita.generate import generate
 
+    if lora is None and lora_scale is not None:
+        raise ValueError(f"--lora-scale is {lora_scale:g}, but has no effect without --lora")
     with processes() as team:
         written = generate(
             model,
@@ -287,6 +296,8 @@ def sample(
             guidance_scale=guidance_scale,
             num_frames=num_frames,
             images=images,
+            adapter=lora,
+            adapter_scale=1.0 if lora_scale is None else lora_scale,
             batch_size=batch_size,
             suffix=f".{video_format.value}",
             device=device,

@@ -169,10 +169,23 @@ class TrainConfig(StrictConfig):
     """The optimisation."""
 
     init_from: str | None = None
-    """Weights to start from instead of random ones: a pipeline's folder; `builtin`, the arcade model of the package; an
-    image model, as DiT's .pt file or diffusers' folder (Sec. 3.6); or a published .pt checkpoint of this model."""
+    """Weights to start from instead of random ones: a run's folder, or its pipeline's; `builtin`, the arcade model of
+    the package; an image model, as DiT's .pt file or diffusers' folder (Sec. 3.6); or a published .pt checkpoint of
+    this model."""
     init_weights: Literal["ema", "model"] | None = None
     """Which weights of a .pt file with both."""
+    freeze: Literal["spatial", "temporal"] | None = None
+    """With `init_from`, which modules do not learn. `temporal`: the temporal blocks of Variants 1 and 2, the temporal
+    attention of Variant 3; `spatial`: all but those. What `init_from` has no weights for, such as new classes, learns
+    all the same."""
+    lora_rank: int = Field(0, ge=0)
+    """With `init_from`, train low-rank adapters of this rank instead of the weights; 0 trains the weights. Needs the
+    extra `lora`."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """The adapters' change is scaled by `lora_alpha / lora_rank`; by default 1."""
+    lora_targets: list[Literal["qkv", "proj", "fc1", "fc2", "adaLN_modulation"]] | None = Field(None, min_length=1)
+    """Layers of the blocks that get adapters; by default the attention's `qkv` and `proj` and the MLP's `fc1` and
+    `fc2`."""
     steps: int = Field(100_000, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(8, ge=1)
@@ -260,6 +273,14 @@ class TrainConfig(StrictConfig):
             )
         if self.init_weights is not None and self.init_from is None:
             raise ValueError("init_weights is set, but has no effect without init_from")
+        for key in ("freeze", "lora_rank"):
+            if getattr(self, key) and self.init_from is None:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, but needs init_from: frozen random weights would never learn"
+                )
+        for key in ("lora_alpha", "lora_targets"):
+            if getattr(self, key) is not None and not self.lora_rank:
+                raise ValueError(f"{key} is {getattr(self, key)!r}, but has no effect with lora_rank=0")
         return self
 
 
@@ -293,6 +314,11 @@ class RunConfig(StrictConfig):
             )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
+        if self.train.freeze is not None and model.variant == 4:
+            raise ValueError(
+                f"train.freeze is {self.train.freeze!r}, but must be left out with model.variant=4: spatial and "
+                "temporal heads share the parameters of a layer"
+            )
         if model.patch_embedding == "compression":
             if data.num_images:
                 raise ValueError(

@@ -18,6 +18,7 @@ from lavita.checkpoint import fingerprint
 from lavita.data.captions import read_captions
 from lavita.data.catalog import GENERATION, read_generation
 from lavita.distributed import Processes
+from lavita.finetune import apply_adapter
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
 from lavita.video import write_video
@@ -70,6 +71,8 @@ def generate(
     guidance_scale: float | None = None,
     num_frames: int | None = None,
     images: bool = False,
+    adapter: Path | None = None,
+    adapter_scale: float = 1.0,
     batch_size: int = 8,
     suffix: str = ".mp4",
     device: str = "auto",
@@ -93,6 +96,8 @@ def generate(
         guidance_scale: 1 for none; by default 1.5 for a model with classes or texts.
         num_frames: length; by default that of the training clips.
         images: write single images, `.png`, from the model without its temporal modules (A.4).
+        adapter: folder of low-rank adapters that were trained on this model, in peft's layout.
+        adapter_scale: how much of their change is added.
         batch_size: videos at once.
         suffix: `.mp4`, `.gif`, or `.mkv`, which loses nothing.
         device: see `runtime.pick_device`.
@@ -112,6 +117,8 @@ def generate(
         raise ValueError(f"num_frames is {num_frames}, but an image has 1")
     pipeline = load_pipeline(model_source(model), pick_device(device))
     pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        apply_adapter(pipeline.transformer, adapter, adapter_scale)
     config = pipeline.transformer.config
     pipeline.use_sampler(sampler)
     jobs = _plan(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)

@@ -20,7 +20,7 @@ _ITERATIONS = 5
 def make_optimizers(
     model: nn.Module, kind: Literal["adamw", "muon"], learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a transformer's parameters; each parameter belongs to one of them.
+    """The optimizers of a transformer's parameters that learn; each of these belongs to one of them.
 
     Args:
         model: a `LavitaTransformer3DModel`.
@@ -37,8 +37,12 @@ def make_optimizers(
     ]
     chosen = set(map(id, matrices))
     rest = [parameter for _, parameter in named if id(parameter) not in chosen]
-    adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    return [adamw, Muon(matrices, learning_rate, weight_decay)] if matrices else [adamw]
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=learning_rate, weight_decay=weight_decay, fused=True))
+    if matrices:
+        optimizers.append(Muon(matrices, learning_rate, weight_decay))
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):

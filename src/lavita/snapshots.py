@@ -14,6 +14,7 @@ from lavita.config import RunConfig
 from lavita.data.batches import BatchMaker
 from lavita.distributed import Processes, whole
 from lavita.ema import EMA
+from lavita.finetune import Adapters, adapter_scale, merge_state
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
 from lavita.runtime import generator
@@ -25,7 +26,7 @@ SAMPLE_STEPS = 20
 
 @torch.no_grad()
 def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransformer3DModel:
-    """A model of the averaged weights, whole in every process, in eval mode.
+    """A plain model of the averaged weights, with adapters folded in, whole in every process, in eval mode.
 
     It shares memory with the averages where they are not sharded: use it before the next step.
     """
@@ -35,8 +36,8 @@ def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransform
     for name in [name for name, _ in averaged.named_buffers()]:
         owner, _, last = name.rpartition(".")
         averaged.get_submodule(owner)._buffers[last] = buffers[name]
-    weights = {**model.state_dict(), **ema.weights}
-    averaged.load_state_dict({name: whole(tensor) for name, tensor in weights.items()}, assign=True)
+    weights = {name: whole(tensor) for name, tensor in {**model.state_dict(), **ema.weights}.items()}
+    averaged.load_state_dict(merge_state(weights, adapter_scale(model)), assign=True)
     return averaged.eval().requires_grad_(False)
 
 
@@ -82,12 +83,14 @@ def write_samples(config: RunConfig, pipeline: LavitaPipeline, batches: BatchMak
     return sheet
 
 
-def save_pipeline(pipeline: LavitaPipeline, folder: Path) -> None:
-    """Saves a pipeline in diffusers' layout, replacing an older one whole."""
+def save_pipeline(pipeline: LavitaPipeline, folder: Path, adapters: Adapters | None = None) -> None:
+    """Saves a pipeline in diffusers' layout, and adapters in `lora` below, replacing an older one whole."""
     partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
+        if adapters is not None:
+            adapters.save(partial / "lora")
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -32,6 +32,7 @@ from lavita.diffusion import GaussianDiffusion
 from lavita.distributed import Processes, processes, sum_over, whole
 from lavita.ema import EMA
 from lavita.evaluation.tracking import ScoreLog
+from lavita.finetune import prepare, read_fresh, saved_adapters, trained_parameters, write_fresh
 from lavita.guards import MOST_SKIPPED, LossScale, StepGuard
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
@@ -122,15 +123,21 @@ def _train(config: RunConfig, team: Processes) -> Path:
         validation = Validation(config, vae, batches.source.catalog, encoder, team)
     torch.manual_seed(settings.seed)
     model = build_model(config, vae, batches).to(device)
+    fresh: set[str] = set()
     if settings.init_from is not None and not list_checkpoints(run_dir / "checkpoints"):
-        report = str(initialize(model, settings.init_from, settings.init_weights))
+        report = initialize(model, settings.init_from, settings.init_weights)
+        fresh = report.fresh
         if team.is_first:
-            (run_dir / "init.txt").write_text(report + "\n")
+            write_fresh(run_dir, fresh)
+            (run_dir / "init.txt").write_text(f"{report}\n")
             print(report, file=sys.stderr)
+    elif settings.freeze is not None or settings.lora_rank:
+        fresh = read_fresh(run_dir)
+    prepare(model, config, fresh)
     model.train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    num_parameters = sum(p.numel() for p in model.parameters())
+    size = trained_parameters(model)
     parallel = ParallelModel(model, settings.parallel, team, device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     diffusion = GaussianDiffusion(config.model.prediction_type)
@@ -153,7 +160,7 @@ def _train(config: RunConfig, team: Processes) -> Path:
     several = f"{team.count} processes ({'FSDP2' if parallel.is_sharded else 'DDP'}); " if team.count > 1 else ""
     progress.message(
         f"{len(batches.source.catalog.videos):,} videos{classes}{texts}, {batches.sampler.num_clips:,} clips; "
-        f"{num_parameters / 1e6:.1f} M parameters; {several}{device}; {run_dir}"
+        f"{size}; {several}{device}; {run_dir}"
     )
     score_log = ScoreLog(config, step, device, team) if settings.score_every else None
     share = settings.batch_size // team.count
@@ -256,8 +263,9 @@ def _train(config: RunConfig, team: Processes) -> Path:
                 trackers.log(step, score_log.write(step, pipeline), "score")
             if saving:
                 # The pipeline first: a run that is killed in between makes it again when it is resumed.
+                adapters = saved_adapters(model, ema.weights)
                 if team.is_first:
-                    save_pipeline(pipeline, run_dir / "pipeline")
+                    save_pipeline(pipeline, run_dir / "pipeline", adapters)
                 state = {
                     "model_config": model_facts(model),
                     "autoencoder": fingerprint(vae),

@@ -31,11 +31,14 @@ def initialize(model: LavitaTransformer3DModel, source: str, weights: Weights | 
     positions (of `absolute`) tell its frames apart.
 
     Args:
-        model: a fresh one; what the source has nothing for keeps its initial values, or becomes zero (labels, texts,
-            and a decoder that would decode something else).
+        model: a fresh one; what the source has nothing for keeps its initial values, or becomes zero (texts, labels
+            where the source has none, a decoder that would decode something else), or, of classes that the source does
+            not know, what it has for no label.
         source: `builtin`, the arcade model of the package; a folder or hub id of a LAVITA or DiT pipeline in
-            diffusers' layout, or of its transformer; a `.pt` file of facebookresearch/DiT or of Latte.
-        weights: which of a file's two: the averaged (`ema`) or the others. Needed where it has both.
+            diffusers' layout, or of its transformer; the folder of a run, whose pipeline it is; a `.pt` file of
+            facebookresearch/DiT or of Latte.
+        weights: which of a file's two: the averaged (`ema`) or the others. Needed where it has both. A run gives its
+            averaged ones.
 
     Returns:
         What became of each tensor. Values that come from diffusers' `DiTTransformer2DModel` count on DiT's own

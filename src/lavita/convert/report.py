@@ -28,8 +28,15 @@ class LoadReport:
     """Tensors of the source that the model has no use for, and why."""
     new: dict[str, str] = field(default_factory=dict)
     """Parameters that owe nothing to the source, and why."""
+    partly_new: list[str] = field(default_factory=list)
+    """Those of `adapted` in which a part owes nothing to the source: closed gates, rows of new classes."""
     used: list[str] = field(default_factory=list)
     """Tensors of the source that `loaded` and `adapted` come from."""
+
+    @property
+    def fresh(self) -> set[str]:
+        """Parameters that only training gives their values, whole or in part."""
+        return {*self.new, *self.partly_new}
 
     def __str__(self) -> str:
         lines = [f"weights of {self.source}", *_paragraph(f"loaded {len(self.loaded)}: ", self.loaded)]

@@ -64,6 +64,15 @@ def open_source(source: str, weights: Weights | None) -> Source:
         return read_file(source, weights)
     if not path.exists() and not is_id:
         raise ValueError(f"{source}: no such file or folder; weights are a .pt file, a folder, a hub id, or `builtin`")
+    if (path / "state.json").is_file() and path.parent.name == "checkpoints":
+        raise ValueError(f"{source}: is a checkpoint of `lavita train`; give the folder of its run")
+    is_run = path.is_dir() and (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+    if is_run or (path / "pipeline" / "transformer").is_dir():
+        if not (path / "pipeline" / "transformer").is_dir():
+            raise ValueError(f"{source}: this run has no pipeline yet; it writes one with each checkpoint")
+        if weights == "model":
+            raise ValueError(f"weights is 'model', but the pipeline of the run {source} has the averaged ones: 'ema'")
+        return _read_folder(str(path / "pipeline"))
     if weights is not None:
         raise ValueError(f"weights is {weights!r}, but {source} holds one set of weights: leave it out")
     return _read_folder(source)
@@ -176,7 +185,7 @@ def read_file(file: str, weights: Weights | None) -> Source:
     if not isinstance(loaded, dict):
         raise ValueError(f"{file}: holds a {type(loaded).__name__}, not tensors by name")
     if "model_config" in loaded:
-        raise ValueError(f"{file}: is a checkpoint of `lavita train`; give the pipeline folder of its run")
+        raise ValueError(f"{file}: is a checkpoint of `lavita train`; give the folder of its run")
     choices = [key for key in ("ema", "model") if isinstance(loaded.get(key), dict)]
     name = file
     if choices:

@@ -56,8 +56,12 @@ class _Transfer:
         how: str = "",
         value: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None,
         origin: str | None = None,
+        partly_new: bool = False,
     ) -> None:
-        """Gives the model's `name` the source's `origin` (by default of the same name), or a value made of it."""
+        """Gives the model's `name` the source's `origin` (by default of the same name), or a value made of it.
+
+        `partly_new`: a part of the value is not the source's, and only training gives it one.
+        """
         origin = origin or name
         tensor = self.source.tensors[origin]
         result = tensor if value is None else value if isinstance(value, torch.Tensor) else value(tensor)
@@ -71,6 +75,8 @@ class _Transfer:
             self.report.adapted[name] = how
         else:
             self.report.loaded.append(name)
+        if partly_new:
+            self.report.partly_new.append(name)
 
     def new(self, name: str, why: str, zero: bool = False) -> None:
         """Leaves the model's `name` at its initial value, or makes it zero."""
@@ -132,26 +138,55 @@ def _transfer_condition(transfer: _Transfer) -> None:
     here, there = transfer.model.config, transfer.source.config
     names = [name for name in transfer.targets if name.startswith("y_embedder.")]
     given = [name for name in transfer.source.tensors if name.startswith("y_embedder.")]
+    if LABEL_TABLE in given and LABEL_TABLE not in names and here["conditioning"] == "s_adaln":
+        # S-AdaLN adds the vectors of timestep and label: with this one, the model is the source without a label.
+        null = transfer.source.tensors[LABEL_TABLE][-1]
+        transfer.take("t_embedder.mlp.2.bias", "the source's vector of `no label` is added", lambda bias: bias + null)
     if not names:
         transfer.drop("y_embedder.", "this model has neither labels nor texts")
         return
     why = ""
     if sorted(names) != sorted(given):
         why = "the source has " + ("another kind of condition" if given else "neither labels nor texts")
+    elif LABEL_TABLE in names:
+        _transfer_classes(transfer)
+        return
     elif any(transfer.source.tensors[name].shape != transfer.targets[name].shape for name in names):
         sizes = [transfer.source.tensors[names[0]].shape, transfer.targets[names[0]].shape]
-        index, off, what = (0, 1, "classes") if LABEL_TABLE in names else (1, 0, "numbers a text")
-        why = f"{sizes[0][index] - off} {what} there, {sizes[1][index] - off} here"
-    elif here["class_names"] and there.get("class_names") and list(here["class_names"]) != list(there["class_names"]):
-        why = "the classes are others there"
+        why = f"{sizes[0][1]} numbers a text there, {sizes[1][1]} here"
     if why:
         transfer.new_condition(why)
         transfer.drop("y_embedder.", why)
         return
     encoders = there.get("text_encoder"), here["text_encoder"]
-    note = "" if encoders[0] == encoders[1] or LABEL_TABLE in names else "as it stands, for texts of {} there, {} here"
+    note = "" if encoders[0] == encoders[1] else "as it stands, for texts of {} there, {} here"
     for name in names:
         transfer.take(name, note.format(*encoders))
+
+
+def _transfer_classes(transfer: _Transfer) -> None:
+    """The table of classes: rows of the same name, and for classes that the source has not, its row of `no label`."""
+    here, there = transfer.model.config["class_names"], transfer.source.config.get("class_names")
+    num_classes, table = transfer.model.config["num_classes"], transfer.source.tensors[LABEL_TABLE]
+    if table.shape[0] == num_classes + 1 and (not here or not there or list(here) == list(there)):
+        transfer.take(LABEL_TABLE)
+        return
+    null = table.shape[0] - 1
+    names = list(here or map(str, range(num_classes)))
+    # Numbers alone do not tell that two classes are the same.
+    rows = [list(there).index(name) if here and there and name in there else null for name in names]
+    same = [name for name, row in zip(names, rows, strict=True) if row != null]
+    new = [name for name, row in zip(names, rows, strict=True) if row == null]
+    parts = [f"{null} classes there, {num_classes} here"]
+    if same:
+        parts.append(f"by name: {_listed(same)}")
+    if new:
+        parts.append(f"new, starting as the source's `no label`: {_listed(new)}")
+    transfer.take(LABEL_TABLE, "; ".join(parts), table[[*rows, null]], partly_new=bool(new))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:6])} and {len(names) - 6} more"
 
 
 def _transfer_positions(transfer: _Transfer) -> None:
@@ -215,7 +250,7 @@ def _transfer_decoder(transfer: _Transfer) -> None:
             transfer.new(name, why, zero=True)
             transfer.drop(name, why)
         else:
-            transfer.take(name, "; ".join(changes), adapt if changes else None)
+            transfer.take(name, "; ".join(changes), adapt if changes else None, partly_new=here > there)
     if why:
         for name in transfer.open():
             if name.startswith("temporal_upsample."):
@@ -285,4 +320,5 @@ def _transfer_image_blocks(transfer: _Transfer) -> None:
                     how, change = "columns of the heads that look along time are zero at first", close_heads
                 else:
                     how, change = "", None
-                transfer.take(name, "; ".join(filter(None, (how, spaced))), change, origin)
+                how = "; ".join(filter(None, (how, spaced)))
+                transfer.take(name, how, change, origin, partly_new=change is not None)
