@@ -19,7 +19,7 @@ from lavita.data.batches import BatchMaker
 from lavita.data.captions import CaptionSampler, read_captions
 from lavita.data.catalog import scan
 from lavita.data.clips import read_pixels
-from lavita.data.latents import encode_dataset
+from lavita.data.encode import encode_dataset
 
 MakeBatches = Callable[..., BatchMaker]
 
@@ -98,7 +98,7 @@ def test_joint_training_draws_the_same_clips(make_batches: MakeBatches) -> None:
 def test_a_share_of_the_labels_is_dropped(num_images: int, make_batches: MakeBatches) -> None:
     batches = make_batches("train.batch_size=16", f"data.num_images={num_images}")
     blank = torch.zeros(2, 4, 8, 8)
-    batches.source.read = lambda _, num_frames, __: (blank[:num_frames],) * 2  # type: ignore[method-assign]
+    batches.source.read_many = lambda draws, frames, _: [(blank[:frames],) * 2] * len(draws)  # type: ignore[method-assign]
     dropped = total = 0
     timesteps = []
     for step in range(60):
@@ -120,7 +120,7 @@ def test_images_of_their_own(make_batches: MakeBatches, tmp_path: Path, tiny_vae
     """From image files and from a cache of them: the same latents, and labels by the videos' classes."""
     root = write_images(tmp_path / "images", ("b/1.png", "b/2.png"))
     files = make_batches("data.num_images=2", f"data.images={root}", "model.class_dropout=0")
-    encode_dataset(root, tmp_path / "cache", tiny_vae, 16, True, "fp32", images=True)
+    encode_dataset(scan(root, images=True), tmp_path / "cache", tiny_vae, 16, True, "fp32")
     cached = make_batches("data.num_images=2", f"data.images={tmp_path / 'cache'}", "model.class_dropout=0")
     for step in range(3):
         one, other = files.make(step), cached.make(step)

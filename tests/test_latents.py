@@ -1,9 +1,12 @@
-"""The latent cache gives what the videos give, goes on where it stopped, and refuses what it is not."""
+"""The latent cache gives what the videos give, reads no more than a clip, and refuses what it is not."""
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from tiny_data import paint, write_broken, write_videos
 
 from lavita.autoencoder import decode, encode, to_frames, to_pixels
 from lavita.checkpoint import fingerprint
-from lavita.data import latents
+from lavita.data import latents, shards
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels
-from lavita.data.latents import CacheSource, VideoSource, encode_dataset, read_manifest
+from lavita.data.encode import encode_dataset
+from lavita.data.latents import CacheSource, ClipSource, VideoSource
+from lavita.data.manifest import read_manifest, write_manifest
+from lavita.data.shards import TENSORS, read_shard, write_shard
 
 RESOLUTION = 16
 # The cache holds float16, and convolutions over other batches round differently in their last bits.
@@ -44,7 +50,7 @@ def videos(tmp_path: Path) -> Path:
 
 def encode_all(root: Path, folder: Path, vae: AutoencoderKL, **options: Any) -> dict[str, Any]:
     fixed = {"resolution": RESOLUTION, "horizontal_flip": True, "precision": "fp32"}
-    return encode_dataset(root, folder, vae, **{**fixed, **options})
+    return encode_dataset(scan(root), folder, vae, **{**fixed, **options})
 
 
 # --- frames <-> latents
@@ -139,7 +145,7 @@ def test_broken_and_short_videos(
 ) -> None:
     noise = write_broken(videos / "a" / "noise.mp4")
     manifest = encode_all(videos, tmp_path / "cache", vae, horizontal_flip=False)
-    assert [message.split(": ")[0] for message in manifest["broken"]] == [str(noise)]
+    assert [message.split(": ")[0] for message in manifest["broken"]] == ["a/noise.mp4"]
     assert f"skipped: {noise}: " in capsys.readouterr().err
 
     catalog = CacheSource(tmp_path / "cache", True, min_frames=10).catalog
@@ -152,70 +158,13 @@ def test_broken_and_short_videos(
         CacheSource(tmp_path / "cache", min_frames=11)
     with pytest.raises(ValueError, match=r"noise\.mp4"):
         CacheSource(tmp_path / "cache", broken="error")
-    with pytest.raises(ValueError, match=r"noise\.mp4"):
-        encode_all(videos, tmp_path / "other", vae, broken="error")
+    CacheSource(tmp_path / "cache").check(vae, RESOLUTION, False, videos)  # a broken video is no new one
 
 
 def test_videos_outside_class_folders_are_refused(tmp_path: Path, vae: AutoencoderKL) -> None:
     encode_all(write_videos(tmp_path / "videos", ["stray.mp4"]), tmp_path / "cache", vae)
     with pytest.raises(ValueError, match="videos that lie in no class folder"):
         CacheSource(tmp_path / "cache", class_folders=True)
-
-
-# --- interruption
-
-
-def test_an_interrupted_encode_goes_on(
-    videos: Path, tmp_path: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, whole = tmp_path / "cache", tmp_path / "whole"
-    encode_all(videos, whole, vae)
-    real, calls = latents._encode_video, []
-
-    def interrupted(vae: AutoencoderKL, path: Path, *options: Any) -> dict[str, torch.Tensor]:
-        calls.append(path.name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(vae, path, *options)
-
-    monkeypatch.setattr(latents, "_encode_video", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        encode_all(videos, cache, vae)
-    with pytest.raises(ValueError, match=r"no finished latent cache there .no manifest\.json.; run `lavita encode`"):
-        CacheSource(cache)
-    finished = {file.name: file.stat().st_mtime_ns for file in cache.glob("*.safetensors")}
-    assert len(finished) == 2
-
-    manifest = encode_all(videos, cache, vae)
-
-    assert calls == ["0.mp4", "1.mp4", "2.mp4", "2.mp4", "folder"]
-    assert {name: (cache / name).stat().st_mtime_ns for name in finished} == finished
-    assert manifest == read_manifest(whole)
-    for row in manifest["videos"]:
-        assert (cache / row["file"]).read_bytes() == (whole / row["file"]).read_bytes()
-    assert not list(cache.glob("*.partial"))
-
-
-def test_a_lost_file_is_made_again(videos: Path, tmp_path: Path, vae: AutoencoderKL) -> None:
-    cache = tmp_path / "cache"
-    files = [cache / row["file"] for row in encode_all(videos, cache, vae)["videos"]]
-    lost = files.pop(1)
-    before = lost.read_bytes(), {file: file.stat().st_mtime_ns for file in files}
-    lost.unlink()
-    (cache / "manifest.json").unlink()
-    encode_all(videos, cache, vae)
-    assert (lost.read_bytes(), {file: file.stat().st_mtime_ns for file in files}) == before
-
-
-@pytest.mark.parametrize("change", [{"resolution": 8}, {"horizontal_flip": False}, {"precision": "bf16"}])
-def test_a_cache_of_other_settings_is_not_mixed(
-    videos: Path, tmp_path: Path, vae: AutoencoderKL, change: dict[str, Any]
-) -> None:
-    write_videos(tmp_path / "few", ["0.mp4"], num_frames=2)
-    encode_all(tmp_path / "few", tmp_path / "cache", vae)
-    (key, value), *_ = change.items()
-    with pytest.raises(ValueError, match=f"holds a cache with {key}=.*, not {value}; use another folder"):
-        encode_all(tmp_path / "few", tmp_path / "cache", vae, **change)
 
 
 # --- refusals
@@ -233,6 +182,14 @@ def lost_source(root: Path, cache: Path, vae: AutoencoderKL) -> None:
     (root / "a" / "1.mp4").unlink()
 
 
+def more_frames(root: Path, cache: Path, vae: AutoencoderKL) -> None:
+    Image.fromarray(paint(1)[0]).save(root / "b" / "folder" / "99.png")
+
+
+def new_sources(root: Path, cache: Path, vae: AutoencoderKL) -> None:
+    write_videos(root, ["z/9.mp4", "a/8.mp4"])
+
+
 def nothing(root: Path, cache: Path, vae: AutoencoderKL) -> None:
     pass
 
@@ -244,7 +201,9 @@ def nothing(root: Path, cache: Path, vae: AutoencoderKL) -> None:
         (nothing, 32, False, r"resolution 16, but data\.resolution is 32"),
         (nothing, 16, True, "no mirrored frames"),
         (longer_source, 16, False, r"a/0\.mp4: has changed since the cache"),
-        (lost_source, 16, False, r"a/1\.mp4: is in the cache .* but not in data\.path"),
+        (lost_source, 16, False, r"a/1\.mp4: is in the cache .* but not in data\.path; `lavita encode` removes it"),
+        (more_frames, 16, False, r"b/folder: has changed since the cache"),
+        (new_sources, 16, False, r"holds videos that the cache .* lacks \(2, the first: a/8\.mp4\); `lavita enc"),
     ],
 )
 def test_a_cache_that_does_not_fit_the_run_is_refused(
@@ -265,18 +224,62 @@ def test_a_cache_that_does_not_fit_the_run_is_refused(
         CacheSource(cache).check(vae, resolution, flip, videos)
 
 
+def test_only_the_videos_of_the_run_are_asked_for(videos: Path, tmp_path: Path, vae: AutoencoderKL) -> None:
+    """Of a split: others below the same folder are not new ones."""
+    encode_all(videos, tmp_path / "cache", vae, horizontal_flip=False)
+    cache = CacheSource(tmp_path / "cache")
+    own = [video.name for video in cache.catalog.videos]
+    write_videos(videos, ["test/9.mp4"])
+    cache.check(vae, RESOLUTION, False, videos, own)
+    with pytest.raises(ValueError, match=r"lacks \(1, the first: test/9\.mp4\)"):
+        cache.check(vae, RESOLUTION, False, videos, [*own, "test/9.mp4"])
+    with pytest.raises(ValueError, match=r"a/0\.mp4: is in the cache .* but not in data\.path"):
+        cache.check(vae, RESOLUTION, False, videos, own[1:])
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in the header", "gone", "header", "another"])
+def test_a_damaged_shard_is_named_when_the_cache_is_opened(
+    videos: Path, tmp_path: Path, vae: AutoencoderKL, damage: str
+) -> None:
+    # About one video a shard.
+    manifest = encode_all(videos, tmp_path / "cache", vae, horizontal_flip=False, shard_bytes=1)
+    first, second = (tmp_path / "cache" / row["shard"] for row in manifest["videos"][:2])
+    content = first.read_bytes()
+    if damage == "gone":
+        first.unlink()
+    else:
+        first.write_bytes(
+            {
+                "cut": content[:-1],
+                "cut in the header": content[:40],
+                "header": content[:8] + b"?" + content[9:],
+                "another": second.read_bytes(),
+            }[damage]
+        )
+    message = {
+        "cut": f"cut off, {len(content) - 1} of {len(content)} bytes are there",
+        "cut in the header": "cut off",
+        "gone": "missing",
+        "header": "damaged in its header",
+        "another": "lacks a/0.mp4 of the manifest",
+    }[damage]
+    with pytest.raises(ValueError) as caught:
+        CacheSource(tmp_path / "cache")
+    assert str(caught.value) == f"{first}: {message}; run `lavita encode` again"
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_file_is_named(videos: Path, tmp_path: Path, vae: AutoencoderKL, damage: str) -> None:
+def test_a_shard_that_is_damaged_later_is_named(videos: Path, tmp_path: Path, vae: AutoencoderKL, damage: str) -> None:
     encode_all(videos, tmp_path / "cache", vae, horizontal_flip=False)
     source = CacheSource(tmp_path / "cache")
-    video = source.catalog.videos[0]
+    video = source.catalog.videos[-1]
     file = video.info.path
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
     else:
         file.unlink()
-    with pytest.raises(ValueError, match=f"{file.name}: damaged or missing .*; encode again"):
-        source.read(ClipDraw(video, 0, False), 2, 1)
+    with pytest.raises(ValueError, match=f"{file.name}: damaged or missing .*; run `lavita encode` again"):
+        source.read(ClipDraw(video, video.info.num_frames - 2, False), 2, 1)
 
 
 def test_a_damaged_or_foreign_manifest_is_named(videos: Path, tmp_path: Path, vae: AutoencoderKL) -> None:
@@ -287,23 +290,99 @@ def test_a_damaged_or_foreign_manifest_is_named(videos: Path, tmp_path: Path, va
     with pytest.raises(ValueError, match=r"manifest\.json: damaged"):
         CacheSource(tmp_path)
     manifest.write_text(json.dumps({"version": 0}))
-    with pytest.raises(ValueError, match="a cache of version 0, this is 1"):
+    with pytest.raises(ValueError, match="a cache of version 0, this is 2"):
         CacheSource(tmp_path)
 
 
-def test_a_video_that_breaks_while_it_is_decoded_is_skipped(
+# --- reading
+
+
+def test_several_clips_are_those_read_one_by_one(videos: Path, tmp_path: Path, vae: AutoencoderKL) -> None:
+    encode_all(videos, tmp_path / "cache", vae)
+    straight = scan(videos)
+    sources: list[ClipSource] = [
+        CacheSource(tmp_path / "cache"),
+        VideoSource(straight, vae, RESOLUTION, "fp32", workers=3),
+    ]
+    for source in sources:
+        sampler = ClipSampler(source.catalog, 3, 2, True, seed=0)
+        draws = [sampler.draw(0, index) for index in range(9)]
+        assert len({draw.video.name for draw in draws}) > 2
+        together = source.read_many(draws, 3, 2)
+        assert len(together) == 9
+        for draw, clip in zip(draws, together, strict=True):
+            assert clip[0].shape == clip[1].shape == (3, 4, 8, 8)
+            assert all(map(torch.equal, clip, source.read(draw, 3, 2))), "whatever it is read with"
+        assert source.read_many([], 3, 2) == []
+
+
+def test_videos_are_decoded_at_the_same_time(videos: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = threading.Barrier(3, timeout=30)  # broken unless three threads come to it
+
+    def read(draw: ClipDraw, *options: int) -> np.ndarray:
+        meeting.wait()
+        return read_pixels(draw, *options)
+
+    monkeypatch.setattr(latents, "read_pixels", read)
+    catalog = scan(videos)
+    draws = [ClipDraw(catalog.videos[0], start, False) for start in range(3)]
+    assert len(VideoSource(catalog, vae, RESOLUTION, "fp32", workers=3).read_many(draws, 2, 1)) == 3
+    with pytest.raises(threading.BrokenBarrierError):
+        meeting.abort()
+        VideoSource(catalog, vae, RESOLUTION, "fp32", workers=1).read_many(draws, 2, 1)
+
+
+def test_an_unreadable_video_of_a_step_is_named(videos: Path, vae: AutoencoderKL) -> None:
+    catalog = scan(videos)
+    write_broken(videos / "a" / "1.mp4")
+    source = VideoSource(catalog, vae, RESOLUTION, "fp32")
+    with pytest.raises(ValueError, match=r"a/1\.mp4"):
+        source.read_many([ClipDraw(video, 0, False) for video in catalog.videos], 2, 1)
+
+
+def test_a_clip_reads_its_frames_and_no_others(
     videos: Path, tmp_path: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = latents._encode_video
+    encode_all(videos, tmp_path / "cache", vae)
+    source, real, sizes = CacheSource(tmp_path / "cache"), os.preadv, []
 
-    def breaks(vae: AutoencoderKL, path: Path, *options: Any) -> dict[str, torch.Tensor]:
-        if path.name == "1.mp4":
-            raise ValueError(f"{path}: breaks off")
-        return real(vae, path, *options)
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(sum(buffer.nbytes for buffer in buffers))
+        return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(latents, "_encode_video", breaks)
-    manifest = encode_all(videos, tmp_path / "cache", vae, horizontal_flip=False)
-    assert manifest["broken"] == [f"{videos / 'a/1.mp4'}: breaks off"]
-    assert [row["name"] for row in manifest["videos"]] == ["a/0.mp4", "b/2.mp4", "b/folder"]
-    with pytest.raises(ValueError, match="breaks off"):
-        encode_all(videos, tmp_path / "other", vae, broken="error")
+    monkeypatch.setattr(shards.os, "preadv", preadv)
+    source.read(ClipDraw(source.catalog.videos[1], 1, True), 3, 4)
+    assert sum(sizes) == 2 * 3 * 4 * 8 * 8 * 2  # mean and std, 3 frames of 4 x 8 x 8, float16
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for this process's memory")
+def test_memory_and_open_files_do_not_grow(tmp_path: Path, vae: AutoencoderKL) -> None:
+    """A cache of 24 MB in 6 shards: mapped, all of it would have become this process's memory."""
+    folder = tmp_path / "cache"
+    manifest = encode_all(write_videos(tmp_path / "videos", ["0.mp4"]), folder, vae)
+    (row,) = manifest["videos"]
+    own = read_shard(folder / row["shard"]).videos["0.mp4"]
+    manifest["videos"] = []
+    for number in range(6):
+        video = replace(own, name=f"{number}.mp4", num_frames=2000)
+        values = {key: torch.rand(2000, 4, 8, 8).half() for key in TENSORS}
+        write_shard(folder / f"{number}.safetensors", {}, [(video, values)], [])
+        manifest["videos"].append({**row, "name": video.name, "num_frames": 2000, "shard": f"{number}.safetensors"})
+    write_manifest(folder, manifest)
+    del values
+    source = CacheSource(tmp_path / "cache")
+    sampler = ClipSampler(source.catalog, 4, 3, True, seed=0)
+
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    for step in range(200):
+        source.read(sampler.draw(step, 0), 4, 3)
+    before = memory(), files()
+    for step in range(200, 10_000):
+        source.read(sampler.draw(step, 0), 4, 3)
+    assert memory() - before[0] < 4 * 2**20
+    assert files() == before[1]

@@ -24,7 +24,8 @@ from lavita import train as module
 from lavita.checkpoint import list_checkpoints, load_last_checkpoint
 from lavita.config import ConfigError, RunConfig, TrainConfig, load_config, read_yaml
 from lavita.data.batches import BatchMaker
-from lavita.data.latents import encode_dataset
+from lavita.data.catalog import scan
+from lavita.data.encode import encode_dataset
 from lavita.distributed import Processes
 from lavita.ema import EMA
 from lavita.pipeline import load_pipeline
@@ -300,7 +301,7 @@ def test_training_from_the_cache_equals_training_from_the_videos(
     straight = make_config("straight", f"data.class_folders={class_folders}")
     vae = module.load_autoencoder(straight.autoencoder)
     assert straight.data.path is not None
-    encode_dataset(straight.data.path, tmp_path / "cache", vae, 16, True, precision="fp32")
+    encode_dataset(scan(straight.data.path), tmp_path / "cache", vae, 16, True, precision="fp32")
     cached = make_config(
         "cached",
         f"data.latent_cache={tmp_path / 'cache'}",

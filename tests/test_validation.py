@@ -21,7 +21,7 @@ from lavita.autoencoder import encode
 from lavita.config import ConfigError, RunConfig, load_config
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipDraw, ClipSampler, read_pixels
-from lavita.data.latents import encode_dataset
+from lavita.data.encode import encode_dataset
 from lavita.diffusion import GaussianDiffusion, Losses
 from lavita.distributed import Processes, processes
 from lavita.models.transformer import LavitaTransformer3DModel
@@ -198,7 +198,7 @@ def test_a_cache_gives_the_numbers_of_its_videos(
     make_validation: MakeValidation,
     tiny_transformer: LavitaTransformer3DModel,
 ) -> None:
-    encode_dataset(folders / "held", folders / "cache", tiny_vae, 16, False, "fp32")
+    encode_dataset(scan(folders / "held"), folders / "cache", tiny_vae, 16, False, "fp32")
     diffusion = GaussianDiffusion()
     cached = make_validation(f"data.validation={folders / 'cache'}").evaluate(tiny_transformer, diffusion, CPU, "fp32")
     videos = make_validation().evaluate(tiny_transformer, diffusion, CPU, "fp32")

@@ -198,18 +198,31 @@ def encode(
     ] = False,
     dataset: DataSet = DataSetOption.folder,
     split: SplitOption = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a file, which holds many videos.")] = 256,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read finished files back; damaged ones are made again.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Encode every frame of every video once, so that training reads latents. Run it again to go on."""
+    """Encode every frame of every video once, so that training reads latents.
+
+    Run it again to go on where it stopped, or after the videos have changed. Under torchrun, several processes share
+    the work.
+    """
     from lavita.autoencoder import autoencoder_source, load_autoencoder
     from lavita.data.datasets import open_dataset
-    from lavita.data.latents import encode_dataset
+    from lavita.data.encode import encode_dataset
+    from lavita.distributed import processes
     from lavita.runtime import pick_device
 
-    catalog = open_dataset(data, dataset.value, split, images=images)
-    vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
-    manifest = encode_dataset(data, out, vae, resolution, flip, images=images, catalog=catalog)
-    print(f"{out}: {len(manifest['videos'])} videos, {len(manifest['broken'])} broken")
+    with processes() as team:
+        catalog = team.first_says(open_dataset(data, dataset.value, split, images=images) if team.is_first else None)
+        vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
+        manifest = encode_dataset(
+            catalog, out, vae, resolution, flip, team=team, shard_bytes=shard_mb * 10**6, verify=verify
+        )
+    if team.is_first:
+        print(f"{out}: {len(manifest['videos'])} videos, {len(manifest['broken'])} broken")
 
 
 @app.command()

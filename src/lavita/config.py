@@ -70,6 +70,8 @@ class DataConfig(StrictConfig):
     """Mirror each clip with probability 1/2; the paper's only augmentation."""
     latent_cache: Path | None = None
     """Folder that `lavita encode` wrote; without it the videos are read and encoded at every step."""
+    workers: int | None = Field(None, ge=1)
+    """Threads that decode the videos, or image files, of a step; by default one a core, at most 8."""
     captions: Path | None = None
     """Table of captions, CSV with a header, JSONL or Parquet, of `file` (below the folder of videos) and `caption`, or
     as WebVid's; a file may have several. Makes the model text-conditional; videos without a caption are broken ones."""
@@ -120,6 +122,9 @@ class DataConfig(StrictConfig):
             raise ValueError("captions and class_folders are both set, but a model has texts or classes")
         if self.images is not None and not self.num_images:
             raise ValueError("images is set, but num_images is 0: no image would be used")
+        decodes = self.latent_cache is None or self.images is not None or self.validation is not None
+        if self.workers is not None and not decodes:
+            raise ValueError(f"workers is {self.workers}, but has no effect with latent_cache: nothing is decoded")
         if self.image_captions is not None and (self.images is None or self.captions is None):
             raise ValueError("image_captions is set, but they need images and captions")
         if self.images is not None and self.captions is not None and self.image_captions is None:

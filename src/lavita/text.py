@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ class TextEncoder:
         """Most tokens of a text."""
         return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
 
+    def digest(self) -> str:
+        """SHA-256 of weights, configuration, vocabulary and pooling: equal where embeddings are."""
+        config = {key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_")}
+        facts = [config, self.mean_pooling, self.max_length, sorted(self.tokenizer.get_vocab().items())]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 def load_text_encoder(source: str | None = None, device: torch.device | str = "cpu") -> TextEncoder:
     """Loads a text encoder in float32.
@@ -72,7 +83,7 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
     folder = Path(source)
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"{source}: no such folder; a text encoder is a folder or a hub id")
-    pipeline = source == DEFAULT_TEXT_ENCODER or (folder / "model_index.json").exists()
+    pipeline = source == DEFAULT_TEXT_ENCODER or _is_pipeline(folder)
     of_model, of_tokenizer = ("text_encoder", "tokenizer") if pipeline else ("", "")
     try:
         logging.set_verbosity_error()  # what is missing is checked below
@@ -95,6 +106,23 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
     if not encoder.mean_pooling and pooled is None and getattr(output, "pooler_output", None) is None:
         raise ValueError(f"{source}: {type(model).__name__} has no pooled output; use a CLIP, BERT or sentence encoder")
     return encoder
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and bytes of all files that a text encoder is loaded from."""
+    roots = [folder / "text_encoder", folder / "tokenizer"] if _is_pipeline(folder) else [folder]
+    files = {file.relative_to(folder).as_posix(): file for root in roots for file in root.rglob("*") if file.is_file()}
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").exists()
 
 
 def _asks_for_mean_pooling(folder: Path) -> bool:

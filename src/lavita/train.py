@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lavita.checkpoint import (
 from lavita.config import DEFAULT_TUBE_SIZE, ConfigError, RunConfig, TrainConfig, save_config
 from lavita.convert import initialize
 from lavita.data.batches import Batch, BatchMaker
+from lavita.data.text_cache import embed_texts, texts_folder
 from lavita.diffusion import GaussianDiffusion
 from lavita.distributed import Processes, processes, sum_over, whole
 from lavita.ema import EMA
@@ -48,13 +50,14 @@ from lavita.runtime import (
     stop_requested,
 )
 from lavita.snapshots import averaged_model, make_pipeline, save_pipeline, write_samples
-from lavita.text import DEFAULT_TEXT_ENCODER, load_text_encoder
+from lavita.text import DEFAULT_TEXT_ENCODER
 from lavita.trackers import Trackers
 from lavita.validation import Validation
 
 # What may differ when a run is resumed: how long it is and how it ends, what is written down, and how the work is
 # shared, but nothing that changes a step before the end by more than rounding.
 RESUMABLE = {
+    "data.workers",
     "train.steps",
     "train.decay_steps",
     "train.accumulation",
@@ -116,7 +119,8 @@ def _train(config: RunConfig, team: Processes) -> Path:
     batches = BatchMaker(config, vae)
     encoder = None
     if batches.captions is not None:
-        encoder = load_text_encoder(config.model.text_encoder, device)
+        kept = texts_folder(config.data.latent_cache, run_dir)
+        encoder = partial(embed_texts, source=config.model.text_encoder, folder=kept, device=device, team=team)
         batches.embed_captions(encoder)
     validation = None
     if config.data.validation is not None:

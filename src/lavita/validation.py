@@ -15,7 +15,8 @@ from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clips import ClipSampler, clip_span
 from lavita.data.datasets import open_dataset
-from lavita.data.latents import MANIFEST, CacheSource, ClipSource, VideoSource
+from lavita.data.latents import CacheSource, ClipSource, VideoSource
+from lavita.data.manifest import MANIFEST
 from lavita.diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from lavita.distributed import Processes
 from lavita.runtime import Precision, autocast, generator
@@ -68,8 +69,8 @@ class Validation:
         draws = [sampler.draw(0, index) for index in range(count)]
         self._mine = self._team.share(range(len(draws)))
         latents = []
-        for index in self._mine:
-            mean, std = source.read(draws[index], data.num_frames, data.frame_interval)
+        clips = source.read_many([draws[index] for index in self._mine], data.num_frames, data.frame_interval)
+        for index, (mean, std) in zip(self._mine, clips, strict=True):
             latents.append(mean + std * torch.randn(mean.shape, generator=generator(seed, "validation", index)))
         self._latents = latents
         """z_0 of each clip of this process, (F, C, h, w)."""
@@ -81,12 +82,10 @@ class Validation:
         elif tables:
             assert embed is not None, "captions need their encoder"
             captions = CaptionSampler(tables, seed)
-            names = [draws[index].video.name for index in self._mine]
-            chosen = [
-                captions.draw(source.catalog.root, name, 0, index)
-                for name, index in zip(names, self._mine, strict=True)
-            ]
-            self._embeds = embed([captions.texts[row] for row in chosen]).cpu()
+            root = source.catalog.root
+            chosen = [captions.draw(root, draw.video.name, 0, index) for index, draw in enumerate(draws)]
+            # Those of all clips in every process, as one of them may embed the texts for all.
+            self._embeds = embed([captions.texts[row] for row in chosen]).cpu()[list(self._mine)]
 
     @torch.no_grad()
     def evaluate(
@@ -174,7 +173,7 @@ def open_validation(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
     catalog = open_dataset(
         data.validation, data.dataset, split, data.class_folders, span, data.broken, use_classes=data.use_classes
     )
-    return VideoSource(catalog, vae, data.resolution, config.train.precision)
+    return VideoSource(catalog, vae, data.resolution, config.train.precision, data.workers)
 
 
 def _labels(held_out: Catalog, training: Catalog) -> list[int]:

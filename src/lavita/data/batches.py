@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,10 @@ from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span
 from lavita.data.datasets import list_dataset, open_dataset
-from lavita.data.latents import MANIFEST, CacheSource, ClipSource, VideoSource
+from lavita.data.latents import CacheSource, ClipSource, VideoSource
+from lavita.data.manifest import MANIFEST
 from lavita.diffusion import NUM_TIMESTEPS
 from lavita.runtime import generator
-from lavita.text import TextEncoder
 
 
 @dataclass
@@ -77,7 +78,7 @@ class BatchMaker:
         self.text_table: torch.Tensor | None = None
         """Embeddings of `captions.texts`, float32 (texts, text_dim), once `embed_captions` was called."""
 
-    def embed_captions(self, encoder: TextEncoder) -> None:
+    def embed_captions(self, encoder: Callable[[Sequence[str]], torch.Tensor]) -> None:
         """Encodes every text once; to be called before `make` where there are captions."""
         assert self.captions is not None
         self.text_table = encoder(self.captions.texts).cpu()
@@ -98,8 +99,8 @@ class BatchMaker:
         count = self.num_images
         clips = [self.sampler.draw(step, place) for place in places]
         images = [self.image_sampler.draw(step, place * count + image) for place in places for image in range(count)]
-        clip_latents = [self.source.read(draw, self.sampler.num_frames, self.sampler.frame_interval) for draw in clips]
-        image_latents = [self.image_source.read(draw, 1, 1) for draw in images]
+        clip_latents = self.source.read_many(clips, self.sampler.num_frames, self.sampler.frame_interval)
+        image_latents = self.image_source.read_many(images, 1, 1)
         latents, noises, timesteps, drops = [], [], [], []
         for index, place in enumerate(places):
             parts = [clip_latents[index], *image_latents[index * count : (index + 1) * count]]
@@ -141,7 +142,7 @@ def open_videos(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
     latent_size(vae, data.resolution)
     if data.latent_cache is not None:
         cache = CacheSource(data.latent_cache, data.has_classes, span, data.broken)
-        cache.check(vae, data.resolution, data.horizontal_flip, data.path)
+        members = None
         if data.dataset != "folder" and data.path is not None:
             members = {member.name for member in list_dataset(data.path, data.dataset).choose(data.split)}
             if outside := [video.name for video in cache.catalog.videos if video.name not in members]:
@@ -149,13 +150,14 @@ def open_videos(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
                     f"{data.latent_cache}: holds {outside[0]}, which is not in split "
                     f"{data.split or SPLITS[data.dataset][0]!r} of {data.path}; encode that split"
                 )
+        cache.check(vae, data.resolution, data.horizontal_flip, data.path, members)
         return cache
     if data.path is None:
         raise ConfigError("data.path is missing: name a folder of videos, or a data.latent_cache")
     catalog = open_dataset(
         data.path, data.dataset, data.split, data.class_folders, span, data.broken, use_classes=data.use_classes
     )
-    return VideoSource(catalog, vae, data.resolution, config.train.precision)
+    return VideoSource(catalog, vae, data.resolution, config.train.precision, data.workers)
 
 
 def open_images(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
@@ -167,4 +169,4 @@ def open_images(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
         cache.check(vae, data.resolution, data.horizontal_flip, None)
         return cache
     catalog = scan(data.images, data.has_classes, broken=data.broken, images=True)
-    return VideoSource(catalog, vae, data.resolution, config.train.precision)
+    return VideoSource(catalog, vae, data.resolution, config.train.precision, data.workers)

@@ -1,43 +1,36 @@
-"""The latent cache: every frame of every video, encoded once, and where clips of latents come from.
+"""Where clips of latents come from: the videos, encoded on the way, or a cache that `data/encode.py` wrote.
 
-A cache is a folder with `manifest.json` and one safetensors file a video, of tensors `mean` and `std` (F, C, h, w),
-float16, and `mean_flip` and `std_flip` where mirrored frames were asked for. Any clip, start and interval can be drawn
-from it later.
+A cache is a folder with `manifest.json` and shards (`data/shards.py`), from which any clip, start and interval can be
+drawn.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import sys
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lavita.autoencoder import encode, latent_size
+from lavita.autoencoder import encode
 from lavita.checkpoint import fingerprint
-from lavita.data.catalog import Catalog, Video, scan
-from lavita.data.clips import ClipDraw, center_crop_resize, clip_span, mirror, read_pixels
-from lavita.runtime import Precision, Progress
-from lavita.video import VideoInfo, iter_frames
-
-VERSION = 1
-MANIFEST = "manifest.json"
-CHUNK = 64  # frames decoded and encoded at once
+from lavita.data.catalog import Catalog, Video, find_videos
+from lavita.data.clips import ClipDraw, clip_span, read_pixels
+from lavita.data.manifest import read_manifest, source_bytes
+from lavita.data.shards import TENSORS, read_rows, read_shard
+from lavita.runtime import Precision
+from lavita.video import VideoInfo
 
 LatentClip = tuple[torch.Tensor, torch.Tensor]
 """Mean and standard deviation of a clip's latents, float32 (F, C, h, w) each."""
 
 
 class ClipSource(Protocol):
-    """Where the latents of a drawn clip come from."""
+    """Where the latents of drawn clips come from."""
 
     catalog: Catalog
 
@@ -45,20 +38,43 @@ class ClipSource(Protocol):
         """The latents of a clip."""
         ...
 
+    def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
+        """The latents of several clips, in their order."""
+        ...
+
 
 class VideoSource:
     """Reads clips from the videos and encodes them on the way."""
 
-    def __init__(self, catalog: Catalog, vae: AutoencoderKL, resolution: int, precision: Precision = "auto") -> None:
-        """Latents of the catalog's videos at a resolution."""
+    def __init__(
+        self,
+        catalog: Catalog,
+        vae: AutoencoderKL,
+        resolution: int,
+        precision: Precision = "auto",
+        workers: int | None = None,
+    ) -> None:
+        """Latents of the catalog's videos at a resolution, decoded by some threads: by default a core each, up to 8."""
         self.catalog, self.vae, self.resolution, self.precision = catalog, vae, resolution, precision
+        # Decoding lets other threads run; processes would each hold a copy of the catalog.
+        self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), "decode")
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
         """Decodes, crops, mirrors and encodes a clip."""
-        frames = read_pixels(draw, num_frames, frame_interval, self.resolution)
-        mean, std = encode(self.vae, frames, self.precision)
+        return self.read_many([draw], num_frames, frame_interval)[0]
+
+    def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
+        """Decodes several clips at once, and encodes each as soon as it and those before it are there.
+
+        Raises:
+            VideoError: where one cannot be decoded.
+        """
+        clips = self._pool.map(lambda draw: read_pixels(draw, num_frames, frame_interval, self.resolution), draws)
+        # Each by itself: what a clip is encoded with changes its last bits, and with them what processes that share a
+        # batch train on.
+        latents = (encode(self.vae, pixels, self.precision) for pixels in clips)
         # What the cache stores: both ways give the same numbers.
-        return mean.half().float(), std.half().float()
+        return [(mean.half().float(), std.half().float()) for mean, std in latents]
 
 
 class CacheSource:
@@ -71,36 +87,71 @@ class CacheSource:
         min_frames: int = 1,
         broken: Literal["skip", "error"] = "skip",
     ) -> None:
-        """Opens a cache; its videos become a catalog as `scan` would make it.
+        """Opens a cache; its videos become a catalog as that of their data set was.
+
+        Args:
+            folder: of the cache.
+            class_folders: label the videos: by the class that the cache names, or else by their parent folder.
+            min_frames: shorter videos are left out.
+            broken: `error`: broken or too short videos are one; `skip`: they are left out.
 
         Raises:
-            ValueError: for a folder that is no finished cache, one without usable videos, or, with `error`, one
-                that was made of broken videos as well.
+            ValueError: for a folder that is no finished cache, a shard that is missing or cut off, a cache without
+                usable videos, or, with `error`, one that was made of broken videos as well.
         """
         self.folder = folder
         self.manifest = read_manifest(folder)
-        names = [row["name"] for row in self.manifest["videos"] if row["num_frames"] >= min_frames]
-        if not names:
+        rows = [row for row in self.manifest["videos"] if row["num_frames"] >= min_frames]
+        if not rows:
             raise ValueError(f"{folder}: none of its videos has the {min_frames} frames that a clip needs")
-        if class_folders and any("/" not in name for name in names):
-            raise ValueError(f"{folder}: holds videos that lie in no class folder")
-        classes = sorted({Path(name).parent.name for name in names}) if class_folders else []
-        videos, problems = [], list(self.manifest["broken"])
+        labels = [_class_of(row, folder) for row in rows] if class_folders else []
+        classes = sorted(set(labels))
+        problems = list(self.manifest["broken"])
         for row in self.manifest["videos"]:
             if row["num_frames"] < min_frames:
                 problems.append(f"{row['name']}: has {row['num_frames']} frames, but a clip needs {min_frames}")
                 print(f"skipped: {problems[-1]}", file=sys.stderr)
-                continue
-            label = classes.index(Path(row["name"]).parent.name) if classes else None
-            size = self.manifest["resolution"]
-            info = VideoInfo(folder / row["file"], row["num_frames"], size, size, row["fps"])
-            videos.append(Video(info, row["name"], label))
         if problems and broken == "error":
             raise ValueError(problems[0])
+        self._open_shards()
+        size = self.manifest["resolution"]
+        index = {name: label for label, name in enumerate(classes)}
+        videos = []
+        for number, row in enumerate(rows):
+            info = VideoInfo(folder / row["shard"], row["num_frames"], size, size, row["fps"])
+            videos.append(Video(info, row["name"], index[labels[number]] if labels else None))
         self.catalog = Catalog(folder, tuple(videos), tuple(classes), tuple(problems))
 
-    def check(self, vae: AutoencoderKL, resolution: int, horizontal_flip: bool, path: Path | None) -> None:
-        """Refuses a cache that was made in another way than this run asks for.
+    def _open_shards(self) -> None:
+        """Reads the header of every shard: where each video's latents are."""
+        self._offsets: dict[str, tuple[int, ...]] = {}
+        shards = {file: read_shard(self.folder / file) for file in {row["shard"] for row in self.manifest["videos"]}}
+        for row in self.manifest["videos"]:
+            shard = shards[row["shard"]]
+            inside = shard.videos.get(row["name"])
+            if inside is None or inside.source_sha256 != row["source_sha256"]:
+                raise ValueError(f"{shard.path}: lacks {row['name']} of the manifest; run `lavita encode` again")
+            self._offsets[row["name"]] = shard.offsets[row["name"]]
+            self._frame_shape = shard.frame_shape
+
+    def check(
+        self,
+        vae: AutoencoderKL,
+        resolution: int,
+        horizontal_flip: bool,
+        path: Path | None,
+        names: Collection[str] | None = None,
+    ) -> None:
+        """Refuses a cache that was made in another way, or of other videos, than this run asks for.
+
+        Videos are compared by name and size; `lavita encode` compares their contents.
+
+        Args:
+            vae: the run's autoencoder.
+            resolution: side of its frames.
+            horizontal_flip: whether it mirrors clips.
+            path: folder of the videos; None where only the cache is at hand.
+            names: of the videos below `path` that the run trains on; by default all.
 
         Raises:
             ValueError: naming what differs: autoencoder, resolution, mirrored frames, or the videos in `path`.
@@ -117,150 +168,56 @@ class CacheSource:
                 f"{self.folder}: holds no mirrored frames; encode with --flip or set data.horizontal_flip=false"
             )
         if path is not None:
-            for row in manifest["videos"]:
-                source = path / row["name"]
-                if not source.exists():
-                    raise ValueError(f"{source}: is in the cache {self.folder}, but not in data.path")
-                if source.is_file() and source.stat().st_size != row["source_bytes"]:
-                    raise ValueError(f"{source}: has changed since the cache {self.folder} was made; encode again")
+            self._check_videos(path, names)
+
+    def _check_videos(self, path: Path, names: Collection[str] | None) -> None:
+        sizes = {row["name"]: row["source_bytes"] for row in self.manifest["videos"]}
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such folder")
+        for name, size in sizes.items():
+            try:
+                now = source_bytes(path / name)
+            except OSError:
+                now = None
+            if now is None or (names is not None and name not in names):
+                raise ValueError(
+                    f"{path / name}: is in the cache {self.folder}, but not in data.path; `lavita encode` removes it"
+                )
+            if now != size:
+                raise ValueError(
+                    f"{path / name}: has changed since the cache {self.folder} was made; `lavita encode` renews it"
+                )
+        found = (video.relative_to(path).as_posix() for video in find_videos(path)) if names is None else names
+        new = [name for name in found if name not in sizes]
+        if new := [name for name in new if not any(m.startswith(f"{name}: ") for m in self.manifest["broken"])]:
+            raise ValueError(
+                f"{path}: holds videos that the cache {self.folder} lacks ({len(new)}, the first: {min(new)}); "
+                "`lavita encode` adds them"
+            )
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
         """Reads a clip's latents; ValueError where the file is damaged."""
-        stop = draw.start + clip_span(num_frames, frame_interval)
-        suffix = "_flip" if draw.flip else ""
+        rows = range(draw.start, draw.start + clip_span(num_frames, frame_interval), frame_interval)
+        path, offsets = draw.video.info.path, self._offsets[draw.video.name]
+        first = TENSORS.index("mean_flip" if draw.flip else "mean")
         try:
-            with safe_open(draw.video.info.path, framework="pt") as file:
+            # Opened for each clip: cheap beside a step, and nothing is held however many shards there are.
+            with path.open("rb", buffering=0) as stream:
                 mean, std = (
-                    file.get_slice(key + suffix)[draw.start : stop][::frame_interval].float() for key in ("mean", "std")
+                    read_rows(stream.fileno(), offset, self._frame_shape, rows) for offset in offsets[first : first + 2]
                 )
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{draw.video.info.path}: damaged or missing ({error}); encode again") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: damaged or missing ({error}); run `lavita encode` again") from error
         return mean, std
 
-
-def encode_dataset(
-    root: Path,
-    folder: Path,
-    vae: AutoencoderKL,
-    resolution: int,
-    horizontal_flip: bool,
-    precision: Precision = "auto",
-    broken: Literal["skip", "error"] = "skip",
-    images: bool = False,
-    catalog: Catalog | None = None,
-) -> dict[str, Any]:
-    """Writes a latent cache of every frame of every video below `root`; one that was stopped goes on.
-
-    Args:
-        root: folder of videos.
-        folder: the cache; made if missing.
-        vae: the autoencoder.
-        resolution: side of the frames after center crop and resize.
-        horizontal_flip: encode the mirrored frames as well.
-        precision: see `runtime.autocast`.
-        broken: what a video that cannot be read does: `skip` names it and goes on.
-        images: take every image file as a video of one frame, and no videos.
-        catalog: the videos below `root` to encode; by default all.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ValueError: where `folder` holds a cache made in another way, or `root` holds no usable video.
-    """
-    latent_size(vae, resolution)
-    settings: dict[str, Any] = {
-        "version": VERSION,
-        "autoencoder": fingerprint(vae),
-        "resolution": resolution,
-        "horizontal_flip": horizontal_flip,
-        "precision": precision,
-        "images": images,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    started = folder / "settings.json"
-    if started.exists():
-        previous = json.loads(started.read_text())
-        for key, value in settings.items():
-            if previous.get(key) != value:
-                raise ValueError(
-                    f"{folder}: holds a cache with {key}={previous.get(key)}, not {value}; use another folder"
-                )
-    started.write_text(json.dumps(settings))
-
-    catalog = catalog or scan(root, broken=broken, images=images)
-    problems = list(catalog.broken)
-    rows = []
-    progress = Progress("encoding frame", sum(video.info.num_frames for video in catalog.videos))
-    for video in catalog.videos:
-        source = video.info.path
-        digest = _source_digest(source)
-        file = f"{hashlib.sha256(video.name.encode()).hexdigest()[:16]}-{digest[:16]}.safetensors"
-        num_frames = video.info.num_frames
-        if not (folder / file).exists():
-            try:
-                tensors = _encode_video(vae, source, resolution, horizontal_flip, precision)
-            except ValueError as error:
-                if broken == "error":
-                    raise
-                problems.append(str(error))
-                progress.message(f"skipped: {error}")
-                continue
-            partial = folder / f"{file}.partial"
-            save_file(tensors, partial)
-            partial.replace(folder / file)
-        rows.append(
-            {
-                "name": video.name,
-                "file": file,
-                "num_frames": num_frames,
-                "fps": video.info.fps,
-                "source_sha256": digest,
-                "source_bytes": source.stat().st_size if source.is_file() else None,
-            }
-        )
-        progress.update(progress.done + num_frames)
-    if not rows:
-        raise ValueError(f"{root}: none of its videos could be read; the first: {problems[0]}")
-    manifest = {**settings, "videos": rows, "broken": problems}
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1))
-    partial.replace(folder / MANIFEST)
-    return manifest
+    def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
+        """Reads the latents of several clips; ValueError where a file is damaged."""
+        return [self.read(draw, num_frames, frame_interval) for draw in draws]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished cache; ValueError for a folder that is none."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no finished latent cache there (no {MANIFEST}); run `lavita encode`") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / MANIFEST}: damaged; encode again") from error
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"{folder}: a cache of version {manifest.get('version')}, this is {VERSION}; encode again")
-    return manifest
-
-
-def _encode_video(
-    vae: AutoencoderKL, path: Path, resolution: int, horizontal_flip: bool, precision: Precision
-) -> dict[str, torch.Tensor]:
-    parts: dict[str, list[torch.Tensor]] = {}
-    frames: Iterator[Any] = iter_frames(path)
-    while chunk := list(islice(frames, CHUNK)):
-        pixels = center_crop_resize(np.stack(chunk), resolution)
-        for suffix, view in (("", pixels), ("_flip", mirror(pixels)))[: 2 if horizontal_flip else 1]:
-            mean, std = encode(vae, view, precision)
-            parts.setdefault("mean" + suffix, []).append(mean.half())
-            parts.setdefault("std" + suffix, []).append(std.half())
-    return {key: torch.cat(tensors).contiguous() for key, tensors in parts.items()}
-
-
-def _source_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def _class_of(row: dict[str, Any], folder: Path) -> str:
+    if row["class"] is not None:
+        return str(row["class"])
+    if "/" not in row["name"]:
+        raise ValueError(f"{folder}: holds videos that lie in no class folder, such as {row['name']}")
+    return Path(row["name"]).parent.name
