@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 
 from lavita.config import RunConfig
 from lavita.data.batches import BatchMaker
@@ -91,9 +92,11 @@ def save_pipeline(pipeline: LavitaPipeline, folder: Path, adapters: Adapters | N
         pipeline.save_pretrained(partial)
         if adapters is not None:
             adapters.save(partial / "lora")
-    except Exception:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{partial}: {error}") from error  # its writer's own kind for a full disk
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

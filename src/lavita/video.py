@@ -50,6 +50,7 @@ class VideoError(ValueError):
 
     def __init__(self, path: PathLike, problem: str) -> None:
         super().__init__(f"{os.fspath(path)}: {problem}")
+        self.path = Path(path)
 
 
 @dataclass(frozen=True)

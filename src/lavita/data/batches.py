@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,10 +16,13 @@ from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span
 from lavita.data.datasets import list_dataset, open_dataset
-from lavita.data.latents import CacheSource, ClipSource, VideoSource
+from lavita.data.latents import CacheSource, ClipSource, LatentClip, VideoSource
 from lavita.data.manifest import MANIFEST
 from lavita.diffusion import NUM_TIMESTEPS
 from lavita.runtime import generator
+from lavita.video import VideoError
+
+MOST_ATTEMPTS = 20  # clips drawn for a place, before the data set itself is at fault
 
 
 @dataclass
@@ -54,7 +59,8 @@ class BatchMaker:
             ValueError: where data, configuration and autoencoder do not fit together.
         """
         data, seed = config.data, config.train.seed
-        self.seed, self.batch_size = seed, config.train.batch_size
+        self.seed, self.batch_size, self.broken = seed, config.train.batch_size, data.broken
+        self._unreadable: set[Path] = set()
         self.num_images, self.dropout = data.num_images, config.model.class_dropout
         self.source = open_videos(config, vae)
         tables = []
@@ -97,10 +103,9 @@ class BatchMaker:
         """
         places = range(self.batch_size) if places is None else places
         count = self.num_images
-        clips = [self.sampler.draw(step, place) for place in places]
-        images = [self.image_sampler.draw(step, place * count + image) for place in places for image in range(count)]
-        clip_latents = self.source.read_many(clips, self.sampler.num_frames, self.sampler.frame_interval)
-        image_latents = self.image_source.read_many(images, 1, 1)
+        clips, clip_latents = self._read(self.source, self.sampler, step, places)
+        image_places = range(places.start * count, places.stop * count)
+        images, image_latents = self._read(self.image_source, self.image_sampler, step, image_places)
         latents, noises, timesteps, drops = [], [], [], []
         for index, place in enumerate(places):
             parts = [clip_latents[index], *image_latents[index * count : (index + 1) * count]]
@@ -128,6 +133,31 @@ class BatchMaker:
         rows = [self.captions.draw(catalog.root, draw.video.name, step, number) for number, draw, catalog in own]
         batch.text_embeds = self.text_table[torch.tensor(rows).view(dropped.shape).masked_fill(dropped, 0)]
         return batch
+
+    def _read(
+        self, source: ClipSource, sampler: ClipSampler, step: int, places: range
+    ) -> tuple[list[ClipDraw], list[LatentClip]]:
+        """The clips of places, and their latents; with `data.broken=skip`, another clip for one that is unreadable."""
+        draws = [sampler.draw(step, place) for place in places]
+        try:
+            return draws, source.read_many(draws, sampler.num_frames, sampler.frame_interval)
+        except VideoError:
+            if self.broken == "error":
+                raise
+        latents = []
+        for index, place in enumerate(places):
+            for attempt in range(MOST_ATTEMPTS):
+                draws[index] = sampler.draw(step, place, attempt)
+                try:
+                    latents.append(source.read(draws[index], sampler.num_frames, sampler.frame_interval))
+                    break
+                except VideoError as error:
+                    if attempt == MOST_ATTEMPTS - 1:
+                        raise
+                    if error.path not in self._unreadable:
+                        self._unreadable.add(error.path)
+                        print(f"step {step + 1:,}: another clip is taken for one of {error}", file=sys.stderr)
+        return draws, latents
 
     def _label(self, draw: ClipDraw, catalog: Catalog) -> int:
         """The label among the videos' classes, which may be more than the images'."""

@@ -70,9 +70,9 @@ class ClipSampler:
         """Distinct (video, start) pairs."""
         return self._ends[-1]
 
-    def draw(self, step: int, index: int) -> ClipDraw:
-        """The clip at a place of a step's batch."""
-        rng = numpy_generator(self.seed, self.stream, step, index)
+    def draw(self, step: int, index: int, attempt: int = 0) -> ClipDraw:
+        """The clip at a place of a step's batch, or the `attempt`-th in its stead where it cannot be read."""
+        rng = numpy_generator(self.seed, self.stream, step, index, *([attempt] if attempt else []))
         number = int(rng.integers(self.num_clips))
         video = bisect_right(self._ends, number)
         start = number - (self._ends[video - 1] if video else 0)
