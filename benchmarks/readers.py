@@ -185,8 +185,8 @@ def table(rows: list[tuple[str, float, str]], step: float, memory: tuple[float, 
         f"# Readers against the training step, {date.today()}",
         "",
         f"`python benchmarks/readers.py` on {torch.get_num_threads()} thread(s) and "
-        f"{len(os.sched_getaffinity(0))} core(s) of {platform.machine()}, torch {torch.__version__}, float32. Clips of {NUM_FRAMES} frames at interval {INTERVAL}, {RESOLUTION} pixels, "
-        f"latents {' x '.join(map(str, LATENT))}.",
+        f"{len(os.sched_getaffinity(0))} core(s) of {platform.machine()}, torch {torch.__version__}, float32. Clips of "
+        f"{NUM_FRAMES} frames at interval {INTERVAL}, {RESOLUTION} pixels, latents {' x '.join(map(str, LATENT))}.",
         "",
         "| | clips/s, median | range | times the step |",
         "|---|---|---|---|",

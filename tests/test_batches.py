@@ -216,3 +216,11 @@ def test_captions_become_embeddings(num_images: int, make_batches: MakeBatches, 
     assert stats.binomtest(dropped, total, 0.3).pvalue > 1e-3
     examples = batches.example_embeds(3)
     assert examples is not None and examples.shape == (3, 3) and examples[:, 0].min() >= 1
+
+
+def test_workers_decode_the_videos(make_batches: MakeBatches) -> None:
+    """More of them or fewer: the same batch, to the bit."""
+    one, three = make_batches("data.workers=1"), make_batches("data.workers=3")
+    pools = [source.source._pool._max_workers for source in (one, three)]  # type: ignore[attr-defined]
+    assert pools == [1, 3]
+    assert torch.equal(one.make(0).latents, three.make(0).latents)

@@ -134,6 +134,7 @@ def test_values_of_overrides_are_yaml() -> None:
         ("model.class_dropout=1.0", "model.class_dropout is 1.0"),
         ("train=3", "train is 3"),
         ("train.accumulation=3", "accumulation is 3, but must divide batch_size (8)"),
+        ("data={workers: 2, latent_cache: x}", "workers is 2, but has no effect with latent_cache"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(override: str, named: str) -> None:
