@@ -178,11 +178,16 @@ def main() -> None:
     plot(rows, arguments.out / "monotone.png")
 
 
-def verdict(values: Sequence[float], sign: int) -> str:
-    """`worsens` at each step, `worsens in all`, `blind`, or `improves`."""
+def verdict(values: Sequence[float], sign: int, scale: float) -> str:
+    """`worsens` at each step, `worsens in all`, `blind`, or `improves`.
+
+    Args:
+        values: by rising strength.
+        sign: +1 where more is worse, -1 where less is.
+        scale: the most that anything changes this score; less than a fiftieth of it counts as nothing.
+    """
     steps = sign * np.diff(values)
     in_all = sign * (values[-1] - values[0])
-    scale = max(abs(value) for value in values) or 1.0
     if abs(in_all) < 0.02 * scale and np.abs(steps).max() < 0.02 * scale:
         return "blind"
     if (steps > 0).all():
@@ -195,10 +200,11 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name in next(iter(rows.values()))[0]:
         cells = []
-        for levels in rows.values():
-            values = [level[name] for level in levels]
+        curves = [[level[name] for level in levels] for levels in rows.values()]
+        scale = max(max(values) - min(values) for values in curves)
+        for values in curves:
             numbers = ", ".join(f"{value:.3g}" for value in values)
-            cells.append(f"**{verdict(values, WORSE.get(name, 1))}**: {numbers}")
+            cells.append(f"**{verdict(values, WORSE.get(name, 1), scale)}**: {numbers}")
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -208,7 +214,7 @@ def plot(rows: dict[str, list[dict[str, float]]], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(next(iter(rows.values()))[0])
-    figure = Figure(figsize=(3 * len(rows), 2.2 * len(names)), layout="constrained")
+    figure = Figure(figsize=(1.9 * len(rows), 1.3 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     for line, name in zip(
         figure.subplots(len(names), len(rows), sharex=True, sharey="row", squeeze=False), names, strict=True
@@ -217,9 +223,10 @@ def plot(rows: dict[str, list[dict[str, float]]], picture: Path) -> None:
             axes.plot(LEVELS, [level[name] for level in levels], marker="o", markersize=3, color="#2a6fdb")
             axes.grid(alpha=0.3)
             if name == names[0]:
-                axes.set_title(kind, fontsize=10)
-        line[0].set_ylabel(name.replace("[", "\n["), fontsize=7)
-    figure.savefig(picture, dpi=90)
+                axes.set_title(kind, fontsize=8)
+        line[0].set_ylabel(name.replace("[", "\n["), fontsize=5)
+        line[0].tick_params(labelsize=6)
+    figure.savefig(picture, dpi=80)
 
 
 if __name__ == "__main__":

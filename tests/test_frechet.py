@@ -127,6 +127,17 @@ def test_intervals_cover() -> None:
     assert limits.mean() == pytest.approx(truth, abs=3 * limits.std() / np.sqrt(repeats))
 
 
+def test_intervals_are_too_wide_where_both_sides_are_alike() -> None:
+    # There the distance has no part of first order; an influence function counts the second order twice
+    # (Efron & Stein 1981), which errs on the safe side.
+    scores = [
+        frechet_score(*np.random.default_rng(repeat).normal(size=(2, 128, 16)), num_halvings=0) for repeat in range(200)
+    ]
+    values = np.array([score.value for score in scores])
+    assert 1.4 < np.mean([score.standard_error**2 for score in scores]) / values.var() < 2.8
+    assert np.mean([low <= values.mean() <= high for low, high in (score.interval_95 for score in scores)]) >= 0.97
+
+
 def test_no_limit_from_halves_that_are_too_small() -> None:
     assert frechet_score(gaussian(0, 18, 8), gaussian(1, 40, 8)).infinity is not None
     assert frechet_score(gaussian(0, 16, 8), gaussian(1, 40, 8)).infinity is None
