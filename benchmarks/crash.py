@@ -35,6 +35,7 @@ def commands(data: Path, folder: Path, steps: int, autoencoder: str, resolution:
     """Encoding and training of a folder of their own."""
     size = ["--autoencoder", autoencoder, "--resolution", str(resolution)]
     encode = [*LAVITA, "encode", "--data", str(data), "--out", str(folder / "latents"), *size]
+    encode += ["--shard-mb", "1"]  # many files, so that many can be cut off
     fields = {
         "run_dir": folder / "run",
         "autoencoder": autoencoder,
