@@ -1,7 +1,7 @@
 """What training and sampling occupy at their peak, found by rehearsing them on tensors without numbers.
 
-A rehearsal runs the real code, step by step, under `FakeTensorMode`, and follows which storages are alive. So the peak is
-that of the code as it is: which tensors autograd keeps, where a kernel of attention is chosen, what the optimizer
+A rehearsal runs the real code, step by step, under `FakeTensorMode`, and follows which storages are alive. So the
+peak is that of the code as it is: which tensors autograd keeps, which kernel of attention is chosen, what the optimizer
 makes on the way. It takes seconds and no memory, whatever the size.
 
 Legend: B batch, F frames (a clip's, then images), C channels, H W latent size.
@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from lavita.diffusion import GaussianDiffusion
 from lavita.ema import EMA
+from lavita.generate import model_source
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
 
@@ -106,21 +110,19 @@ class Peak:
 class LiveStorages(TorchDispatchMode):
     """Follows which storages the operations within make, and until when they live, and keeps the highest moment."""
 
-    def __init__(self, workspaces: bool = False) -> None:
-        """With `workspaces`, what the CPU's convolutions take beside their tensors counts as well."""
+    def __init__(self) -> None:
+        """Knows of nothing yet: `name` tells it what is alive already."""
         super().__init__()
         self.phase = ""
         self.peak = Peak("", {})
-        self._workspaces = workspaces
         self._alive: dict[int, tuple[str, int, Any]] = {}  # with a reference that tells when the storage dies
         self._bytes: Counter[str] = Counter()
         self._highest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.name(ACTIVATIONS, made, keep=True)
-        self._look(self._workspace(func, args, made) if self._workspaces else 0)
+        self.name(ACTIVATIONS, _tensors(result), keep=True)
+        self._look()
         return result
 
     def name(self, part: str, tensors: Iterable[torch.Tensor], keep: bool = False) -> None:
@@ -143,26 +145,17 @@ class LiveStorages(TorchDispatchMode):
     def restart(self) -> None:
         """Forgets the highest moment so far."""
         self._highest, self.peak = 0, Peak("", {})
-        self._look(0)
+        self._look()
 
     def _forget(self, key: int) -> None:
         if (known := self._alive.pop(key, None)) is not None:
             self._bytes[known[0]] -= known[1]
 
-    def _look(self, workspace: int) -> None:
-        total = sum(self._bytes.values()) + workspace
+    def _look(self) -> None:
+        total = sum(self._bytes.values())
         if total > self._highest:
             self._highest = total
-            parts = {part: self._bytes[part] for part in PARTS if self._bytes[part]}
-            parts[ACTIVATIONS] = parts.get(ACTIVATIONS, 0) + workspace
-            self.peak = Peak(self.phase, parts)
-
-    @staticmethod
-    def _workspace(func: Any, args: Any, made: list[torch.Tensor]) -> int:
-        """oneDNN copies a convolution's input into blocks of channels, computes in such blocks, and copies them back."""
-        if func is torch.ops.aten.convolution.default and not args[6]:
-            return args[0].nbytes + made[0].nbytes
-        return 0
+            self.peak = Peak(self.phase, {part: self._bytes[part] for part in PARTS if self._bytes[part]})
 
 
 @contextmanager
@@ -239,7 +232,6 @@ def sampling_memory(
     guidance: bool = False,
     precision: Precision = "fp32",
     autoencoder: Mapping[str, Any] | None = None,
-    workspaces: bool = True,
 ) -> Peak:
     """The peak of sampling a batch of videos and decoding their frames, in one process.
 
@@ -250,14 +242,13 @@ def sampling_memory(
         guidance: classifier-free guidance, which evaluates every video twice at once.
         precision: of the matrix products.
         autoencoder: fields of the `AutoencoderKL`; Stable Diffusion's by default.
-        workspaces: count what a CPU's convolutions take beside their tensors.
 
     Raises:
         ValueError: for sizes that do not fit together.
     """
     setting = Setting(precision=precision)
     samples = batch_size * (2 if guidance else 1)
-    with phantom(config, samples, num_frames, 0) as (model, inputs), LiveStorages(workspaces) as live, torch.no_grad():
+    with phantom(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
         vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
         model.eval()
         live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
@@ -280,6 +271,57 @@ def sampling_memory(
     return live.peak
 
 
+def autoencoder_config(name: str, latent_channels: int) -> dict[str, Any]:
+    """The autoencoder that decodes a model's samples: the one in its folder, else one like Stable Diffusion's.
+
+    Args:
+        name: a preset or folder, as `complexity.model_config` takes it.
+        latent_channels: C of the model.
+    """
+    folder = Path(model_source(name))
+    for place in (folder / "vae", folder.parent / "vae", folder / "pipeline" / "vae"):
+        if (place / "config.json").is_file():
+            return dict(AutoencoderKL.load_config(place))
+    return {**STABLE_DIFFUSION_AUTOENCODER, "latent_channels": latent_channels}
+
+
+def print_memory(peaks: Mapping[str, Peak], setting: Setting, console: Console | None = None) -> None:
+    """Prints peaks side by side, by what the bytes are for, and what the numbers mean.
+
+    Args:
+        peaks: by what was predicted, for example `training, fp32`.
+        setting: that of the training ones.
+        console: where to print; standard output by default.
+    """
+    console = console or Console()
+    table = Table("memory at the peak, GiB")
+    for heading in peaks:
+        table.add_column(heading, justify="right")
+    for part in PARTS:
+        if any(part in peak.parts for peak in peaks.values()):
+            table.add_row(part, *(_gib(peak.parts[part]) if part in peak.parts else "" for peak in peaks.values()))
+    table.add_section()
+    table.add_row("whole", *(_gib(peak.total) for peak in peaks.values()))
+    table.add_row("in the", *(peak.phase for peak in peaks.values()))
+    console.print(table)
+    checkpointing = "with" if setting.gradient_checkpointing else "without"
+    accumulation = f", {setting.accumulation} micro-batches of the batch above" if setting.accumulation > 1 else ""
+    shared = ""
+    if setting.processes > 1:
+        shared = f", in each of {setting.processes} processes ({'FSDP2' if setting.sharded else 'DDP'})"
+    console.print(
+        f"Training: {setting.optimizer}, {checkpointing} gradient checkpointing{accumulation}{shared}; parts that are "
+        "not alive at that moment are not in it. Sampling: the same batch, evaluated twice where the model has classes "
+        "or texts, then decoded. With torch's CPU kernels, over what a process has after its imports; a GPU has the "
+        "same tensors, but keeps no attention scores, and its libraries take up to a GiB for themselves.",
+        highlight=False,
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f}"
+
+
 def _rehearse_training(
     model: LavitaTransformer3DModel, inputs: dict[str, Any], setting: Setting, live: LiveStorages
 ) -> Peak:
@@ -295,7 +337,7 @@ def _rehearse_training(
         optimizer.step()
         optimizer.zero_grad()
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda leaf: live.name(GRADIENTS, [leaf.grad]))  # type: ignore[list-item]
+        parameter.register_post_accumulate_grad_hook(lambda leaf: live.name(GRADIENTS, [leaf.grad]))
     # The clips of all micro-batches, their noise, and those of the next step, which are read meanwhile.
     copies = 2 * 2 * setting.accumulation - 1
     waiting = [torch.zeros_like(inputs["latents"]) for _ in range(copies)]
