@@ -14,10 +14,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lavita import cli
-from lavita.ema import EMA
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline
-from lavita.studies.complexity import Table3Row, measure, model_config, table3, training_memory, truncated
+from lavita.studies.complexity import Table3Row, measure, model_config, table3, truncated
 
 # --- Table 3
 
@@ -150,58 +149,6 @@ def test_the_convention_of_table_3_does_not_depend_on_the_batch(make_transformer
     assert measure(config, batch_size=1).table3_macs == measure(config, batch_size=5).table3_macs
 
 
-# --- memory
-
-
-@pytest.mark.parametrize("variant", [1, 2, 3, 4])
-def test_activations_are_what_a_real_forward_pass_saves(
-    variant: int, case: tuple[dict[str, Any], int], make_transformer: MakeTransformer
-) -> None:
-    fields, images = case
-    model = make_transformer(variant=variant, num_frames=4, **fields).train()
-    config = model.config
-    size, rows = config["sample_size"], (2, 1 + images) if images else (2,)
-    inputs: dict[str, Any] = {"num_images": images}
-    if config["num_classes"]:
-        inputs["class_labels"] = torch.zeros(rows, dtype=torch.long)
-    if config["text_dim"]:
-        inputs["text_embeds"] = torch.randn(*rows, config["text_dim"])
-    memory = training_memory(config, batch_size=2, num_images=images)
-    for autocast, counted in ((False, memory.activations_fp32), (True, memory.activations_bf16)):
-        saved: list[torch.Tensor] = []
-
-        def keep(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
-            saved.append(tensor)
-            return tensor
-
-        latents, timesteps = torch.randn(2, 4 + images, 4, size, size), torch.tensor([3, 900])
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            output = model(latents, timesteps, **inputs).sample
-        assert output.requires_grad
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-        for tensor in (*model.parameters(), *model.buffers()):
-            storages.pop(tensor.untyped_storage().data_ptr(), None)
-        assert counted == sum(storages.values())
-
-
-def test_weights_gradients_moments_and_average(make_transformer: MakeTransformer) -> None:
-    model = make_transformer(num_classes=3).train()
-    memory = training_memory(model.config)
-    optimizer, average = torch.optim.AdamW(model.parameters()), EMA(model, 0.9)
-    latents, timesteps = torch.randn(1, 2, 4, 8, 8), torch.tensor([10])
-    model(latents, timesteps, torch.tensor([0])).sample.square().mean().backward()
-    optimizer.step()
-    parameters = list(model.parameters())
-    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert memory.weights == sum(parameter.nbytes for parameter in parameters)
-    assert memory.gradients == sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
-    assert memory.optimizer == sum(moment.nbytes for moment in moments)
-    assert memory.ema == sum(weight.nbytes for weight in average.weights.values())
-
-
 def test_measuring_leaves_the_random_state_alone(make_transformer: MakeTransformer) -> None:
     config = make_transformer().config
     torch.manual_seed(5)
@@ -258,8 +205,6 @@ def test_the_command_takes_every_option_of_a_preset() -> None:
     expected = measure(answer["config"], batch_size=2, num_images=3)
     assert (answer["macs"], answer["batch_size"], answer["num_images"]) == (expected.macs, 2, 3)
     assert sum(part["num_parameters"] for part in answer["parts"].values()) == answer["num_parameters"]
-    memory = training_memory(answer["config"], batch_size=2, num_images=3)
-    assert answer["training_memory_bytes"]["activations_bf16"] == memory.activations_bf16
     text_dim = json.loads(info("tiny/8", "--text-dim", "7", "--json"))["config"]["text_dim"]
     assert text_dim == 7
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -480,12 +481,27 @@ def info(
     num_images: Annotated[
         int | None, typer.Option(min=0, help="Images after a clip. Default: 0.", show_default=False)
     ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Of training: adamw or muon. Default: adamw.", show_default=False)
+    ] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of training.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp32 and bf16.", show_default=False)
+    ] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(help="Batches of a training step. Default: 1.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Of training, each with the batch. Default: 1.", show_default=False),
+    ] = None,
+    sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 over the processes instead of DDP.")] = False,
     table: Annotated[
         int | None, typer.Option(help="3: instead, the paper's Table 3 beside our count.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count a model's parameters, multiply-accumulates and training memory, without running it.
+    """Count a model's parameters and multiply-accumulates, and predict the memory of training and sampling.
 
     Options from --variant to --sample-size are for presets: a folder has its own.
     """
@@ -499,12 +515,22 @@ def info(
         "sample_size": sample_size,
     }
     batch: dict[str, Any] = {"batch_size": batch_size, "num_frames": num_frames, "num_images": num_images}
-    fields, batch = ({key: value for key, value in given.items() if value is not None} for given in (fields, batch))
+    training: dict[str, Any] = {
+        "optimizer": optimizer,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "precision": precision,
+        "accumulation": accumulation,
+        "processes": processes,
+        "sharded": sharded or None,
+    }
+    fields, batch, training = (
+        {key: value for key, value in given.items() if value is not None} for given in (fields, batch, training)
+    )
     if table not in (None, 3):
         raise ValueError(f"table is {table}; allowed: 3")
-    if (table is None) == (model is None) or (table is not None and (fields or batch)):
+    if (table is None) == (model is None) or (table is not None and (fields or batch or training)):
         raise ValueError("give either a model, with options, or --table 3 alone")
-    from lavita.studies import complexity
+    from lavita.studies import complexity, memory
 
     if model is None:
         rows = complexity.table3()
@@ -514,11 +540,22 @@ def info(
             complexity.print_table3(rows)
         return
     config = complexity.model_config(model, fields, num_frames)
-    cost, memory = complexity.measure(config, **batch), complexity.training_memory(config, **batch)
+    setting = memory.Setting(**training)
+    cost = complexity.measure(config, **batch)
+    settings = [setting] if precision else [replace(setting, precision=name) for name in ("fp32", "bf16")]
+    peaks = {f"training, {each.precision}": memory.training_memory(config, **batch, setting=each) for each in settings}
+    sampled = {key: value for key, value in batch.items() if key != "num_images"}
+    guidance = bool(cost.config["num_classes"] or cost.config["text_dim"])
+    autoencoder = memory.autoencoder_config(model, cost.config["in_channels"])
+    peaks[f"sampling, {setting.precision}"] = memory.sampling_memory(
+        config, **sampled, guidance=guidance, precision=setting.precision, autoencoder=autoencoder
+    )
     if as_json:
-        print(json.dumps({"model": model, **cost.to_json(), "training_memory_bytes": memory.to_json()}, indent=1))
+        predicted = {name: peak.to_json() for name, peak in peaks.items()}
+        print(json.dumps({"model": model, **cost.to_json(), "memory_bytes": predicted}, indent=1))
     else:
-        complexity.print_complexity(model, cost, memory)
+        complexity.print_complexity(model, cost)
+        memory.print_memory(peaks, setting)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, memory; and the paper's Table 3 beside our own count.
+"""What a model costs: parameters and multiply-accumulates; and the paper's Table 3 beside our own count.
 
 Everything is counted on a model that runs without numbers (`FakeTensorMode`): its tensors have shapes and storages, and
 the layers are those that really execute, so that XL/2 takes a second and no memory.
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavita.generate import model_source
 from lavita.models.transformer import LavitaTransformer3DModel, preset_sizes
+from lavita.studies.memory import phantom
 
 PATCH_EMBEDDING = "patch embedding"
 CONDITION_EMBEDDING = "condition embedding"
@@ -85,30 +84,6 @@ class Complexity:
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON-able values."""
         return {**dataclasses.asdict(self), "num_parameters": self.num_parameters, "macs": self.macs}
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes that stay occupied when a training step's forward pass is done; weights are fp32 in either precision."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    """AdamW's two moments."""
-    ema: int
-    activations_fp32: int
-    """Tensors that autograd saves in the network, see `training_memory`."""
-    activations_bf16: int
-    """The same under bf16 autocast."""
-
-    @property
-    def state(self) -> int:
-        """All but the activations."""
-        return self.weights + self.gradients + self.optimizer + self.ema
-
-    def to_json(self) -> dict[str, int]:
-        """All of it as JSON-able values."""
-        return {**dataclasses.asdict(self), "state": self.state}
 
 
 @dataclass(frozen=True)
@@ -177,7 +152,7 @@ def measure(
     norm_counts = {torch.ops.aten.native_layer_norm: _norm_operations}
     counter = FlopCounterMode(display=False, custom_mapping=norm_counts)
     shapes: dict[nn.Module, torch.Size] = {}
-    with _phantom(config, batch_size, num_frames, num_images) as (model, inputs):
+    with phantom(config, batch_size, num_frames, num_images) as (model, inputs):
         for module in (*model.blocks, model.final_layer):
             module.register_forward_pre_hook(lambda module, args: shapes.update({module: args[0].shape}))
         # The unfused attention consists of operations that the counter knows, on any device.
@@ -219,30 +194,6 @@ def measure(
         )
 
 
-def training_memory(
-    config: Mapping[str, Any], batch_size: int = 1, num_frames: int | None = None, num_images: int = 0
-) -> TrainingMemory:
-    """Memory of a training step with AdamW and EMA, without checkpointing.
-
-    Activations are the storages that autograd saves in the network's forward pass, each once, parameters and buffers
-    not among them, with torch's CPU kernels; under autocast the bf16 copies of the weights are. Not in it: the loss
-    (a few tensors of the latents' size), temporaries of a layer, the autoencoder, and what the allocator wastes.
-
-    Args:
-        config: as `measure` takes it.
-        batch_size: likewise.
-        num_frames: likewise.
-        num_images: likewise.
-
-    Raises:
-        ValueError: for sizes that do not fit together.
-    """
-    with _phantom(config, batch_size, num_frames, num_images) as (model, inputs):
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        fp32, bf16 = (_saved_bytes(model, inputs, autocast) for autocast in (False, True))
-    return TrainingMemory(weights, weights, 2 * weights, weights, fp32, bf16)
-
-
 def table3() -> list[Table3Row]:
     """Table 3 of the paper: the four variants at XL/2, unconditional, on (3, 16, 4, 32, 32)."""
     return [
@@ -264,13 +215,12 @@ def table3_to_json(rows: Sequence[Table3Row]) -> list[dict[str, Any]]:
     ]
 
 
-def print_complexity(name: str, cost: Complexity, memory: TrainingMemory, console: Console | None = None) -> None:
-    """Prints what a model costs as two tables and what the numbers mean.
+def print_complexity(name: str, cost: Complexity, console: Console | None = None) -> None:
+    """Prints what a model costs as a table and what the numbers mean.
 
     Args:
-        name: what the tables are titled with.
+        name: what the table is titled with.
         cost: of `measure`.
-        memory: of `training_memory`, for the same batch.
         console: where to print; standard output by default.
     """
     console = console or Console()
@@ -292,28 +242,6 @@ def print_complexity(name: str, cost: Complexity, memory: TrainingMemory, consol
         f"(FLOPs: twice as many), {cost.attention_products / 1e9:,.2f} G of them attention's products q k^T and with "
         f"the values. By the convention of Table 3: {truncated(cost.table3_parameters, 10**6)} M and, for "
         f"{TABLE3_BATCH} clips, {truncated(cost.table3_macs, 10**9)} G (lavita info --table 3 explains it).\n",
-        highlight=False,
-    )
-    table = Table("memory of training")
-    table.add_column("fp32, GiB", justify="right")
-    table.add_column("bf16 autocast, GiB", justify="right")
-    for label, bytes_ in (
-        ("weights", memory.weights),
-        ("gradients", memory.gradients),
-        ("AdamW's moments", memory.optimizer),
-        ("moving average", memory.ema),
-    ):
-        table.add_row(label, *[_gib(bytes_)] * 2)
-    table.add_row("activations", _gib(memory.activations_fp32), _gib(memory.activations_bf16))
-    table.add_section()
-    table.add_row(
-        "whole", *(_gib(memory.state + saved) for saved in (memory.activations_fp32, memory.activations_bf16))
-    )
-    console.print(table)
-    console.print(
-        "Activations: what autograd saves in the network for the backward pass, without checkpointing, with torch's "
-        "CPU kernels; bf16 copies of the weights are among autocast's. Temporaries, the loss and the autoencoder come "
-        "on top.",
         highlight=False,
     )
 
@@ -367,36 +295,6 @@ def truncated(count: int, unit: int) -> str:
     return f"{count * 100 // unit / 100:,.2f}"
 
 
-@contextmanager
-def _phantom(
-    config: Mapping[str, Any], batch_size: int, num_frames: int | None, num_images: int
-) -> Iterator[tuple[LavitaTransformer3DModel, dict[str, Any]]]:
-    """A model in training mode and arguments of its forward pass, all without numbers while the context lasts."""
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_frames", num_frames, 1),
-        ("num_images", num_images, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}, but must be at least {least}")
-    # Positions come from numpy, as real tensors.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model: LavitaTransformer3DModel = LavitaTransformer3DModel.from_config(dict(config)).train()
-        channels, size = model.config["in_channels"], model.config["sample_size"]
-        length = (num_frames or model.config["num_frames"]) + num_images
-        conditions = (batch_size, 1 + num_images) if num_images else (batch_size,)
-        inputs: dict[str, Any] = {
-            "latents": torch.zeros(batch_size, length, channels, size, size),
-            "timesteps": torch.zeros(batch_size, dtype=torch.long),
-            "num_images": num_images,
-        }
-        if model.config["num_classes"]:
-            inputs["class_labels"] = torch.zeros(conditions, dtype=torch.long)
-        if model.config["text_dim"]:
-            inputs["text_embeds"] = torch.zeros(*conditions, model.config["text_dim"])
-        yield model, inputs
-
-
 def _parts(model: LavitaTransformer3DModel) -> dict[str, str]:
     """Which part a module is of, by its path; every layer is in exactly one of these modules."""
     parts = {"x_embedder": PATCH_EMBEDDING, "t_embedder": CONDITION_EMBEDDING, "y_embedder": CONDITION_EMBEDDING}
@@ -436,23 +334,3 @@ def _repeated_modulation(shapes: Mapping[nn.Module, torch.Size]) -> int:
             rows = (mixing != "time") * frames + (mixing != "space") * tokens
             macs += batch * rows * linear.in_features * linear.out_features
     return macs
-
-
-def _saved_bytes(model: nn.Module, inputs: Mapping[str, Any], autocast: bool) -> int:
-    """Bytes of the storages that autograd saves in a forward pass, but the model's own."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive: an address is not used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), hooks:
-        model(**inputs)
-    return sum(storage.nbytes() for key, storage in saved.items() if key not in own)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f}"
