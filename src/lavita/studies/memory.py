@@ -319,7 +319,7 @@ def print_memory(peaks: Mapping[str, Peak], setting: Setting, console: Console |
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f}"
+    return f"{num_bytes / 2**30:,.3f}"
 
 
 def _rehearse_training(
