@@ -68,8 +68,10 @@ def processes(timeout: timedelta = timedelta(days=2)) -> Iterator[Processes]:
         yield Processes()
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    team = Processes(dist.get_rank(), dist.get_world_size())
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        yield team
+        team.wait()  # one that leaves early would cut off what the others still exchange
     finally:
         dist.destroy_process_group()
 
