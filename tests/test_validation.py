@@ -147,7 +147,7 @@ def test_shares_of_several_processes_make_the_whole(
     shares: list[Any] = []
     counts = []
     with monkeypatch.context() as patch:
-        patch.setattr(Processes, "gather", lambda self, mine: shares.append(mine) or [mine])
+        patch.setattr(Processes, "collect", lambda self, mine: shares.append(mine) or mine)
         for validation in team:
             passes.clear()
             validation.evaluate(tiny_transformer, diffusion, CPU, "fp32")

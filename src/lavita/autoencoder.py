@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
 
-from lavita.runtime import Precision, autocast
+from lavita.runtime import Precision, autocast, without_fp16
 
 Frames = npt.NDArray[np.uint8]
 
@@ -97,7 +97,7 @@ def encode(
     Args:
         vae: the autoencoder.
         frames: uint8 `(N, H, W, 3)`.
-        precision: see `runtime.autocast`.
+        precision: see `runtime.low_precision`; fp16 is taken for fp32.
         chunk: frames that go through the network at once.
 
     Returns:
@@ -106,7 +106,7 @@ def encode(
     scale, shift = _scale_and_shift(vae)
     means, stds = [], []
     for start in range(0, len(frames), chunk):
-        with autocast(vae.device, precision):
+        with autocast(vae.device, without_fp16(vae.device, precision)):
             posterior = vae.encode(to_pixels(frames[start : start + chunk], vae.device)).latent_dist
         means.append(((posterior.mean.float() - shift) * scale).cpu())
         stds.append((posterior.std.float() * scale).cpu())
@@ -120,7 +120,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "au
     flat = latents.flatten(0, -4)
     pieces = []
     for start in range(0, len(flat), chunk):
-        with autocast(vae.device, precision):
+        with autocast(vae.device, without_fp16(vae.device, precision)):
             unscaled = flat[start : start + chunk].to(vae.device).float() / scale + shift
             pieces.append(to_frames(vae.decode(unscaled).sample))
     frames = np.concatenate(pieces)

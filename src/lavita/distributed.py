@@ -40,6 +40,11 @@ class Processes:
         dist.all_gather_object(everyone, mine)
         return everyone
 
+    def collect(self, mine: Sequence[Item]) -> list[Item]:
+        """What each process made of the items that `share` gave it, one of each, in the order of the whole list."""
+        everyone = self.gather(list(mine))
+        return [everyone[i % self.count][i // self.count] for i in range(sum(map(len, everyone)))]
+
     def first_says(self, mine: Any) -> Any:
         """What the first process has, in each of them."""
         if self.count == 1:

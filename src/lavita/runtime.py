@@ -58,6 +58,11 @@ def low_precision(device: torch.device, precision: Precision) -> torch.dtype | N
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
+def without_fp16(device: torch.device, precision: Precision) -> Precision:
+    """What an autoencoder computes in where `precision` is asked for: its activations may overflow in fp16."""
+    return "bf16" if low_precision(device, precision) == torch.bfloat16 else "fp32"
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Autocast to what `low_precision` says, or nothing."""
     dtype = low_precision(device, precision)

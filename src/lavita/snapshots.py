@@ -74,10 +74,8 @@ def write_samples(config: RunConfig, pipeline: LavitaPipeline, batches: BatchMak
         ).frames
         mine.append(np.asarray(frames))
     sheet = folder / f"step-{step:08d}.png"
-    everyone = team.gather(mine)
+    videos = [video for batch in team.collect(mine) for video in batch]
     if team.is_first:
-        batched = [everyone[index % team.count][index // team.count] for index in range(len(parts))]
-        videos = [video for batch in batched for video in batch]
         for index, video in enumerate(videos):
             write_video(folder / f"step-{step:08d}" / f"{index}.mp4", video, pipeline.transformer.config["fps"])
         contact_sheet([[video] for video in videos], sheet)

@@ -32,16 +32,15 @@ from lavita.ema import EMA
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
 from lavita.runtime import (
     Metrics,
-    Precision,
     Progress,
     Stopped,
     autocast,
     generator,
-    has_bf16,
     numpy_generator,
     only_run,
     pick_device,
     stop_requested,
+    without_fp16,
 )
 from lavita.video import iter_frames
 
@@ -212,8 +211,7 @@ def _train(config: AutoencoderConfig) -> Path:
     check_resumable(run_dir, config, RESUMABLE)
     save_config(config, run_dir / "config.yaml")
     device = pick_device(config.device)
-    # fp16 would need its loss scaled.
-    precision: Precision = "fp32" if config.precision == "auto" and not has_bf16(device) else config.precision
+    precision = without_fp16(device, config.precision)
     sources = [
         load_frames(root, config.resolution, config.memory_gib / len(config.data), config.seed) for root in config.data
     ]

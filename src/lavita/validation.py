@@ -106,16 +106,15 @@ class Validation:
         """
         training = model.training
         model.eval()
-        values: list[tuple[int, list[list[float]]]] = []
+        values: list[list[list[float]]] = []
         count = self._settings.validation_clips
         # Every process computes as many clips as the first: the parts of a sharded model meet in each forward pass.
         for turn in range(-(-count // self._team.count)):
             rows = self._losses(min(turn, len(self._latents) - 1), model, diffusion, device, precision)
             if turn < len(self._latents):
-                values.append((self._mine[turn], rows))
+                values.append(rows)
         model.train(training)
-        everyone = sorted(pair for share in self._team.gather(values) for pair in share)
-        table = np.array([rows for _, rows in everyone], dtype=np.float64)  # (clips, 2, LEVELS)
+        table = np.array(self._team.collect(values), dtype=np.float64)  # (clips, 2, LEVELS)
         total, simple = table.mean(0)
         return {
             "loss": float(total.mean()),

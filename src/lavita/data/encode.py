@@ -37,7 +37,7 @@ from lavita.data.shards import (
     write_shard,
 )
 from lavita.distributed import Processes
-from lavita.runtime import Precision, Progress, has_bf16
+from lavita.runtime import Precision, Progress, without_fp16
 from lavita.video import VideoError, iter_frames
 
 CHUNK = 64  # frames decoded and encoded at once
@@ -95,14 +95,13 @@ def encode_dataset(
     """
     team = team or Processes()
     size = latent_size(vae, resolution)
-    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(vae.device))
     settings: dict[str, Any] = team.first_says(
         {
             "version": VERSION,
             "autoencoder": fingerprint(vae),
             "resolution": resolution,
             "horizontal_flip": horizontal_flip,
-            "precision": "bf16" if bf16 else "fp32",
+            "precision": without_fp16(vae.device, precision),
         }
     )
     finished: dict[str, Shard]
@@ -207,15 +206,13 @@ def _damaged(shards: dict[str, Shard], team: Processes) -> list[str]:
 def _hash_sources(catalog: Catalog, team: Processes) -> list[_Source]:
     """What every video is now, in the catalog's order."""
     mine = []
-    work = team.share(range(len(catalog.videos)))
-    progress = Progress("hashing video", len(work))
-    for number in work:
-        path = catalog.videos[number].info.path
-        mine.append((number, source_digest(path), source_bytes(path)))
-        if team.is_first:
-            progress.update(len(mine))
-    facts = sorted(fact for part in team.gather(mine) for fact in part)
-    return [_Source(catalog.videos[number], digest, size) for number, digest, size in facts]
+    work = team.share(catalog.videos)
+    progress = Progress("hashing video", len(work), active=team.is_first)
+    for video in work:
+        mine.append((source_digest(video.info.path), source_bytes(video.info.path)))
+        progress.update(len(mine))
+    facts = zip(catalog.videos, team.collect(mine), strict=True)
+    return [_Source(video, digest, size) for video, (digest, size) in facts]
 
 
 def _plan(

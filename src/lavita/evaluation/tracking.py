@@ -97,9 +97,7 @@ class TrainingScorer:
             output = self._network.run(torch.from_numpy(np.asarray(frames))).float().cpu().numpy()
             features.append(self._extractor.read(output))
         pipeline.transformer.train(training)
-        everyone = self._team.gather(features)
-        in_order = [everyone[index % len(everyone)][index // len(everyone)] for index in range(len(starts))]
-        score = kernel_score(self._real, np.concatenate(in_order), self._videos)
+        score = kernel_score(self._real, np.concatenate(self._team.collect(features)), self._videos)
         name = score_name(FEATURE_METRICS["kernel-video"], self._extractor)
         return {name: score.value, f"{name}_standard_error": score.standard_error}
 

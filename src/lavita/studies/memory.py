@@ -258,14 +258,15 @@ def sampling_memory(
         live.name(BATCH, (*_tensors(inputs), *state))
         live.restart()
         live.begin("transformer")
-        with _autocast(setting):
+        with _autocast(setting.precision):
             output = model(**inputs).sample.float()
         del output, inputs
         live.begin("decoder")
         flat = state[0].flatten(0, 1)
         frames: list[torch.Tensor] = []
         for start in range(0, len(flat), DECODED_FRAMES):
-            with _autocast(setting):
+            # Its activations may overflow in fp16: it computes in float32 then.
+            with _autocast("fp32" if setting.precision == "fp16" else setting.precision):
                 frames.append(_to_bytes(vae.decode(flat[start : start + DECODED_FRAMES] / 1.0).sample))
         torch.cat(frames)
     return live.peak
@@ -351,7 +352,7 @@ def _rehearse_training(
     for _ in range(min(setting.accumulation, 2)):  # the second finds the gradients of the first
         live.begin("forward pass")
         noisy = diffusion.q_sample(latents, timesteps, noise)
-        with _autocast(setting):
+        with _autocast(setting.precision):
             output = model(**{**inputs, "latents": noisy}).sample
         loss = diffusion.losses(output, latents, timesteps, noise).total.mean()
         live.begin("backward pass")
@@ -381,8 +382,8 @@ def _share(peak: Peak, model: LavitaTransformer3DModel, processes: int) -> Peak:
     return Peak(peak.phase, {**parts, EXCHANGE: root + 5 * block})
 
 
-def _autocast(setting: Setting) -> torch.autocast:
-    dtype = PRECISIONS[setting.precision]
+def _autocast(precision: str) -> torch.autocast:
+    dtype = PRECISIONS[precision]
     return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
 
 
