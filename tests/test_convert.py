@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +344,7 @@ def test_our_own_weights_load_whole(
 
 
 def test_the_builtin_model_is_a_source() -> None:
-    theirs = load_pipeline(str(Path(cli.__file__).parent / "weights" / "arcade")).transformer
+    theirs = load_pipeline(str(Path(str(files("lavita"))) / "weights" / "arcade")).transformer
     model = LavitaTransformer3DModel.from_config(theirs.config)
     report = initialize(model, "builtin")
     assert sorted(report.loaded) == sorted(model.state_dict())

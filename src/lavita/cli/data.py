@@ -1,0 +1,89 @@
+"""Data sets: what a folder holds, and its latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lavita.cli.options import DataSet, DataSetOption, SplitOption, app, data_app
+
+
+@data_app.command("inspect")
+def data_inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of videos.")],
+    dataset: Annotated[
+        DataSetOption | None,
+        typer.Option(help="What it holds. default: any videos, with a guess", show_default=False),
+    ] = None,
+    split: SplitOption = None,
+    num_frames: Annotated[int, typer.Option(min=1, help="Of a clip.")] = 16,
+    frame_interval: Annotated[int, typer.Option(min=1, help="Of a clip: every how many frames one is taken.")] = 3,
+    captions: Annotated[
+        Path | None, typer.Option(help="Table of captions to compare with the videos.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write contact_sheet.png and inspection.json into.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a folder of videos holds: classes, splits, sizes, rates, lengths, clips, what is broken."""
+    from lavita.data.inspect import inspect_dataset, print_inspection
+
+    sheet = None if out is None else out / "contact_sheet.png"
+    found = inspect_dataset(
+        folder, None if dataset is None else dataset.value, split, num_frames, frame_interval, captions, sheet
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "inspection.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        print_inspection(found)
+        if out is not None:
+            print(out)
+
+
+@app.command()
+def encode(
+    data: Annotated[Path, typer.Option(help="Folder of videos.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    autoencoder: Annotated[
+        str, typer.Option(help="Folder, hub id, builtin, or auto: builtin up to 128 pixels.")
+    ] = "auto",
+    resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 256,
+    flip: Annotated[bool, typer.Option(help="Encode mirrored frames, too.")] = True,
+    images: Annotated[
+        bool, typer.Option("--images", help="Encode the image files below the folder instead, for joint training.")
+    ] = False,
+    dataset: DataSet = DataSetOption.folder,
+    split: SplitOption = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a file, which holds many videos.")] = 256,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read finished files back; damaged ones are made again.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Encode every frame of every video once, so that training reads latents.
+
+    Run it again to go on where it stopped, or after the videos have changed. Under torchrun, several processes share
+    the work.
+    """
+    from lavita.autoencoder import autoencoder_source, load_autoencoder
+    from lavita.data.datasets import open_dataset
+    from lavita.data.encode import encode_dataset
+    from lavita.distributed import processes
+    from lavita.runtime import pick_device
+
+    with processes() as team:
+        catalog = team.first_says(open_dataset(data, dataset.value, split, images=images) if team.is_first else None)
+        vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
+        manifest = encode_dataset(
+            catalog, out, vae, resolution, flip, team=team, shard_bytes=shard_mb * 10**6, verify=verify
+        )
+    if team.is_first:
+        print(f"{out}: {len(manifest['videos'])} videos, {len(manifest['broken'])} broken")

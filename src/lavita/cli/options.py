@@ -1,0 +1,63 @@
+"""What several commands share: the groups that they belong to, and their options."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="lavita",
+    help="Train, sample and evaluate latent video diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data sets, and make one.", no_args_is_help=True)
+autoencoder_app = typer.Typer(help="Train and score autoencoders.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(autoencoder_app, name="autoencoder")
+
+
+class SamplerName(StrEnum):
+    """The names of `pipeline.SAMPLERS`, here because that module takes seconds to load."""
+
+    unipc = "unipc"
+    dpmpp = "dpm++"
+    ddim = "ddim"
+    ddpm = "ddpm"
+
+
+class DataSetOption(StrEnum):
+    """The names of `config.SPLITS`, here for the help."""
+
+    folder = "folder"
+    faceforensics = "faceforensics"
+    sky_timelapse = "sky_timelapse"
+    ucf101 = "ucf101"
+    taichi_hd = "taichi_hd"
+
+
+class VideoFormat(StrEnum):
+    """What generated videos are written as."""
+
+    mp4 = "mp4"
+    gif = "gif"
+    mkv = "mkv"
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Fields of the configuration, as a.b=c: train.steps=1000", show_default=False),
+]
+DataSet = Annotated[DataSetOption, typer.Option(help="What the folder holds: any videos, or a data set of the paper.")]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="Of a named data set: train, test, all ... default: the paper's", show_default=False),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", help="YAML file, or the name of a packaged one: demo", show_default=False),
+]
