@@ -18,7 +18,7 @@ from lavita.evaluation.protocol import make_protocol
 from lavita.evaluation.report import print_scores, write_scores
 from lavita.evaluation.scores import Options, score
 from lavita.evaluation.sides import choose_clips, read_source
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 METRICS = ["frechet-video", "kernel-video", "prdc", "frechet-image", "kernel-image", "prdc-image", "inception-score"]
 

@@ -30,7 +30,7 @@ from lavita.data.manifest import VERSION, write_manifest
 from lavita.data.shards import TENSORS, ShardVideo, latents_digest, write_shard
 from lavita.diffusion import GaussianDiffusion
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 NUM_FRAMES, INTERVAL, RESOLUTION = 16, 3, 256
 LATENT = (4, 32, 32)

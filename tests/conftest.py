@@ -13,9 +13,10 @@ from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita import cli
-from lavita.config import RunConfig, load_config
+from lavita.config import RunConfig
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
+from lavita.strict_config import load_config
 
 Run = Callable[..., tuple[int, str, str]]
 MakeTransformer = Callable[..., LavitaTransformer3DModel]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lavita.config import RunConfig, load_config, read_yaml
+from lavita.config import RunConfig
 from lavita.distributed import processes
+from lavita.strict_config import load_config, read_yaml
 from lavita.train import train
 
 if __name__ == "__main__":

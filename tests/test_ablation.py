@@ -12,7 +12,8 @@ from tiny_data import write_videos
 
 from lavita.cli import app
 from lavita.commands import CommandFailed
-from lavita.config import RunConfig, load_config
+from lavita.config import RunConfig
+from lavita.strict_config import load_config
 from lavita.studies import ablation
 from lavita.studies.ablation import STUDIES, StudyPlan, headline, pretraining_arms, run_study
 

@@ -8,42 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import MakeConfig
 from diffusers import AutoencoderKL
 from PIL import Image
 from scipy import stats
 from tiny_data import paint, write_videos
 
 from lavita.autoencoder import encode
-from lavita.config import ConfigError, RunConfig, load_config
 from lavita.data.batches import BatchMaker
 from lavita.data.captions import CaptionSampler, read_captions
 from lavita.data.catalog import scan
 from lavita.data.clips import read_pixels
 from lavita.data.encode import encode_dataset
+from lavita.strict_config import ConfigError
 
 MakeBatches = Callable[..., BatchMaker]
 
 
 @pytest.fixture
-def make_batches(tmp_path: Path, tiny_vae: AutoencoderKL) -> MakeBatches:
+def make_batches(make_config: MakeConfig, tiny_vae: AutoencoderKL) -> MakeBatches:
     """Batches of three tiny videos in two classes."""
-    write_videos(tmp_path / "videos")
-
-    def make(*overrides: str) -> BatchMaker:
-        values = {
-            "data": {
-                "path": str(tmp_path / "videos"),
-                "class_folders": True,
-                "num_frames": 2,
-                "frame_interval": 2,
-                "resolution": 16,
-            },
-            "model": {"preset": "tiny/4", "class_dropout": 0.3},
-            "train": {"batch_size": 4, "precision": "fp32"},
-        }
-        return BatchMaker(load_config(RunConfig, values, overrides), tiny_vae)
-
-    return make
+    return lambda *overrides: BatchMaker(make_config("run", *overrides), tiny_vae)
 
 
 def write_images(root: Path, names: tuple[str, ...] = ("a/0.png", "b/1.png", "b/2.png")) -> Path:

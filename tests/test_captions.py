@@ -17,10 +17,11 @@ from diffusers import AutoencoderKL
 from pyarrow import parquet
 from tiny_data import write_videos
 
-from lavita.config import RunConfig, load_config
+from lavita.config import RunConfig
 from lavita.data.batches import BatchMaker
 from lavita.data.captions import find_captions, match_captions, read_captions
 from lavita.data.catalog import scan
+from lavita.strict_config import load_config
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 

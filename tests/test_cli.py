@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 
 from lavita import cli
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.video import read_clip, write_video
+from lavita.video import read_clip
+from lavita.video_writer import write_video
 
 
 def lavita(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

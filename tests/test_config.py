@@ -11,15 +11,8 @@ from typing import Any
 import pytest
 
 from lavita.checkpoint import Keep, check_resumable, save_checkpoint
-from lavita.config import (
-    AutoencoderConfig,
-    ConfigError,
-    RunConfig,
-    StrictConfig,
-    load_config,
-    read_yaml,
-    save_config,
-)
+from lavita.config import AutoencoderConfig, RunConfig
+from lavita.strict_config import ConfigError, StrictConfig, load_config, read_yaml, save_config
 
 PACKAGE = Path(str(files("lavita")))
 CONFIGS = sorted((PACKAGE / "configs").glob("*.yaml"))

@@ -13,7 +13,8 @@ from tiny_data import paint, write_broken, write_videos
 
 from lavita.data.catalog import Catalog, Video, scan
 from lavita.data.clips import ClipDraw, ClipSampler, center_crop_resize, clip_span, mirror, read_pixels
-from lavita.video import VideoError, VideoInfo, write_video
+from lavita.video import VideoError, VideoInfo
+from lavita.video_writer import write_video
 
 
 def fake_catalog(*lengths: int) -> Catalog:

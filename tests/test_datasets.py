@@ -11,11 +11,12 @@ from conftest import Run
 from diffusers import AutoencoderKL
 from tiny_data import write_avi, write_broken, write_frames, write_videos
 
-from lavita.config import ConfigError, DataSetName, RunConfig, load_config
+from lavita.config import DataSetName, RunConfig
 from lavita.data.batches import BatchMaker
 from lavita.data.catalog import Catalog, scan
 from lavita.data.datasets import guess_dataset, list_dataset, open_dataset
 from lavita.data.ucf101 import CLASSES
+from lavita.strict_config import ConfigError, load_config
 from lavita.validation import open_validation
 
 # Names as they are in the real sets.

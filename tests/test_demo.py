@@ -8,9 +8,10 @@ from safetensors.numpy import save_file
 
 from lavita import demo
 from lavita.commands import CommandFailed, run_command
-from lavita.config import RunConfig, TrainConfig, save_config
+from lavita.config import RunConfig, TrainConfig
 from lavita.page import write_curves, write_page
-from lavita.video import write_video
+from lavita.strict_config import save_config
+from lavita.video_writer import write_video
 
 CLASSES = ("disks", "stripes")
 

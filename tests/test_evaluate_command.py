@@ -24,7 +24,8 @@ from lavita.evaluation import features as features_module
 from lavita.evaluation.kernel import kernel_score
 from lavita.evaluation.networks import NETWORKS, load_network
 from lavita.pipeline import LavitaPipeline
-from lavita.video import VideoError, read_clip, write_video
+from lavita.video import VideoError, read_clip
+from lavita.video_writer import write_video
 
 FEW = ("num_real_clips=12", "num_generated_clips=9", "frame_interval=2")
 KERNELS = "kvd,kid,prdc,is"

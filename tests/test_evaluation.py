@@ -24,7 +24,8 @@ from lavita.evaluation.motion import compare_motion, motion
 from lavita.evaluation.protocol import Protocol
 from lavita.evaluation.report import print_scores, write_scores
 from lavita.evaluation.scores import METRICS, score
-from lavita.video import read_clip, write_video
+from lavita.video import read_clip
+from lavita.video_writer import write_video
 
 SIZE, NUM_FRAMES = 32, 8
 HUES = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}

@@ -18,12 +18,13 @@ from tiny_text import CLIP, save_text_encoder
 from transformers import CLIPTextModelWithProjection
 
 from lavita.checkpoint import list_checkpoints, load_last_checkpoint
-from lavita.config import RunConfig, StrictConfig
+from lavita.config import RunConfig
 from lavita.data.catalog import scan
 from lavita.data.encode import encode_dataset
 from lavita.data.latents import VideoSource
 from lavita.models.blocks import Attention
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.strict_config import StrictConfig
 from lavita.train import train
 
 Observe = Callable[[RunConfig], Any]

@@ -17,9 +17,10 @@ import pytest
 from conftest import MakeConfig
 
 from lavita.checkpoint import list_checkpoints, load_last_checkpoint
-from lavita.config import RunConfig, save_config
+from lavita.config import RunConfig
 from lavita.data.batches import BatchMaker
 from lavita.runtime import only_run
+from lavita.strict_config import save_config
 from lavita.train import train
 from lavita.video import VideoError
 

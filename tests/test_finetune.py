@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import MakeConfig, Run
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from tiny_data import write_videos
 
 from lavita import train as module
 from lavita.checkpoint import load_last_checkpoint
-from lavita.config import ConfigError, RunConfig, load_config
+from lavita.config import RunConfig
 from lavita.convert import initialize
 from lavita.ema import EMA
 from lavita.finetune import apply_adapter, merge_state, prepare, read_fresh, trained_parameters
@@ -28,10 +28,10 @@ from lavita.optim import make_optimizers
 from lavita.pipeline import LavitaPipeline, load_pipeline, make_scheduler
 from lavita.runtime import Stopped
 from lavita.snapshots import averaged_model
+from lavita.strict_config import ConfigError
 from lavita.train import train
 
 State = dict[str, torch.Tensor]
-MakeConfig = Callable[..., RunConfig]
 TABLE = "y_embedder.embedding_table.weight"
 LORA = "train.lora_rank=2"
 
@@ -55,32 +55,10 @@ def base(tmp_path: Path, tiny_vae: AutoencoderKL) -> Callable[..., str]:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path, tiny_vae: AutoencoderKL) -> MakeConfig:
+def make_config(make_config: MakeConfig, tmp_path: Path) -> MakeConfig:
     """Configurations of three steps on videos of the classes a and b, from `base`."""
-    write_videos(tmp_path / "videos")
-    tiny_vae.save_pretrained(tmp_path / "vae")
-
-    def make(name: str, *overrides: str, variant: int = 2) -> RunConfig:
-        data = {"path": str(tmp_path / "videos"), "class_folders": True, "num_frames": 2, "frame_interval": 2}
-        values = {
-            "run_dir": str(tmp_path / name),
-            "autoencoder": str(tmp_path / "vae"),
-            "data": {**data, "resolution": 16},
-            "model": {"preset": "tiny/4", "variant": variant, "class_dropout": 0.3},
-            "train": {
-                "init_from": str(tmp_path / "base"),
-                "steps": 3,
-                "batch_size": 4,
-                "learning_rate": 1e-2,
-                "precision": "fp32",
-                "device": "cpu",
-                "log_every": 1,
-                "sample_every": 0,
-            },
-        }
-        return load_config(RunConfig, values, overrides)
-
-    return make
+    start = [f"train.init_from={tmp_path / 'base'}", "train.steps=3", "train.learning_rate=1e-2"]
+    return lambda name, *overrides, variant=2: make_config(name, *start, f"model.variant={variant}", *overrides)
 
 
 def weights_of(source: str | Path) -> State:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,8 @@ from lavita.generate import generate, parse_seeds
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, load_pipeline, make_scheduler
 from lavita.runtime import generator
-from lavita.video import probe, read_clip, write_video
+from lavita.video import probe, read_clip
+from lavita.video_writer import write_video
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
 
@@ -193,3 +198,24 @@ def test_the_frame_interval_of_the_model_decides_how_it_is_scored(
     assert compare(tmp_path / "real", tmp_path / "out").frame_interval == 3
     with pytest.raises(ValueError, match=r"frame_interval is 1, but the model of .*out has 3"):
         compare(tmp_path / "real", tmp_path / "out", frame_interval=1)
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_files_of_one(tmp_path: Path, model_folder: str) -> None:
+    """Also where some are there already: a file is the same to the bit whoever makes it, and when."""
+    options = ["--classes", "pong", "--seeds", "0-4", "--steps", "2", "--batch-size", "2", "--format", "mkv"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert len(generate(model_folder, one, classes="pong", seeds="0-4", steps=2, batch_size=2, suffix=".mkv")) == 5
+    (two / "pong").mkdir(parents=True)
+    for name in ("generation.json", "pong/1.mkv"):
+        shutil.copy(one / name, two / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lavita"]
+    subprocess.run(
+        [*launch, "sample", model_folder, "--out", str(two), *options],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    written = sorted(file.relative_to(one) for file in one.rglob("*.mkv"))
+    assert written == sorted(file.relative_to(two) for file in two.rglob("*.mkv"))
+    for file in written:
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file

@@ -16,7 +16,7 @@ from tiny_data import paint, write_avi, write_broken, write_frames, write_videos
 from lavita.data.clips import ClipSampler, center_crop_resize
 from lavita.data.datasets import open_dataset
 from lavita.data.inspect import inspect_dataset, print_inspection
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 
 @pytest.fixture

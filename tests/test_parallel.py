@@ -15,8 +15,9 @@ import torch
 from conftest import MakeConfig
 
 from lavita.checkpoint import load_last_checkpoint
-from lavita.config import ConfigError, RunConfig, save_config
+from lavita.config import RunConfig
 from lavita.pipeline import load_pipeline
+from lavita.strict_config import ConfigError, save_config
 from lavita.train import train
 from lavita.video import read_clip
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lavita.evaluation import reconstruction
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_data import paint
 
-from lavita.config import ConfigError, RunConfig, load_config, save_config
+from lavita.config import RunConfig
 from lavita.report.curves import Curve, draw_panel, smooth, thin
 from lavita.report.page import MOST_SHEETS, write_report
 from lavita.report.reading import clock, read_runs
-from lavita.video import write_video
+from lavita.strict_config import ConfigError, load_config, save_config
+from lavita.video_writer import write_video
 
 SCORE = "kernel-video[efficientnet_lite0_video]"
 

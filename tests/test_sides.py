@@ -20,7 +20,7 @@ from lavita.evaluation.sides import (
     read_source,
     write_manifest,
 )
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 NAMES = [f"{label}/{number}.mp4" for label in "ab" for number in range(5)]
 

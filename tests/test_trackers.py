@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavita.config import ConfigError, RunConfig, load_config
+from lavita.config import RunConfig
+from lavita.strict_config import ConfigError, load_config
 from lavita.trackers import Trackers
 
 

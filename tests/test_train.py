@@ -22,7 +22,7 @@ from tiny_data import write_videos
 from lavita import snapshots
 from lavita import train as module
 from lavita.checkpoint import list_checkpoints, load_last_checkpoint
-from lavita.config import ConfigError, RunConfig, TrainConfig, load_config, read_yaml
+from lavita.config import RunConfig, TrainConfig
 from lavita.data.batches import BatchMaker
 from lavita.data.catalog import scan
 from lavita.data.encode import encode_dataset
@@ -30,8 +30,10 @@ from lavita.distributed import Processes
 from lavita.ema import EMA
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Stopped, generator
+from lavita.strict_config import ConfigError, load_config, read_yaml
 from lavita.train import train
-from lavita.video import probe, write_video
+from lavita.video import probe
+from lavita.video_writer import write_video
 
 
 def metrics_of(config: RunConfig, *dropped: str) -> list[dict[str, float]]:

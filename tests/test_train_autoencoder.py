@@ -19,7 +19,8 @@ from tiny_data import paint, write_videos
 from lavita import train_autoencoder as module
 from lavita.autoencoder import encode, load_autoencoder
 from lavita.checkpoint import list_checkpoints, load_last_checkpoint
-from lavita.config import AutoencoderConfig, ConfigError, load_config
+from lavita.config import AutoencoderConfig
+from lavita.strict_config import ConfigError, load_config
 from lavita.train_autoencoder import (
     autoencoder_loss,
     draw_pairs,

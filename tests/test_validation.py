@@ -18,13 +18,14 @@ from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita.autoencoder import encode
-from lavita.config import ConfigError, RunConfig, load_config
+from lavita.config import RunConfig
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipDraw, ClipSampler, read_pixels
 from lavita.data.encode import encode_dataset
 from lavita.diffusion import GaussianDiffusion, Losses
 from lavita.distributed import Processes, processes
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.strict_config import ConfigError, load_config
 from lavita.validation import Validation
 
 CPU = torch.device("cpu")

@@ -17,16 +17,10 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from lavita import video
+from lavita import video, video_writer
 from lavita.sheets import contact_sheet
-from lavita.video import (
-    VideoError,
-    is_frame_folder,
-    iter_frames,
-    probe,
-    read_clip,
-    write_video,
-)
+from lavita.video import VideoError, is_frame_folder, iter_frames, probe, read_clip
+from lavita.video_writer import write_video
 
 HEIGHT, WIDTH, NUM_FRAMES = 64, 96, 50
 NUM_BITS, BLOCK = 8, 16
@@ -569,7 +563,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(pixels: np.ndarray) -> VideoFrame:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video, "_to_yuv", fail)
+    monkeypatch.setattr(video_writer, "_to_yuv", fail)
     with pytest.raises(KeyboardInterrupt):
         write_video(tmp_path / "a.mp4", np.stack([paint(9)] * 3), 8)
     assert os.listdir(tmp_path) == ["a.mp4"]

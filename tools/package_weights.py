@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from lavita.autoencoder import load_autoencoder
-from lavita.config import read_yaml
 from lavita.pipeline import load_pipeline
+from lavita.strict_config import read_yaml
 
 WEIGHTS = Path(__file__).parents[1] / "src" / "lavita" / "weights"
 

@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lavita.config import ConfigError, StrictConfig, load_config, read_yaml
 from lavita.distributed import Processes
 from lavita.ema import EMA
+from lavita.strict_config import ConfigError, StrictConfig, load_config, read_yaml
 
 VERSION = 1
 STATE = "state.json"

@@ -1,17 +1,14 @@
-"""Typed run configuration: defaults in one place, then a YAML file, then `a.b=c` on the command line.
-
-An unknown key is an error, everywhere. The resolved configuration of a run is saved in its folder.
-"""
+"""What runs are configured by: their fields, defaults, and which of them go together."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, model_validator
+
+from lavita.strict_config import ConfigError, StrictConfig
 
 DEFAULT_TUBE_SIZE = 2
 VALIDATION_CLIPS = 64
@@ -26,16 +23,6 @@ SPLITS: Mapping[DataSetName, tuple[str, ...]] = {
 }
 """What `split` can be for each data set, first what the paper trains on."""
 SETS_WITH_CLASSES = frozenset({"ucf101"})
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the field, its value and what is allowed."""
-
-
-class StrictConfig(BaseModel):
-    """Base of all configuration sections: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def check_split(dataset: DataSetName, split: str) -> None:
@@ -253,7 +240,7 @@ class TrainConfig(StrictConfig):
     """Steps between two measurements of the loss on `data.validation`, in `validation.jsonl`; 0 for none."""
     validation_clips: int = Field(VALIDATION_CLIPS, ge=1)
     """Held-out clips of a measurement, each at ten noise levels: the same clips and noise every time."""
-    trackers: list[Literal["tensorboard", "wandb"]] = []
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Where metrics and samples are shown beside `metrics.jsonl`: TensorBoard, in `run_dir/tensorboard`, with the extra
     `track`; Weights & Biases, with the extra `wandb`."""
 
@@ -347,7 +334,7 @@ class AutoencoderConfig(StrictConfig):
     """Folders of videos."""
     data_weights: list[PositiveFloat] | None = None
     """How often each folder is drawn from, whatever its size; equally by default."""
-    held_out: list[Path] = []
+    held_out: list[Path] = Field(default_factory=list)
     """Folders whose frames are never trained on; PSNR is measured on them."""
     resolution: int = Field(64, ge=8)
     """Side of the training crops in pixels."""
@@ -410,97 +397,3 @@ class AutoencoderConfig(StrictConfig):
     def widths(self) -> list[int]:
         """Channels at each resolution, finest first."""
         return self.block_out_channels or [32 * 2**i for i in range(self.downsampling.bit_length())]
-
-
-Config = TypeVar("Config", bound=StrictConfig)
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, like YAML 1.2; PyYAML's 1.1 reads a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_config(
-    cls: type[Config], values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = ""
-) -> Config:
-    """Builds a configuration from values and dotted overrides; what neither names has its default.
-
-    Args:
-        cls: the configuration class.
-        values: nested fields, as `read_yaml` gives them.
-        overrides: `a.b=c` strings, which win; the right side is parsed as YAML.
-        source: where the values come from, for messages.
-
-    Raises:
-        ConfigError: for an unknown key, or a value that does not fit.
-    """
-    merged: dict[str, Any] = {}
-    _merge(merged, values)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r} is not of the form key=value, for example train.steps=1000")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not valid YAML") from error
-        nested: dict[str, Any] = {}
-        inner = nested
-        *parents, last = key.split(".")
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-        _merge(merged, nested)
-    try:
-        return cls.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(_first_error(cls, error, source)) from error
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML mapping; ConfigError where the file is missing or is not one."""
-    try:
-        values = yaml.load(Path(file).read_text(), _Loader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
-    return values
-
-
-def save_config(config: StrictConfig, file: Path) -> None:
-    """Writes every field of a configuration as YAML."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            inner = into.get(key)
-            into[key] = inner = inner if isinstance(inner, dict) else {}
-            _merge(inner, value)
-        else:
-            into[key] = value
-
-
-def _first_error(cls: type[StrictConfig], error: ValidationError, source: str) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    where = f"{source}: " if source else ""
-    if first["type"] == "extra_forbidden":
-        section: Any = cls
-        for part in first["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        known = ", ".join(sorted(section.model_fields))
-        return f"{where}unknown key {field!r}; known here: {known}"
-    if first["type"] == "missing":
-        return f"{where}{field!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}{field or cls.__name__} is {first['input']!r}: {message}" if field else f"{where}{message}"

@@ -17,8 +17,9 @@ from typing import Any
 from safetensors import safe_open
 
 from lavita.commands import run_command
-from lavita.config import RunConfig, load_config, read_yaml
+from lavita.config import RunConfig
 from lavita.page import write_page
+from lavita.strict_config import load_config, read_yaml
 
 SEEDS = "0-5"
 SAMPLE_STEPS = "20"

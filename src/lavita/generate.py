@@ -21,7 +21,7 @@ from lavita.distributed import Processes
 from lavita.finetune import apply_adapter
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 BUILTIN = "builtin"
 DEFAULT_GUIDANCE = 1.5

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lavita.config import ConfigError
 from lavita.distributed import Processes
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.strict_config import ConfigError
 
 Kind = Literal["auto", "ddp", "fsdp"]
 

@@ -20,7 +20,7 @@ from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
 from lavita.runtime import generator
 from lavita.sheets import contact_sheet
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 SAMPLE_STEPS = 20
 

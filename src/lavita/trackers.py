@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from lavita.config import ConfigError, RunConfig
+from lavita.config import RunConfig
+from lavita.strict_config import ConfigError
 
 WANDB_ID = "wandb-id.txt"
 

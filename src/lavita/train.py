@@ -26,7 +26,7 @@ from lavita.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
-from lavita.config import DEFAULT_TUBE_SIZE, ConfigError, RunConfig, TrainConfig, save_config
+from lavita.config import DEFAULT_TUBE_SIZE, RunConfig, TrainConfig
 from lavita.convert import initialize
 from lavita.data.batches import Batch, BatchMaker
 from lavita.data.text_cache import embed_texts, texts_folder
@@ -50,6 +50,7 @@ from lavita.runtime import (
     stop_requested,
 )
 from lavita.snapshots import averaged_model, make_pipeline, save_pipeline, write_samples
+from lavita.strict_config import ConfigError, save_config
 from lavita.text import DEFAULT_TEXT_ENCODER
 from lavita.trackers import Trackers
 from lavita.validation import Validation

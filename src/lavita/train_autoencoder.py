@@ -26,7 +26,7 @@ from lavita.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
-from lavita.config import AutoencoderConfig, save_config
+from lavita.config import AutoencoderConfig
 from lavita.data.catalog import scan
 from lavita.ema import EMA
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
@@ -42,6 +42,7 @@ from lavita.runtime import (
     stop_requested,
     without_fp16,
 )
+from lavita.strict_config import save_config
 from lavita.video import iter_frames
 
 Frames = npt.NDArray[np.uint8]

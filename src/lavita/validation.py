@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lavita.autoencoder import latent_size
-from lavita.config import ConfigError, RunConfig
+from lavita.config import RunConfig
 from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clips import ClipSampler, clip_span
@@ -20,6 +20,7 @@ from lavita.data.manifest import MANIFEST
 from lavita.diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from lavita.distributed import Processes
 from lavita.runtime import Precision, autocast, generator
+from lavita.strict_config import ConfigError
 
 LEVELS = 10
 """Noise levels: equal parts of the schedule, the least noisy first."""

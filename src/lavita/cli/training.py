@@ -157,7 +157,7 @@ def _train(run: Callable[[Any], Path], settings: Any) -> None:
 
 def _load(cls: Any, config: str | None, overrides: list[str] | None, chosen: dict[str, Any]) -> Any:
     """The options of a command win over its configuration file, `a.b=c` over both."""
-    from lavita.config import ConfigError, load_config, read_yaml
+    from lavita.strict_config import ConfigError, load_config, read_yaml
 
     words = overrides or []
     if config is None and not chosen and not words:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lavita.autoencoder import latent_size
-from lavita.config import SPLITS, ConfigError, RunConfig
+from lavita.config import SPLITS, RunConfig
 from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span
@@ -20,6 +20,7 @@ from lavita.data.latents import CacheSource, ClipSource, LatentClip, VideoSource
 from lavita.data.manifest import MANIFEST
 from lavita.diffusion import NUM_TIMESTEPS
 from lavita.runtime import generator
+from lavita.strict_config import ConfigError
 from lavita.video import VideoError
 
 MOST_ATTEMPTS = 20  # clips drawn for a place, before the data set itself is at fault

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lavita.config import SETS_WITH_CLASSES, SPLITS, ConfigError, DataSetName, check_split
+from lavita.config import SETS_WITH_CLASSES, SPLITS, DataSetName, check_split
 from lavita.data.catalog import Catalog, find_videos, make_catalog, scan
 from lavita.data.ucf101 import class_of, read_split_lists
+from lavita.strict_config import ConfigError
 from lavita.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "test": "test", "sky_train": "train", "sky_test": "test"}

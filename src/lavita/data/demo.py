@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 Frame = npt.NDArray[np.uint8]
 

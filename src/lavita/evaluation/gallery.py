@@ -12,7 +12,7 @@ from lavita.evaluation.features import read_pixels
 from lavita.evaluation.report import feature_rows
 from lavita.evaluation.scores import NUM_SHOWN, Evaluation
 from lavita.evaluation.sides import Side
-from lavita.video import write_video
+from lavita.video_writer import write_video
 
 FPS = 8.0
 

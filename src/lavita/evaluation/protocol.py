@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lavita.config import ConfigError, StrictConfig, load_config
 from lavita.evaluation.inception_score import VARIANTS, Variant
+from lavita.strict_config import ConfigError, StrictConfig, load_config
 
 
 class Protocol(StrictConfig):

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavita.config import ConfigError
 from lavita.report.charts import make_charts
 from lavita.report.curves import SMOOTHED_FROM, colour_of, smooth
 from lavita.report.reading import Run, clock, is_number, read_runs
+from lavita.strict_config import ConfigError
 
 MOST_SHEETS = 12  # of a run on the page; the newest, the oldest, and evenly spaced ones between
 MOST_EVENTS = 200

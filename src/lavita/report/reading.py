@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from lavita.config import ConfigError, read_yaml
+from lavita.strict_config import ConfigError, read_yaml
 
 Record = dict[str, Any]
 _CHECKPOINT = re.compile(r"step-(\d+)(\.pt)?")
