@@ -23,9 +23,11 @@ from diffusers.utils.logging import disable_progress_bar, get_logger
 from diffusers.utils.torch_utils import randn_tensor
 
 from lavita.autoencoder import decode
+from lavita.denoising import Denoiser, Guidance
 from lavita.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.runtime import Precision, autocast
+from lavita.runtime import Precision
+from lavita.step_cache import StepCache
 from lavita.text import TextEncoder, load_text_encoder
 
 logger = get_logger(__name__)
@@ -134,11 +136,13 @@ class LavitaPipeline(DiffusionPipeline):
         num_frames: int | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         use_temporal: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["uint8", "latent"] = "uint8",
         precision: Precision = "auto",
+        cache: StepCache | None = None,
     ) -> LavitaPipelineOutput:
         """Generates a batch of videos.
 
@@ -154,12 +158,14 @@ class LavitaPipeline(DiffusionPipeline):
                 trained length (`embeddings.frame_positions`), which a warning says.
             num_inference_steps: network evaluations (twice as many samples of them with guidance).
             guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
+            guidance_interval: timesteps between which there is guidance; all by default (see `denoising.Guidance`).
             use_temporal: False leaves the temporal modules out: every frame is an image of its own (A.4).
             generator: one for all, or one a video, so that a video depends on its own alone; CPU generators give
                 the same noise on every device.
             latents: initial noise (B, F, C, h, w) instead of the generator's.
             output_type: `uint8` frames or scaled `latent`s.
             precision: see `runtime.autocast`.
+            cache: what steps reuse of earlier ones (see `step_cache`); by default nothing.
 
         Raises:
             ValueError: for labels, lengths or a guidance that do not fit the model.
@@ -167,12 +173,15 @@ class LavitaPipeline(DiffusionPipeline):
         config = self.transformer.config
         device = self.transformer.device
         labels = self._labels(class_labels)
+        guidance = Guidance(guidance_scale, (0, NUM_TIMESTEPS) if guidance_interval is None else guidance_interval)
         guided = guidance_scale != 1.0
         embeds = self._embeds(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided)
         given = labels if labels is not None else None if embeds is None else embeds[0]
         batch = len(given) if given is not None else (1 if num_videos is None else num_videos)
         frames = config["num_frames"] if num_frames is None else num_frames
         self._check(given, num_videos, frames, num_inference_steps, guided, output_type)
+        if guidance_interval is not None and not guided:
+            raise ValueError("guidance_interval has no effect with a guidance_scale of 1")
         if batch < 1:
             raise ValueError(f"{batch} videos were asked for, but a call makes at least 1")
         if isinstance(generator, list) and len(generator) != batch:
@@ -190,24 +199,21 @@ class LavitaPipeline(DiffusionPipeline):
         text_tensor = None if embeds is None else torch.cat(embeds).to(device)
 
         set_timesteps(self.scheduler, num_inference_steps, device)
+        timesteps = self.scheduler.timesteps
+        denoiser = Denoiser(
+            self.transformer, timesteps, label_tensor, text_tensor, guidance, use_temporal, precision, cache
+        )
         learned_variance = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
         # Schedulers split noise from variance, and draw a sample's noise, along the second axis: (B, C, F, h, w).
         state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma
         extra = {"generator": generator} if isinstance(self.scheduler, DDPMScheduler) else {}
-        for timestep in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)
-            inputs = torch.cat([scaled, scaled]) if guided else scaled
-            with autocast(device, precision):
-                output = self.transformer(
-                    inputs, timestep.expand(len(inputs)), label_tensor, text_tensor, use_temporal=use_temporal
-                ).sample.float()
-            noise, variance = output[:, :, :channels], output[:, :, channels:]
-            if guided:
-                conditional, unconditional = noise.chunk(2)
-                noise = unconditional + guidance_scale * (conditional - unconditional)
-                variance = variance[:batch]
-            prediction = torch.cat([noise, variance], dim=2) if learned_variance else noise
-            state = self.scheduler.step(prediction.transpose(1, 2), timestep, state, **extra).prev_sample
+        with denoiser.loop():
+            for index, timestep in enumerate(self.progress_bar(timesteps)):
+                scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)
+                prediction, variance = denoiser(index, scaled)
+                if learned_variance:
+                    prediction = torch.cat([prediction, variance], dim=2)
+                state = self.scheduler.step(prediction.transpose(1, 2), timestep, state, **extra).prev_sample
         latents = state.transpose(1, 2)
         result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
         return LavitaPipelineOutput(frames=result)

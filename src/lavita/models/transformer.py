@@ -6,7 +6,8 @@ N = (H / P) (W / P) tokens a frame, D width, R conditions a sample (the video's,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from lavita.models.blocks import Conditioning, FinalLayer, Frames, Mixing, TransformerBlock
@@ -107,6 +109,16 @@ class TransformerOutput(BaseOutput):
     then predicted variance; else (B, F, C, H, W)."""
 
 
+@dataclass
+class Residuals:
+    """What groups of blocks added to the tokens at an earlier evaluation (see `step_cache`)."""
+
+    reuse: frozenset[int] = frozenset()
+    """Groups that are not computed: what they added then is added again."""
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By group, (B, T, K + N, D); where there are more samples than in this evaluation, the first ones count."""
+
+
 class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
     """Predicts the noise, and the variance, of noisy video latents.
 
@@ -115,6 +127,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]
 
     @register_to_config
     def __init__(
@@ -228,6 +241,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             steps = np.arange(num_frames // self.tube_size, dtype=np.float64)
             self.register_buffer("temp_embed", temporal_positions(steps, hidden_size))  # (1, T, D)
         self.first_temporal = next(index for index, mixing in enumerate(plan) if mixing != "space")
+        # Blocks that follow each other, together spatial and temporal where the variant has pairs.
+        step = 2 if variant in (1, 2) else 1
+        self.block_groups = [range(first, first + step) for first in range(0, num_blocks, step)]
         kind: Conditioning = "all_tokens" if conditioning == "all_tokens" else "s_adaln"
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, num_heads, mlp_ratio, mixing, kind) for mixing in plan
@@ -302,6 +318,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         num_images: int = 0,
         use_temporal: bool = True,
         return_dict: bool = True,
+        modulation: Sequence[torch.Tensor] | None = None,
+        residuals: Residuals | None = None,
     ) -> TransformerOutput | tuple[torch.Tensor]:
         """One evaluation.
 
@@ -315,38 +333,90 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
                 modules only (Sec. 3.6), and of Variant 4 the spatial heads.
             use_temporal: False treats every frame as an image (A.4).
             return_dict: a `TransformerOutput`, or a tuple.
+            modulation: what `modulate` gives for these timesteps and conditions, computed before; not with images.
+            residuals: the memory of a sampler that reuses what groups of blocks added before.
 
         Raises:
             ValueError: for latents or conditions that this model does not take, or images where the patch embedding
                 is `compression`.
         """
         self._check(latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
-        batch = latents.shape[0]
-        conditions = [self.t_embedder(timesteps.expand(batch))[:, None]]  # (B, 1, D)
-        given = class_labels if isinstance(self.y_embedder, LabelEmbedder) else text_embeds
-        if self.y_embedder is not None and given is not None:
-            own = self.y_embedder(given)  # (B, D), or (B, R, D)
-            conditions.append(own if num_images else own[:, None])  # (B, R, D)
+        if modulation is not None and num_images:
+            raise ValueError(f"modulation was given, and num_images is {num_images}, but must be 0 beside it")
+        conditions: list[torch.Tensor] = []
+        if modulation is None:
+            own = self._own_condition(class_labels, text_embeds)  # (B, R, D)
+            conditions = [self.t_embedder(timesteps.expand(latents.shape[0]))[:, None]]  # (B, 1, D)
+            conditions += [] if own is None else [own]
 
         x = self.x_embedder(latents)  # (B, T, N, D)
         x = x + self.pos_embed[:, None].to(x.dtype)  # (B, T, N, D)
         frames = self._frames(x, num_images if self.y_embedder is not None else 0, num_images, use_temporal)
         condition = None
         num_tokens = 0
-        if self.config["conditioning"] == "s_adaln":
+        vectors: list[torch.Tensor | None] = [None] * (len(self.blocks) + 1)
+        if modulation is not None:
+            vectors = [tensor[:, None, None] for tensor in modulation]  # (B, 1, 1, 6 D), the last one (B, 1, 1, 2 D)
+        elif self.config["conditioning"] == "s_adaln":
             condition = sum(conditions[1:], conditions[0])[:, :, None]  # (B, R, 1, D)
         else:
             num_tokens = len(conditions)
             x = torch.cat([self._tokens(conditions, x.shape[1], frames), x], dim=2)  # (B, T, K + N, D)
-        for index, block in enumerate(self.blocks):
-            if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
-                x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
-            x = block(x, condition, frames)  # (B, T, K + N, D)
-        patches = self.final_layer(x[:, :, num_tokens:], condition, frames)  # (B, T, N, P P C_out S)
+        for group, indices in enumerate(self.block_groups):
+            if residuals is not None and group in residuals.reuse:
+                x = x + residuals.kept[group][: x.shape[0]]
+                continue
+            before = x
+            for index in indices:
+                if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
+                    x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
+                x = self.blocks[index](x, condition, frames, vectors[index])  # (B, T, K + N, D)
+            if residuals is not None:
+                residuals.kept[group] = x - before
+        patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)
         sample = self.unpatchify(patches)  # (B, T, C_out S, H, W)
         if self.temporal_upsample is not None:
             sample = self.temporal_upsample(sample.transpose(1, 2)).transpose(1, 2)  # (B, F, C_out, H, W)
         return TransformerOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def modulate(
+        self,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+    ) -> list[torch.Tensor] | None:
+        """S-AdaLN's vectors of several timesteps at once.
+
+        They hold a third of the weights of a model, which an evaluation reads for a handful of rows: a sampler, who
+        knows its timesteps, has them read once for many.
+
+        Args:
+            timesteps: (S,).
+            class_labels: (B,), as `forward` takes them.
+            text_embeds: (B, text_dim).
+
+        Returns:
+            For each block (S, B, 6 D), for the decoder (S, B, 2 D); the slices of a timestep are `forward`'s
+            `modulation`. None for a model of another conditioning.
+        """
+        if self.config["conditioning"] != "s_adaln":
+            return None
+        condition = self.t_embedder(timesteps)[:, None]  # (S, 1, D)
+        own = self._own_condition(class_labels, text_embeds)  # (B, 1, D)
+        if own is not None:
+            condition = condition + own[:, 0]  # (S, B, D)
+        return [module.adaLN_modulation(condition) for module in (*self.blocks, self.final_layer)]
+
+    def _own_condition(
+        self, class_labels: torch.Tensor | None, text_embeds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Vectors of what each sample is conditioned on, (B, R, D); None for a model without conditions."""
+        given = class_labels if isinstance(self.y_embedder, LabelEmbedder) else text_embeds
+        if self.y_embedder is None or given is None:
+            return None
+        one = given.ndim == (1 if isinstance(self.y_embedder, LabelEmbedder) else 2)
+        return self.y_embedder(given[:, None] if one else given)
 
     def _frames(self, x: torch.Tensor, num_conditions: int, num_images: int, use_temporal: bool) -> Frames:
         """What the blocks are told of tokens (B, T, N, D) with `num_conditions` conditions beside the video's."""
