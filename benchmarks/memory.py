@@ -31,6 +31,7 @@ from lavita.autoencoder import decode
 from lavita.diffusion import GaussianDiffusion
 from lavita.distributed import Processes
 from lavita.ema import EMA
+from lavita.models.checkpointing import checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel, preset_sizes
 from lavita.optim import make_optimizers
 from lavita.parallel import ParallelModel
@@ -139,8 +140,7 @@ class Training:
         self.setting = Setting(**case.setting)
         torch.manual_seed(0)
         self.model = LavitaTransformer3DModel.from_config(case.config).train()
-        if self.setting.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
+        checkpoint_blocks(self.model, self.setting.gradient_checkpointing)
         kind = "fsdp" if self.setting.sharded else "ddp" if self.setting.processes > 1 else "auto"
         self.parallel = ParallelModel(self.model, kind, team, torch.device("cpu"))
         self.ema = EMA(self.model, 0.9999)

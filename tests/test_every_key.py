@@ -22,7 +22,7 @@ from lavita.config import RunConfig
 from lavita.data.catalog import scan
 from lavita.data.encode import encode_dataset
 from lavita.data.latents import VideoSource
-from lavita.models.blocks import Attention
+from lavita.models.blocks import Attention, compiled_mix
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.strict_config import StrictConfig
 from lavita.train import train
@@ -77,6 +77,11 @@ def passes(config: RunConfig) -> Any:
     return COUNTS["passes"]
 
 
+def compiled(config: RunConfig) -> Any:
+    """Whether a block ran compiled."""
+    return COUNTS["compiled"]
+
+
 def threads(config: RunConfig) -> Any:
     """How many threads decode videos."""
     return COUNTS["threads"]
@@ -97,7 +102,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         start(self, *arguments)
         COUNTS["threads"] = self._pool._max_workers
 
+    mix = compiled_mix()
+
+    def compiling(*inputs: Any) -> torch.Tensor:
+        COUNTS["compiled"] += 1
+        return mix(*inputs)
+
     monkeypatch.setattr(Attention, "forward", counting)
+    monkeypatch.setattr("lavita.models.blocks.compiled_mix", lambda: compiling)
     monkeypatch.setattr(VideoSource, "__init__", starting)
 
 
@@ -171,6 +183,7 @@ KEYS: dict[str, Key] = {
     "train.clip_grad_norm": Key("1e-3", weights),
     "train.ema_decay": Key("0.01", weights),
     "train.gradient_checkpointing": Key("true", passes),
+    "train.compile": Key("true", compiled),
     "train.precision": Key("bf16"),
     "train.bad_steps": Key("skip", weights, ("train.spike_factor=1e-9", "train.steps=23")),
     "train.spike_factor": Key("1e-9", events, ("train.steps=23",)),
@@ -298,7 +311,7 @@ def test_a_key_has_its_effect(key: str, make_config: MakeConfig, places: Callabl
         return
     seen = []
     for name, overrides in (("plain", common), ("changed", [*common, *changed])):
-        COUNTS.update(passes=0, threads=0)
+        COUNTS.update(passes=0, threads=0, compiled=0)
         config = make_config(name, *overrides)
         train(config)
         seen.append(entry.observe(config))

@@ -208,7 +208,7 @@ def test_large_frames_peak_in_the_decoder(make_transformer: MakeTransformer) -> 
 
 def test_the_command_predicts_what_the_functions_do(run: Run, pipeline: LavitaPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "model")
-    options = "--optimizer muon --gradient-checkpointing --accumulation 2 --processes 2 --sharded --batch-size 3"
+    options = "--optimizer muon --gradient-checkpointing true --accumulation 2 --processes 2 --sharded --batch-size 3"
     code, out, _ = run("info", "model", *options.split(), "--json")
     assert code == 0
     answer = json.loads(out)["memory_bytes"]

@@ -202,9 +202,13 @@ class TrainConfig(StrictConfig):
     """Gradients are scaled down to this norm where they exceed it."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the weights' moving average; short runs warm it up (`ema.decay_at`)."""
-    gradient_checkpointing: bool = False
-    """Keep the inputs of the blocks only and compute the rest again in the backward pass: the same gradients, in less
-    memory and about a third more time (`lavita info` predicts the memory)."""
+    gradient_checkpointing: Literal[True, False, "cheap"] = False
+    """`true`: keep the inputs of the blocks only and compute the rest again in the backward pass: the same gradients,
+    in less memory and about a third more time. `cheap`: keep the matrix products, too, and compute norms, gates and
+    GELU again, which costs little (`lavita info` predicts the memory)."""
+    compile: bool = False
+    """Run the blocks compiled: less time a step, after a minute or so of compiling, for gradients that differ by
+    rounding. Needs a C++ compiler on a CPU. Of what is cheap to recompute it keeps nothing anyway."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of matrix products. `auto`: bf16 where the processor has it, else fp16 on a GPU, else fp32; with fp16 the loss is
     scaled."""
@@ -254,6 +258,8 @@ class TrainConfig(StrictConfig):
             )
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
+        if self.compile and self.gradient_checkpointing == "cheap":
+            raise ValueError("gradient_checkpointing is cheap, but has no effect beside compile, which does the same")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every is {self.keep_every}, but must be a multiple of checkpoint_every ({self.checkpoint_every})"

@@ -8,23 +8,27 @@ import uuid
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from diffusers import ConfigMixin
 from PIL import Image
 
 from lavita.checkpoint import fingerprint
+from lavita.compiled import compile_blocks
 from lavita.data.captions import read_captions
 from lavita.data.catalog import GENERATION, read_generation
 from lavita.distributed import Processes
 from lavita.finetune import apply_adapter
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
+from lavita.step_cache import PyramidCache, Recorder, ResidualCache, StepCache, load_calibration
 from lavita.video_writer import write_video
 
 BUILTIN = "builtin"
 DEFAULT_GUIDANCE = 1.5
+DEFAULT_THRESHOLD = 0.2
+CacheName = Literal["pab", "residual"]
 
 
 def model_source(name: str) -> str:
@@ -69,6 +73,10 @@ def generate(
     steps: int = 25,
     sampler: str = "unipc",
     guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    cache: CacheName | None = None,
+    cache_threshold: float | None = None,
+    compiled: bool = False,
     num_frames: int | None = None,
     images: bool = False,
     adapter: Path | None = None,
@@ -94,6 +102,10 @@ def generate(
         steps: network evaluations.
         sampler: one of `pipeline.SAMPLERS`.
         guidance_scale: 1 for none; by default 1.5 for a model with classes or texts.
+        guidance_interval: timesteps between which there is guidance; by default all.
+        cache: what steps reuse of earlier ones, see `step_cache`; by default nothing.
+        cache_threshold: of the residual cache; by default `DEFAULT_THRESHOLD`.
+        compiled: compile the transformer's blocks first; changes videos by rounding.
         num_frames: length; by default that of the training clips.
         images: write single images, `.png`, from the model without its temporal modules (A.4).
         adapter: folder of low-rank adapters that were trained on this model, in peft's layout.
@@ -113,12 +125,22 @@ def generate(
     numbers = parse_seeds(seeds)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+    if cache_threshold is not None and cache != "residual":
+        raise ValueError(f"cache_threshold is {cache_threshold:g}, but has no effect without cache=residual")
     if images and num_frames not in (None, 1):
         raise ValueError(f"num_frames is {num_frames}, but an image has 1")
     pipeline = load_pipeline(model_source(model), pick_device(device))
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         apply_adapter(pipeline.transformer, adapter, adapter_scale)
+    step_cache: StepCache | None = None
+    if cache == "pab":
+        step_cache = PyramidCache()
+    elif cache == "residual":
+        cache_threshold = DEFAULT_THRESHOLD if cache_threshold is None else cache_threshold
+        step_cache = ResidualCache(load_calibration(Path(model_source(model))), cache_threshold)
+    if compiled:
+        compile_blocks(pipeline.transformer)
     config = pipeline.transformer.config
     pipeline.use_sampler(sampler)
     jobs = _plan(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
@@ -138,6 +160,13 @@ def generate(
         "frame_interval": config["frame_interval"],
         "fps": config["fps"],
     }
+    options = {
+        "guidance_interval": guidance_interval and list(guidance_interval),
+        "cache": cache,
+        "cache_threshold": cache_threshold,
+        "compiled": compiled or None,
+    }
+    settings |= {key: value for key, value in options.items() if value is not None}
     check_generation(out, settings)
     team = team or Processes()
     # Whole batches of the whole list: a file is the same to the bit whoever makes it, and when.
@@ -153,6 +182,8 @@ def generate(
             num_frames=num_frames,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            cache=step_cache,
             generator=[generator(job.seed, "sample") for job in batch],
             use_temporal=not images,
         ).frames
@@ -216,9 +247,11 @@ def check_generation(out: Path, settings: dict[str, Any]) -> None:
         ValueError: naming the first setting that differs.
     """
     before = read_generation(out)
-    for key, value in settings.items():
-        if before is not None and before.get(key) != value:
-            raise ValueError(f"{out}: holds videos made with {key}={before.get(key)}, not {value}; use another folder")
+    for key in {**settings, **(before or {})}:
+        if before is not None and before.get(key) != settings.get(key):
+            raise ValueError(
+                f"{out}: holds videos made with {key}={before.get(key)}, not {settings.get(key)}; use another folder"
+            )
 
 
 def write_generation(out: Path, settings: dict[str, Any]) -> None:
@@ -243,3 +276,46 @@ def _parse_classes(text: str, names: list[str]) -> list[int]:
         else:
             raise ValueError(f"class is {word!r}; allowed: all, {', '.join(names)}, or 0-{len(names) - 1}")
     return labels
+
+
+def calibrate(model: str, sampler: str = "unipc", steps: int = 50, num_clips: int = 8, device: str = "auto") -> Path:
+    """Measures how far a model's pairs of blocks move along the schedule, and writes it into the pipeline's folder.
+
+    Args:
+        model: pipeline folder; with texts, it is calibrated on the empty one.
+        sampler: one of `pipeline.SAMPLERS`.
+        steps: of a loop; the path at other numbers of steps lies on lines between these.
+        num_clips: loops, of one clip each, over the classes in turn.
+        device: see `runtime.pick_device`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: where the model is no folder, or steps or clips are too few.
+    """
+    source = Path(model_source(model))
+    if not source.is_dir():
+        raise ValueError(f"{model}: no such folder; a calibration is kept in the pipeline's own")
+    for name, value, least in (("steps", steps, 2), ("num_clips", num_clips, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}")
+    pipeline = load_pipeline(source, pick_device(device))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.use_sampler(sampler)
+    config = pipeline.transformer.config
+    guidance = DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
+    recorder, progress = Recorder(), Progress("clip", num_clips)
+    for number in range(num_clips):
+        pipeline(
+            class_labels=[number % config["num_classes"]] if config["num_classes"] else None,
+            prompt=[""] if config["text_dim"] else None,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[generator(number, "calibrate")],
+            output_type="latent",
+            cache=recorder,
+        )
+        progress.update(number + 1)
+    made_with = {"sampler": sampler, "steps": steps, "guidance_scale": guidance, "clips": num_clips}
+    return recorder.calibration(made_with).save(source)

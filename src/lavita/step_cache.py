@@ -67,7 +67,7 @@ class PyramidCache(StepCache):
     @contextmanager
     def sampling(self, model: LavitaTransformer3DModel, timesteps: Sequence[float]) -> Iterator[None]:
         """Hooks the attentions for the time of the loop; both halves of Variant 4's heads go by `space_every`."""
-        if any(block._compiled_call_impl is not None for block in model.blocks):
+        if any(block.compiled for block in model.blocks):
             raise ValueError("cache is pab, which works on models that are not compiled")
         self._timesteps = timesteps
         for block in model.blocks:

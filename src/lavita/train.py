@@ -26,6 +26,7 @@ from lavita.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
+from lavita.compiled import compile_blocks
 from lavita.config import DEFAULT_TUBE_SIZE, RunConfig, TrainConfig
 from lavita.convert import initialize
 from lavita.data.batches import Batch, BatchMaker
@@ -36,6 +37,7 @@ from lavita.ema import EMA
 from lavita.evaluation.tracking import ScoreLog
 from lavita.finetune import prepare, read_fresh, saved_adapters, trained_parameters, write_fresh
 from lavita.guards import MOST_SKIPPED, LossScale, StepGuard
+from lavita.models.checkpointing import checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
 from lavita.parallel import ParallelModel
@@ -64,6 +66,7 @@ RESUMABLE = {
     "train.accumulation",
     "train.parallel",
     "train.gradient_checkpointing",
+    "train.compile",
     "train.bad_steps",
     "train.log_every",
     "train.checkpoint_every",
@@ -140,8 +143,9 @@ def _train(config: RunConfig, team: Processes) -> Path:
         fresh = read_fresh(run_dir)
     prepare(model, config, fresh)
     model.train()
-    if settings.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    checkpoint_blocks(model, settings.gradient_checkpointing)
+    if settings.compile:
+        compile_blocks(model)
     size = trained_parameters(model)
     parallel = ParallelModel(model, settings.parallel, team, device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -33,6 +33,25 @@ def sample(
     guidance_scale: Annotated[
         float | None, typer.Option(help="1 for no guidance. default: 1.5 with classes or texts", show_default=False)
     ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            help="Timesteps, least and most, between which there is guidance: 100 900. default: all", show_default=False
+        ),
+    ] = None,
+    cache: Annotated[
+        Literal["pab", "residual"] | None,
+        typer.Option(
+            help="What steps reuse: pab, attentions; residual, pairs of blocks, after `lavita calibrate`. "
+            "default: nothing",
+            show_default=False,
+        ),
+    ] = None,
+    cache_threshold: Annotated[
+        float | None,
+        typer.Option(min=0, help="Change below which a residual is reused. default: 0.2", show_default=False),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first: for many videos.")] = False,
     num_frames: Annotated[int | None, typer.Option(min=1, help="default: the model's", show_default=False)] = None,
     images: Annotated[
         bool, typer.Option("--images", help="Single images (.png) from the model without its temporal modules.")
@@ -68,6 +87,10 @@ def sample(
             steps=steps,
             sampler=sampler.value,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            cache=cache,
+            cache_threshold=cache_threshold,
+            compiled=compiled,
             num_frames=num_frames,
             images=images,
             adapter=lora,
@@ -79,6 +102,20 @@ def sample(
         )
         if team.is_first:
             print(f"{out}: {len(written)} {'images' if images else 'videos'}")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Pipeline folder; the measurement is kept in it.")],
+    sampler: Annotated[SamplerName, typer.Option(help="Of the measured loops.")] = SamplerName.unipc,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Of a loop.")] = 50,
+    clips: Annotated[int, typer.Option(min=1, help="Loops, one clip each.")] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Measure what `sample --cache residual` may reuse of a model."""
+    from lavita.generate import calibrate as measure
+
+    print(measure(model, sampler.value, steps, clips, device))
 
 
 @app.command()

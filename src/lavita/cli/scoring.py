@@ -164,7 +164,9 @@ def info(
     optimizer: Annotated[
         str | None, typer.Option(help="Of training: adamw or muon. Default: adamw.", show_default=False)
     ] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Of training.")] = False,
+    gradient_checkpointing: Annotated[
+        Literal["true", "cheap"] | None, typer.Option(help="Of training. Default: none.", show_default=False)
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp32 and bf16.", show_default=False)
     ] = None,
@@ -197,7 +199,7 @@ def info(
     batch: dict[str, Any] = {"batch_size": batch_size, "num_frames": num_frames, "num_images": num_images}
     training: dict[str, Any] = {
         "optimizer": optimizer,
-        "gradient_checkpointing": gradient_checkpointing or None,
+        "gradient_checkpointing": {None: None, "true": True, "cheap": "cheap"}[gradient_checkpointing],
         "precision": precision,
         "accumulation": accumulation,
         "processes": processes,

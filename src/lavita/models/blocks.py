@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -150,7 +151,8 @@ class TransformerBlock(nn.Module):
     condition is among the tokens, and each adds `f(LayerNorm(x))`, the norm with weights of its own.
 
     With `gradient_checkpointing`, which `LavitaTransformer3DModel.enable_gradient_checkpointing` sets, autograd keeps
-    its input only, and the backward pass computes the rest again (Chen et al. 2016).
+    its input only, and the backward pass computes the rest again (Chen et al. 2016). With `compiled` it runs as
+    `compiled_mix` says.
     """
 
     # What is checkpointed is inside the block's own call: FSDP's hooks, which gather the block's weights, are outside.
@@ -162,6 +164,7 @@ class TransformerBlock(nn.Module):
         """`mixing` is what its attention looks along; `space_and_time` needs an even `num_heads`."""
         super().__init__()
         self.gradient_checkpointing = False
+        self.compiled = False
         self.mixing: Mixing = mixing
         self.attn = Attention(hidden_size, num_heads)
         self.temporal_attn = Attention(hidden_size, num_heads) if mixing == "space_then_time" else None
@@ -184,14 +187,16 @@ class TransformerBlock(nn.Module):
             vectors: what `adaLN_modulation` makes of `condition`, (B, R, 1, 6 D), where that is known already; then
                 `condition` is not looked at.
         """
+        mix = compiled_mix() if self.compiled else TransformerBlock._mix
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(self._mix, x, condition, frames, vectors)
-        return self._mix(x, condition, frames, vectors)
+            return self._gradient_checkpointing_func(mix, self, x, condition, frames, vectors)
+        return mix(self, x, condition, frames, vectors)
 
     def _mix(
         self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames, vectors: torch.Tensor | None
     ) -> torch.Tensor:
         if self.adaLN_modulation is not None and vectors is None:
+            assert condition is not None
             # Nothing temporal happens to images, so their conditions are not needed there.
             vectors = self.adaLN_modulation(condition[:, :1] if self.mixing == "time" else condition)
         if self.mixing == "time":
@@ -210,6 +215,19 @@ class TransformerBlock(nn.Module):
             moving = residual(moving, self.norm_temporal, first, lambda y: attend(y, "time", frames))
             x = join(moving, still)
         return residual(x, self.norm2, mlp_vectors, self.mlp)
+
+
+@cache
+def compiled_mix() -> Callable[..., torch.Tensor]:
+    """The compiled body of all blocks: those that are alike share a graph for each shape.
+
+    Without inductor's pattern matcher, which would turn a plain attention back into the fused kernel, whose backward
+    pass is slow on CPUs.
+    """
+    mix: Callable[..., torch.Tensor] = torch.compile(
+        TransformerBlock._mix, fullgraph=True, dynamic=False, options={"pattern_matcher": False}
+    )
+    return mix
 
 
 def split_vectors(vectors: torch.Tensor | None, rows: torch.Tensor | None) -> tuple[Vectors | None, ...]:

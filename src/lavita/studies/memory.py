@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from lavita.diffusion import GaussianDiffusion
 from lavita.ema import EMA
 from lavita.generate import model_source
+from lavita.models.checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
 
@@ -65,7 +66,7 @@ class Setting:
     """How a model is trained, as far as memory goes."""
 
     optimizer: Optimizer = "adamw"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
     precision: Precision = "fp32"
     accumulation: int = 1
     """Micro-batches of a step."""
@@ -305,7 +306,7 @@ def print_memory(peaks: Mapping[str, Peak], setting: Setting, console: Console |
     table.add_row("whole", *(_gib(peak.total) for peak in peaks.values()))
     table.add_row("in the", *(peak.phase for peak in peaks.values()))
     console.print(table)
-    checkpointing = "with" if setting.gradient_checkpointing else "without"
+    checkpointing = {False: "without", True: "with", "cheap": "with cheap"}[setting.gradient_checkpointing]
     accumulation = f", {setting.accumulation} micro-batches of the batch above" if setting.accumulation > 1 else ""
     shared = ""
     if setting.processes > 1:
@@ -327,8 +328,7 @@ def _rehearse_training(
     model: LavitaTransformer3DModel, inputs: dict[str, Any], setting: Setting, live: LiveStorages
 ) -> Peak:
     """One step as `train` does it, after what it finds in place."""
-    if setting.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    checkpoint_blocks(model, setting.gradient_checkpointing)
     diffusion, ema = GaussianDiffusion(), EMA(model, 0.9999)
     parameters = list(model.parameters())
     optimizers = make_optimizers(model, setting.optimizer, 1e-4, 0.0)
