@@ -22,7 +22,7 @@ from lavita.distributed import Processes
 from lavita.finetune import apply_adapter
 from lavita.pipeline import load_pipeline
 from lavita.runtime import Progress, generator, pick_device
-from lavita.step_cache import PyramidCache, Recorder, ResidualCache, StepCache, load_calibration
+from lavita.step_cache import PyramidCache, ResidualCache, StepCache, load_calibration
 from lavita.video_writer import write_video
 
 BUILTIN = "builtin"
@@ -276,46 +276,3 @@ def _parse_classes(text: str, names: list[str]) -> list[int]:
         else:
             raise ValueError(f"class is {word!r}; allowed: all, {', '.join(names)}, or 0-{len(names) - 1}")
     return labels
-
-
-def calibrate(model: str, sampler: str = "unipc", steps: int = 50, num_clips: int = 8, device: str = "auto") -> Path:
-    """Measures how far a model's pairs of blocks move along the schedule, and writes it into the pipeline's folder.
-
-    Args:
-        model: pipeline folder; with texts, it is calibrated on the empty one.
-        sampler: one of `pipeline.SAMPLERS`.
-        steps: of a loop; the path at other numbers of steps lies on lines between these.
-        num_clips: loops, of one clip each, over the classes in turn.
-        device: see `runtime.pick_device`.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: where the model is no folder, or steps or clips are too few.
-    """
-    source = Path(model_source(model))
-    if not source.is_dir():
-        raise ValueError(f"{model}: no such folder; a calibration is kept in the pipeline's own")
-    for name, value, least in (("steps", steps, 2), ("num_clips", num_clips, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, but must be at least {least}")
-    pipeline = load_pipeline(source, pick_device(device))
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.use_sampler(sampler)
-    config = pipeline.transformer.config
-    guidance = DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
-    recorder, progress = Recorder(), Progress("clip", num_clips)
-    for number in range(num_clips):
-        pipeline(
-            class_labels=[number % config["num_classes"]] if config["num_classes"] else None,
-            prompt=[""] if config["text_dim"] else None,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[generator(number, "calibrate")],
-            output_type="latent",
-            cache=recorder,
-        )
-        progress.update(number + 1)
-    made_with = {"sampler": sampler, "steps": steps, "guidance_scale": guidance, "clips": num_clips}
-    return recorder.calibration(made_with).save(source)

@@ -113,7 +113,7 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure what `sample --cache residual` may reuse of a model."""
-    from lavita.generate import calibrate as measure
+    from lavita.calibrate import calibrate as measure
 
     print(measure(model, sampler.value, steps, clips, device))
 
