@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lavita.generate import DEFAULT_GUIDANCE, model_source
+from lavita.generate import model_source
 from lavita.pipeline import load_pipeline
+from lavita.recipes import Recipe
 from lavita.runtime import Progress, generator, pick_device
 from lavita.step_cache import Recorder
 
@@ -36,7 +37,7 @@ def calibrate(model: str, sampler: str = "unipc", steps: int = 50, num_clips: in
     pipeline.set_progress_bar_config(disable=True)
     pipeline.use_sampler(sampler)
     config = pipeline.transformer.config
-    guidance = DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
+    guidance = Recipe().scale(config)
     recorder, progress = Recorder(), Progress("clip", num_clips)
     for number in range(num_clips):
         pipeline(

@@ -6,29 +6,27 @@ import json
 import re
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from diffusers import ConfigMixin
 from PIL import Image
 
 from lavita.checkpoint import fingerprint
-from lavita.compiled import compile_blocks
 from lavita.data.captions import read_captions
 from lavita.data.catalog import GENERATION, read_generation
 from lavita.distributed import Processes
 from lavita.finetune import apply_adapter
 from lavita.pipeline import load_pipeline
+from lavita.recipes import RECIPES, Recipe
 from lavita.runtime import Progress, generator, pick_device
-from lavita.step_cache import PyramidCache, ResidualCache, StepCache, load_calibration
 from lavita.video_writer import write_video
 
 BUILTIN = "builtin"
-DEFAULT_GUIDANCE = 1.5
-DEFAULT_THRESHOLD = 0.2
-CacheName = Literal["pab", "residual"]
 
 
 def model_source(name: str) -> str:
@@ -70,13 +68,7 @@ def generate(
     prompts: Sequence[str] = (),
     prompt_table: Path | None = None,
     seeds: str = "0-3",
-    steps: int = 25,
-    sampler: str = "unipc",
-    guidance_scale: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    cache: CacheName | None = None,
-    cache_threshold: float | None = None,
-    compiled: bool = False,
+    recipe: Recipe = RECIPES["default"],
     num_frames: int | None = None,
     images: bool = False,
     adapter: Path | None = None,
@@ -99,13 +91,7 @@ def generate(
         prompt_table: a table of prompts, as `captions.read_captions` reads it; the videos of a row are written to
             `out/<file without its suffix>-<seed>.mp4`.
         seeds: see `parse_seeds`.
-        steps: network evaluations.
-        sampler: one of `pipeline.SAMPLERS`.
-        guidance_scale: 1 for none; by default 1.5 for a model with classes or texts.
-        guidance_interval: timesteps between which there is guidance; by default all.
-        cache: what steps reuse of earlier ones, see `step_cache`; by default nothing.
-        cache_threshold: of the residual cache; by default `DEFAULT_THRESHOLD`.
-        compiled: compile the transformer's blocks first; changes videos by rounding.
+        recipe: sampler, steps, guidance and what makes them faster.
         num_frames: length; by default that of the training clips.
         images: write single images, `.png`, from the model without its temporal modules (A.4).
         adapter: folder of low-rank adapters that were trained on this model, in peft's layout.
@@ -125,82 +111,69 @@ def generate(
     numbers = parse_seeds(seeds)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-    if cache_threshold is not None and cache != "residual":
-        raise ValueError(f"cache_threshold is {cache_threshold:g}, but has no effect without cache=residual")
     if images and num_frames not in (None, 1):
         raise ValueError(f"num_frames is {num_frames}, but an image has 1")
     pipeline = load_pipeline(model_source(model), pick_device(device))
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         apply_adapter(pipeline.transformer, adapter, adapter_scale)
-    step_cache: StepCache | None = None
-    if cache == "pab":
-        step_cache = PyramidCache()
-    elif cache == "residual":
-        cache_threshold = DEFAULT_THRESHOLD if cache_threshold is None else cache_threshold
-        step_cache = ResidualCache(load_calibration(Path(model_source(model))), cache_threshold)
-    if compiled:
-        compile_blocks(pipeline.transformer)
     config = pipeline.transformer.config
-    pipeline.use_sampler(sampler)
     jobs = _plan(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
-    if guidance_scale is None:
-        guidance_scale = DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
     if images:
         num_frames = 1
 
     settings = {
         "transformer": fingerprint(pipeline.transformer),
         "autoencoder": fingerprint(pipeline.vae),
-        "sampler": sampler,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
+        **recipe.settings(config),
         "num_frames": num_frames or config["num_frames"],
         "use_temporal": not images,
         "frame_interval": config["frame_interval"],
         "fps": config["fps"],
     }
-    options = {
-        "guidance_interval": guidance_interval and list(guidance_interval),
-        "cache": cache,
-        "cache_threshold": cache_threshold,
-        "compiled": compiled or None,
-    }
-    settings |= {key: value for key, value in options.items() if value is not None}
     check_generation(out, settings)
+    options = recipe.prepare(pipeline, Path(model_source(model)))
     team = team or Processes()
     # Whole batches of the whole list: a file is the same to the bit whoever makes it, and when.
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
     todo = team.share([batch for batch in batches if not all(job.path.exists() for job in batch)])
     team.wait()  # all have looked before the first one writes
     progress = Progress("image" if images else "video", sum(map(len, todo)), active=team.is_first)
-    for batch in todo:
-        videos = pipeline(
-            class_labels=[job.label for job in batch if job.label is not None] or None,
-            prompt=[job.prompt for job in batch if job.prompt is not None] or None,
-            num_videos=len(batch),
-            num_frames=num_frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            cache=step_cache,
-            generator=[generator(job.seed, "sample") for job in batch],
-            use_temporal=not images,
-        ).frames
-        write_generation(out, settings)
-        for job, frames in zip(batch, np.asarray(videos), strict=True):
-            if job.path.exists():
-                continue
-            if images:
-                job.path.parent.mkdir(parents=True, exist_ok=True)
-                partial = job.path.with_name(f".{job.path.name}")
-                Image.fromarray(frames[0]).save(partial)
-                partial.replace(job.path)
-            else:
-                write_video(job.path, frames, config["fps"])
-        progress.update(progress.done + len(batch))
+    # Files are written while the next batch is sampled.
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[None] | None = None
+        for batch in todo:
+            videos = pipeline(
+                class_labels=[job.label for job in batch if job.label is not None] or None,
+                prompt=[job.prompt for job in batch if job.prompt is not None] or None,
+                num_videos=len(batch),
+                num_frames=num_frames,
+                generator=[generator(job.seed, "sample") for job in batch],
+                use_temporal=not images,
+                **options,
+            ).frames
+            if writing is not None:
+                writing.result()
+            write_generation(out, settings)
+            writing = writer.submit(_write, batch, np.asarray(videos), config["fps"])
+            progress.update(progress.done + len(batch))
+        if writing is not None:
+            writing.result()
     team.wait()
     return [job.path for job in jobs]
+
+
+def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> None:
+    for job, frames in zip(batch, videos, strict=True):
+        if job.path.exists():
+            continue
+        if job.path.suffix == ".png":
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = job.path.with_name(f".{job.path.name}")
+            Image.fromarray(frames[0]).save(partial)
+            partial.replace(job.path)
+        else:
+            write_video(job.path, frames, fps)
 
 
 def _plan(

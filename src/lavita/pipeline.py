@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,13 @@ from lavita.text import TextEncoder, load_text_encoder
 logger = get_logger(__name__)
 
 Sampler = Literal["unipc", "dpm++", "ddim", "ddpm"]
+Spacing = Literal["trailing", "karras"]
 SAMPLERS: tuple[Sampler, ...] = ("unipc", "dpm++", "ddim", "ddpm")
 
 
-def make_scheduler(sampler: str, learn_sigma: bool = True, prediction_type: str = "epsilon") -> SchedulerMixin:
+def make_scheduler(
+    sampler: str, learn_sigma: bool = True, prediction_type: str = "epsilon", spacing: Spacing = "trailing"
+) -> SchedulerMixin:
     """A scheduler of the training's noise schedule.
 
     Args:
@@ -46,10 +49,17 @@ def make_scheduler(sampler: str, learn_sigma: bool = True, prediction_type: str 
             step where the number of steps does not divide 1000.
         learn_sigma: whether the model predicts a variance.
         prediction_type: what else it predicts: `epsilon` or `v_prediction`.
+        spacing: where the steps lie: `trailing` are equal steps of time down from the last; `karras` are equal steps of
+            sigma^(1/7) (Karras et al. 2022, Eq. 5), nearer to the exact solution from about 20 steps on. ddpm has its
+            own.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, or a spacing for ddpm.
     """
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"spacing is {spacing!r}; allowed: {', '.join(get_args(Spacing))}")
+    if sampler == "ddpm" and spacing != "trailing":
+        raise ValueError(f"spacing is {spacing}, but ddpm has its own")
     schedule: dict[str, Any] = {
         "num_train_timesteps": NUM_TIMESTEPS,
         "beta_start": BETA_START,
@@ -66,10 +76,16 @@ def make_scheduler(sampler: str, learn_sigma: bool = True, prediction_type: str 
             algorithm_type="dpmsolver++",
             solver_order=1 if sampler == "ddim" else 2,
             timestep_spacing="trailing",
+            use_karras_sigmas=spacing == "karras",
             final_sigmas_type="zero",
         )
     if sampler == "unipc":
-        return UniPCMultistepScheduler(**schedule, timestep_spacing="trailing", final_sigmas_type="zero")
+        return UniPCMultistepScheduler(
+            **schedule,
+            timestep_spacing="trailing",
+            use_karras_sigmas=spacing == "karras",
+            final_sigmas_type="zero",
+        )
     raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
 
 
@@ -119,10 +135,10 @@ class LavitaPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self._text_encoder: TextEncoder | None = None
 
-    def use_sampler(self, sampler: str) -> None:
-        """Replaces the scheduler by one of `SAMPLERS` that fits the model; ValueError for another name."""
+    def use_sampler(self, sampler: str, spacing: Spacing = "trailing") -> None:
+        """Replaces the scheduler by one of `SAMPLERS` that fits the model (see `make_scheduler`)."""
         config = self.transformer.config
-        self.scheduler = make_scheduler(sampler, config["learn_sigma"], config["prediction_type"])
+        self.scheduler = make_scheduler(sampler, config["learn_sigma"], config["prediction_type"], spacing)
 
     @torch.no_grad()
     def __call__(

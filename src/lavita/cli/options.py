@@ -30,6 +30,14 @@ class SamplerName(StrEnum):
     ddpm = "ddpm"
 
 
+class RecipeName(StrEnum):
+    """The names of `recipes.RECIPES`, here for the help."""
+
+    default = "default"
+    paper = "paper"
+    fast = "fast"
+
+
 class DataSetOption(StrEnum):
     """The names of `config.SPLITS`, here for the help."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lavita.cli.options import SamplerName, VideoFormat, app
+from lavita.cli.options import RecipeName, SamplerName, VideoFormat, app
 
 
 @app.command()
@@ -28,8 +28,24 @@ def sample(
         typer.Option(help="Table of prompts: CSV, JSONL or Parquet with `file` and `caption`.", show_default=False),
     ] = None,
     seeds: Annotated[str, typer.Option(help="One video a class or prompt for each seed: 0-7 or 1,5,9.")] = "0-3",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations; 250 for ddpm.")] = 25,
-    sampler: Annotated[SamplerName, typer.Option(help="ddpm is the paper's.")] = SamplerName.unipc,
+    recipe: Annotated[
+        RecipeName,
+        typer.Option(
+            help="How to sample; the options below change parts of it. default: UniPC, 25 steps; paper: DDPM, 250; "
+            "fast: the fewest steps whose score is the paper's."
+        ),
+    ] = RecipeName.default,
+    sampler: Annotated[
+        SamplerName | None, typer.Option(help="ddpm is the paper's. default: unipc", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Network evaluations. default: 25; ddpm: 250", show_default=False),
+    ] = None,
+    spacing: Annotated[
+        Literal["trailing", "karras"] | None,
+        typer.Option(help="Where the steps lie. default: trailing", show_default=False),
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="1 for no guidance. default: 1.5 with classes or texts", show_default=False)
     ] = None,
@@ -50,6 +66,10 @@ def sample(
     cache_threshold: Annotated[
         float | None,
         typer.Option(min=0, help="Change below which a residual is reused. default: 0.2", show_default=False),
+    ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="Compute in 8 bits: faster on a CPU, a little less exact. default: no", show_default=False),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first: for many videos.")] = False,
     num_frames: Annotated[int | None, typer.Option(min=1, help="default: the model's", show_default=False)] = None,
@@ -73,9 +93,21 @@ def sample(
     """
     from lavita.distributed import processes
     from lavita.generate import generate
+    from lavita.recipes import find_recipe
 
     if lora is None and lora_scale is not None:
         raise ValueError(f"--lora-scale is {lora_scale:g}, but has no effect without --lora")
+    chosen = find_recipe(recipe.value).changed(
+        sampler=None if sampler is None else sampler.value,
+        steps=steps,
+        spacing=spacing,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        cache=cache,
+        cache_threshold=cache_threshold,
+        quantize=quantize,
+        compiled=compiled or None,
+    )
     with processes() as team:
         written = generate(
             model,
@@ -84,13 +116,7 @@ def sample(
             prompts=prompt or (),
             prompt_table=prompts,
             seeds=seeds,
-            steps=steps,
-            sampler=sampler.value,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            cache=cache,
-            cache_threshold=cache_threshold,
-            compiled=compiled,
+            recipe=chosen,
             num_frames=num_frames,
             images=images,
             adapter=lora,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lavita.cli.options import SamplerName, app
+from lavita.cli.options import RecipeName, SamplerName, app
 
 
 @app.command()
@@ -64,9 +64,15 @@ def evaluate(
         Path | None,
         typer.Option(help="Of a model: folder for its samples. default: runs/evaluate/samples", show_default=False),
     ] = None,
-    sampler: Annotated[SamplerName | None, typer.Option(help="Of a model. default: unipc", show_default=False)] = None,
+    recipe: Annotated[
+        RecipeName | None, typer.Option(help="Of a model: how it is sampled. default: default", show_default=False)
+    ] = None,
+    sampler: Annotated[
+        SamplerName | None, typer.Option(help="Of a model. default: the recipe's", show_default=False)
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Of a model. default: 25; ddpm: 250", show_default=False)
+        int | None,
+        typer.Option(min=1, max=1000, help="Of a model. default: the recipe's; ddpm: 250", show_default=False),
     ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Of a model. default: 1.5 with classes", show_default=False)
@@ -115,6 +121,7 @@ def evaluate(
             manifest=manifest,
             skip_broken=skip_broken,
             samples=samples,
+            recipe=None if recipe is None else recipe.value,
             sampler=None if sampler is None else sampler.value,
             steps=steps,
             guidance_scale=guidance_scale,

@@ -18,6 +18,7 @@ from lavita.evaluation.protocol import make_protocol
 from lavita.evaluation.report import print_scores, write_scores
 from lavita.evaluation.sampling import SamplingOptions, is_model, sample_model
 from lavita.evaluation.scores import METRICS, Options, score
+from lavita.recipes import find_recipe
 from lavita.runtime import pick_device
 
 DEFAULT_SAMPLES = Path("runs/evaluate/samples")
@@ -51,6 +52,7 @@ class EvaluateOptions:
     manifest: Path | None
     skip_broken: bool
     samples: Path | None
+    recipe: str | None
     sampler: str | None
     steps: int | None
     guidance_scale: float | None
@@ -149,16 +151,16 @@ def _generated(
 ) -> tuple[Path, dict[str, Any] | None]:
     """The folder of generated videos, and what is known of their model."""
     if not is_model(options.generated):
-        fields = ("samples", "sampler", "steps", "guidance_scale", "first_seed")
+        fields = ("samples", "recipe", "sampler", "steps", "guidance_scale", "first_seed")
         useless = [name for name in fields if getattr(options, name) is not None]
         if useless:
             raise ValueError(f"{useless[0]} is set, but has no effect: {options.generated} is not a model to sample")
         stated = options.model_weights
         return Path(options.generated), None if stated is None else {"weights": stated}
     sampling = SamplingOptions(
-        steps=options.steps,
-        sampler=options.sampler or "unipc",
-        guidance_scale=options.guidance_scale,
+        recipe=find_recipe(options.recipe or "default").changed(
+            sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
+        ),
         first_seed=options.first_seed or 0,
     )
     folder = options.samples or DEFAULT_SAMPLES

@@ -9,6 +9,7 @@ from typing import Any
 from lavita.distributed import Processes
 from lavita.generate import BUILTIN, generate, model_source
 from lavita.pipeline import load_pipeline
+from lavita.recipes import RECIPES, Recipe
 
 LOSSLESS = ".mkv"
 
@@ -17,10 +18,7 @@ LOSSLESS = ".mkv"
 class SamplingOptions:
     """How a model is sampled; all of it is recorded in `generation.json` beside the samples."""
 
-    steps: int | None = None
-    """Network evaluations; by default 25, and 250 for ddpm."""
-    sampler: str = "unipc"
-    guidance_scale: float | None = None
+    recipe: Recipe = RECIPES["default"]
     first_seed: int = 0
     batch_size: int = 8
 
@@ -46,7 +44,7 @@ def sample_model(
         out: folder of the samples, `<class>/<seed>.mkv`, without loss.
         num_clips: how many are needed.
         num_frames: of a video; by default the model's.
-        options: sampler, steps, guidance, seeds.
+        options: recipe, seeds.
         device: see `runtime.pick_device`.
         processes: those that share the work.
 
@@ -67,9 +65,7 @@ def sample_model(
         model,
         out,
         seeds=f"{seeds[0]}-{seeds[-1]}",
-        steps=options.steps or (250 if options.sampler == "ddpm" else 25),
-        sampler=options.sampler,
-        guidance_scale=options.guidance_scale,
+        recipe=options.recipe,
         num_frames=num_frames,
         batch_size=options.batch_size,
         suffix=LOSSLESS,
