@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,18 +13,33 @@ import torch.distributed as dist
 from conftest import MakeTransformer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavita.distributed import Processes
+from lavita.models.checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.parallel import ParallelModel
 
 Gradients = dict[str, torch.Tensor]
+KINDS: tuple[Checkpointing, ...] = (True, "cheap")
 
 every_kind = pytest.mark.parametrize(
     ("variant", "conditioning", "patch_embedding", "temporal_position"),
     list(itertools.product((1, 2, 3, 4), ("s_adaln", "all_tokens"), ("uniform", "compression"), ("absolute", "rope"))),
 )
 bf16 = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operators that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
 
 
 def batch(model: LavitaTransformer3DModel, num_images: int, seed: int = 0) -> dict[str, Any]:
@@ -91,10 +107,11 @@ def test_gradients_are_the_same_to_the_bit(
         given = batch(model, num_images)
         output = backward(model, given, bf16)
         expected = gradients(model)
-        model.enable_gradient_checkpointing()
-        assert torch.equal(backward(model, given, bf16), output)
-        assert_same(gradients(model), expected)
-        model.disable_gradient_checkpointing()
+        for kind in KINDS:
+            checkpoint_blocks(model, kind)
+            assert torch.equal(backward(model, given, bf16), output)
+            assert_same(gradients(model), expected)
+            model.disable_gradient_checkpointing()
 
 
 @pytest.mark.parametrize("variant", [1, 2, 3, 4])
@@ -104,9 +121,27 @@ def test_fused_attention_too(variant: int, make_transformer: MakeTransformer) ->
     given = batch(model, 1)
     backward(model, given, bf16=False)
     expected = gradients(model)
-    model.enable_gradient_checkpointing()
-    backward(model, given, bf16=False)
-    assert_same(gradients(model), expected)
+    for kind in KINDS:
+        checkpoint_blocks(model, kind)
+        backward(model, given, bf16=False)
+        assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("sample_size", [8, 24], ids=["plain-attention", "fused-attention"])
+def test_cheap_is_what_is_no_matrix_product(sample_size: int, make_transformer: MakeTransformer) -> None:
+    """The backward pass computes norms, GELU and gates again, but no linear layer and no attention."""
+    counts = {}
+    for kind in (False, "cheap", True):
+        model = make_transformer(sample_size=sample_size).train()
+        checkpoint_blocks(model, kind)
+        with CountOperations() as counted:
+            backward(model, batch(model, 0), bf16=False)
+        counts[kind] = counted.counts
+    products = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")
+    assert {name: counts["cheap"][name] for name in products} == {name: counts[False][name] for name in products}
+    assert counts[True]["addmm"] > counts[False]["addmm"]
+    for name in ("native_layer_norm", "gelu"):
+        assert counts["cheap"][name] == counts[True][name] > counts[False][name] > 0
 
 
 @bf16

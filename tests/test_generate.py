@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from lavita.evaluation.comparison import compare
 from lavita.generate import generate, parse_seeds
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, load_pipeline, make_scheduler
+from lavita.recipes import Recipe
 from lavita.runtime import generator
 from lavita.video import probe, read_clip
 from lavita.video_writer import write_video
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
+TWO = Recipe(steps=2)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def model_folder(tmp_path: Path, pipeline: LavitaPipeline) -> str:
 
 def test_generate_writes_a_folder_and_skips_what_is_there(tmp_path: Path, model_folder: str) -> None:
     out = tmp_path / "out"
-    options: dict[str, Any] = {"classes": "pong, 0", "seeds": "4-5", "steps": 2, "suffix": ".mp4", "device": "cpu"}
+    options: dict[str, Any] = {"classes": "pong, 0", "seeds": "4-5", "recipe": TWO, "suffix": ".mp4", "device": "cpu"}
     written = generate(model_folder, out, **options)
     expected = [out / name / f"{seed}.mp4" for name in ("pong", "boxing") for seed in (4, 5)]
     assert written == expected
@@ -74,7 +77,7 @@ def test_generated_videos_do_not_depend_on_the_batch(
     monkeypatch.setattr(generate_module, "write_video", lambda path, frames, fps: videos.update({path: frames}))
     for batch_size in (1, 4, 6):
         out = tmp_path / str(batch_size)
-        assert len(generate(model_folder, out, seeds="0-1", steps=2, batch_size=batch_size, device="cpu")) == 6
+        assert len(generate(model_folder, out, seeds="0-1", recipe=TWO, batch_size=batch_size, device="cpu")) == 6
     for name in ("boxing", "enduro", "pong"):
         for seed in (0, 1):
             one, four, six = (videos[tmp_path / size / name / f"{seed}.mp4"].astype(int) for size in "146")
@@ -89,7 +92,7 @@ def test_generate_from_an_unconditional_model(
 ) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     LavitaPipeline(make_transformer(), tiny_vae, make_scheduler("unipc")).save_pretrained(folder)
-    written = generate(str(folder), out, seeds="3", steps=2, num_frames=1, suffix=".gif", device="cpu")
+    written = generate(str(folder), out, seeds="3", recipe=TWO, num_frames=1, suffix=".gif", device="cpu")
     assert written == [out / "3.gif"]
     assert probe(written[0]).num_frames == 1
     with pytest.raises(ValueError, match="classes is 'pong', but this model has none"):
@@ -98,7 +101,7 @@ def test_generate_from_an_unconditional_model(
 
 def test_generate_images(tmp_path: Path, model_folder: str) -> None:
     out = tmp_path / "out"
-    written = generate(model_folder, out, classes="pong", seeds="0-1", steps=2, images=True, device="cpu")
+    written = generate(model_folder, out, classes="pong", seeds="0-1", recipe=TWO, images=True, device="cpu")
     assert [path.relative_to(out).as_posix() for path in written] == ["pong/0.png", "pong/1.png"]
     pictures = [np.asarray(Image.open(path)) for path in written]
     assert pictures[0].shape == (16, 16, 3) and not np.array_equal(pictures[0], pictures[1])
@@ -125,7 +128,7 @@ def test_generate_from_texts(
     table = tmp_path / "prompts.csv"
     table.write_text("file,caption\nboxing/000.mp4,a game of boxing\nfreeway/000.mp4,freeway\n")
     out = tmp_path / "out"
-    options: dict[str, Any] = {"steps": 2, "device": "cpu"}
+    options: dict[str, Any] = {"recipe": TWO, "device": "cpu"}
     one = generate(str(tmp_path / "model"), out, prompts=["A game, of boxing!"], seeds="4", **options)
     two = generate(str(tmp_path / "model"), out, prompt_table=table, seeds="4-5", **options)
     assert [path.relative_to(out).as_posix() for path in (*one, *two)] == [
@@ -151,7 +154,7 @@ def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str)
         ({"classes": "3"}, "class is '3'"),
         ({"classes": ""}, "class is ''"),
         ({"seeds": "x"}, "seeds is 'x'"),
-        ({"sampler": "euler"}, "sampler is 'euler'"),
+        ({"recipe": Recipe(sampler="euler")}, "sampler is 'euler'"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"num_frames": 2, "images": True}, "num_frames is 2, but an image has 1"),
         ({"prompts": ["a"]}, "a prompt was given, but this model has no texts"),
@@ -168,9 +171,14 @@ def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str)
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"steps": 3}, "steps=2, not 3"),
-        ({"sampler": "ddim"}, "sampler=unipc, not ddim"),
-        ({"guidance_scale": 2.0}, "guidance_scale=1.5, not 2.0"),
+        ({"recipe": replace(TWO, steps=3)}, "steps=2, not 3"),
+        ({"recipe": replace(TWO, sampler="ddim")}, "sampler=unipc, not ddim"),
+        ({"recipe": replace(TWO, guidance_scale=2.0)}, "guidance_scale=1.5, not 2.0"),
+        ({"recipe": replace(TWO, guidance_interval=(100, 900))}, r"guidance_interval=None, not \[100, 900\]"),
+        ({"recipe": replace(TWO, spacing="karras")}, "spacing=None, not karras"),
+        ({"recipe": replace(TWO, cache="pab")}, "cache=None, not pab"),
+        ({"recipe": replace(TWO, quantize="int8")}, "quantize=None, not int8"),
+        ({"recipe": replace(TWO, compiled=True)}, "compiled=None, not True"),
         ({"num_frames": 1}, "num_frames=2, not 1"),
         ({"images": True}, "num_frames=2, not 1"),
     ],
@@ -179,13 +187,13 @@ def test_a_folder_never_holds_videos_made_in_two_ways(
     tmp_path: Path, model_folder: str, changed: dict[str, Any], named: str
 ) -> None:
     out = tmp_path / "out"
-    generate(model_folder, out, seeds="0", steps=2)
+    generate(model_folder, out, seeds="0", recipe=TWO)
     with pytest.raises(ValueError, match=named):
-        generate(model_folder, out, **{"seeds": "1", "steps": 2, **changed})
+        generate(model_folder, out, **{"seeds": "1", "recipe": TWO, **changed})
     assert not list(out.rglob("1.mp4"))
     (out / "generation.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation\.json: damaged"):
-        generate(model_folder, out, seeds="0", steps=2)
+        generate(model_folder, out, seeds="0", recipe=TWO)
 
 
 def test_the_frame_interval_of_the_model_decides_how_it_is_scored(
@@ -193,7 +201,7 @@ def test_the_frame_interval_of_the_model_decides_how_it_is_scored(
 ) -> None:
     transformer = make_transformer(num_classes=1, class_names=["a"], frame_interval=3)
     LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc")).save_pretrained(tmp_path / "model")
-    generate(str(tmp_path / "model"), tmp_path / "out", seeds="0", steps=2)
+    generate(str(tmp_path / "model"), tmp_path / "out", seeds="0", recipe=TWO)
     write_video(tmp_path / "real" / "a" / "0.gif", np.zeros((8, 16, 16, 3), dtype=np.uint8), 10)
     assert compare(tmp_path / "real", tmp_path / "out").frame_interval == 3
     with pytest.raises(ValueError, match=r"frame_interval is 1, but the model of .*out has 3"):
@@ -205,7 +213,7 @@ def test_several_processes_write_the_files_of_one(tmp_path: Path, model_folder: 
     """Also where some are there already: a file is the same to the bit whoever makes it, and when."""
     options = ["--classes", "pong", "--seeds", "0-4", "--steps", "2", "--batch-size", "2", "--format", "mkv"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert len(generate(model_folder, one, classes="pong", seeds="0-4", steps=2, batch_size=2, suffix=".mkv")) == 5
+    assert len(generate(model_folder, one, classes="pong", seeds="0-4", recipe=TWO, batch_size=2, suffix=".mkv")) == 5
     (two / "pong").mkdir(parents=True)
     for name in ("generation.json", "pong/1.mkv"):
         shutil.copy(one / name, two / name)

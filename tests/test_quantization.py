@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lavita.generate import generate
 from lavita.models.transformer import VARIANTS, LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline
 from lavita.quantization import Int8Linear, PackedWeight, quantize_int8, token_levels
+from lavita.recipes import Recipe
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
 LAYERS = 4  # of a block with one attention
@@ -244,4 +244,4 @@ def test_a_folder_says_so_and_takes_one_kind(
     paths = [tmp_path / name / "pong" / "0.mkv" for name in written]
     assert paths[0].read_bytes() != paths[1].read_bytes()
     with pytest.raises(ValueError, match="quantize is 'int4'; allowed: int8"):
-        generate(str(tmp_path / "model"), tmp_path / "other", quantize="int4", device="cpu")  # type: ignore[arg-type]
+        Recipe(quantize="int4")  # type: ignore[arg-type]

@@ -241,9 +241,6 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             steps = np.arange(num_frames // self.tube_size, dtype=np.float64)
             self.register_buffer("temp_embed", temporal_positions(steps, hidden_size))  # (1, T, D)
         self.first_temporal = next(index for index, mixing in enumerate(plan) if mixing != "space")
-        # Blocks that follow each other, together spatial and temporal where the variant has pairs.
-        step = 2 if variant in (1, 2) else 1
-        self.block_groups = [range(first, first + step) for first in range(0, num_blocks, step)]
         kind: Conditioning = "all_tokens" if conditioning == "all_tokens" else "s_adaln"
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, num_heads, mlp_ratio, mixing, kind) for mixing in plan
@@ -378,6 +375,12 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         if self.temporal_upsample is not None:
             sample = self.temporal_upsample(sample.transpose(1, 2)).transpose(1, 2)  # (B, F, C_out, H, W)
         return TransformerOutput(sample=sample) if return_dict else (sample,)
+
+    @property
+    def block_groups(self) -> list[range]:
+        """Numbers of blocks that follow each other: together spatial and temporal, where the variant has pairs."""
+        step = 2 if self.config["variant"] in (1, 2) else 1
+        return [range(first, first + step) for first in range(0, len(self.blocks), step)]
 
     @apply_forward_hook
     def modulate(
