@@ -48,6 +48,8 @@ GRID = {
     "unipc25-residual0.3": Recipe(cache="residual", cache_threshold=0.3),
     "unipc25-karras": Recipe(spacing="karras"),
     "ddim25": Recipe(sampler="ddim"),
+    "sde25": Recipe(sampler="sde-dpm++"),
+    "sde12": replace(FAST, sampler="sde-dpm++"),
 }
 
 
@@ -80,7 +82,7 @@ def quality(arguments: argparse.Namespace, names: list[str]) -> None:
         report = score(
             arguments.data / "train", arguments.out / name, None, METRICS, protocol, Options(arguments.cache)
         ).report
-        if recipe.sampler != "ddpm":
+        if recipe.sampler not in ("ddpm", "sde-dpm++"):
             solver = Recipe(steps=100, spacing="karras", guidance_scale=recipe.guidance_scale)
             if not exact:
                 pipeline = load_pipeline(source)

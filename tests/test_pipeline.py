@@ -184,6 +184,24 @@ def test_fast_samplers_converge_to_the_exact_flow(
         assert latents.std().item() == pytest.approx(STD, rel=spread)
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+def test_the_stochastic_solver_has_the_datas_distribution(
+    spacing: str, make_gaussian: Callable[..., LavitaPipeline]
+) -> None:
+    """Its noise is new at each step and each video's own, so the start decides less and less of the outcome."""
+    gaussian = make_gaussian("sde-dpm++")
+    gaussian.use_sampler("sde-dpm++", spacing)
+    state = torch.randn(24, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"latents": state, "num_inference_steps": 100, "output_type": "latent"}
+    latents = gaussian([1] * 24, generator=seeded(*range(24)), **options).frames
+    assert latents.mean().item() == pytest.approx(MEANS[1], abs=0.01)
+    assert latents.std().item() == pytest.approx(STD, rel=0.03)
+    correlation = np.corrcoef(latents.flatten(), state.flatten())[0, 1]
+    assert abs(correlation) < 0.2
+    moved = gaussian([1] * 24, generator=seeded(*range(1, 24), 0), **options).frames
+    assert (latents - moved).abs().max() > 0.1
+
+
 def test_ddim_equals_diffusers_own(make_gaussian: Callable[..., LavitaPipeline]) -> None:
     gaussian = make_gaussian("ddim")
     state = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -238,7 +256,7 @@ def test_an_unknown_sampler_is_named() -> None:
 # ---- what a video depends on
 
 
-@pytest.mark.parametrize("sampler", ["unipc", "ddpm"])
+@pytest.mark.parametrize("sampler", ["unipc", "sde-dpm++", "ddpm"])
 def test_a_seeds_video_does_not_depend_on_its_batch(sampler: str, pipeline: LavitaPipeline) -> None:
     pipeline.scheduler = make_scheduler(sampler)
 

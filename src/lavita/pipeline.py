@@ -32,9 +32,9 @@ from lavita.text import TextEncoder, load_text_encoder
 
 logger = get_logger(__name__)
 
-Sampler = Literal["unipc", "dpm++", "ddim", "ddpm"]
+Sampler = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
 Spacing = Literal["trailing", "karras"]
-SAMPLERS: tuple[Sampler, ...] = ("unipc", "dpm++", "ddim", "ddpm")
+SAMPLERS: tuple[Sampler, ...] = ("unipc", "dpm++", "sde-dpm++", "ddim", "ddpm")
 
 
 def make_scheduler(
@@ -44,7 +44,8 @@ def make_scheduler(
 
     Args:
         sampler: `ddpm` is the paper's (250 steps; with the model's learned variance where it has one); `ddim`
-            (eta 0), `dpm++` and `unipc` take 20 to 50 steps and use the predicted noise only. DDIM is DPM-Solver++ of
+            (eta 0), `dpm++` and `unipc` take 8 to 50 steps and use the predicted noise only; `sde-dpm++` draws noise at
+            each step, as ddpm does. DDIM is DPM-Solver++ of
             order 1 (Lu et al. 2022b, Sec. 4), and made so: `DDIMScheduler` assumes a wrong noise level after each
             step where the number of steps does not divide 1000.
         learn_sigma: whether the model predicts a variance.
@@ -70,10 +71,10 @@ def make_scheduler(
     if sampler == "ddpm":
         variance = "learned_range" if learn_sigma else "fixed_small"
         return DDPMScheduler(**schedule, variance_type=variance, timestep_spacing="linspace", clip_sample=False)
-    if sampler in ("ddim", "dpm++"):
+    if sampler in ("ddim", "dpm++", "sde-dpm++"):
         return DPMSolverMultistepScheduler(
             **schedule,
-            algorithm_type="dpmsolver++",
+            algorithm_type="sde-dpmsolver++" if sampler == "sde-dpm++" else "dpmsolver++",
             solver_order=1 if sampler == "ddim" else 2,
             timestep_spacing="trailing",
             use_karras_sigmas=spacing == "karras",
@@ -222,7 +223,8 @@ class LavitaPipeline(DiffusionPipeline):
         learned_variance = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
         # Schedulers split noise from variance, and draw a sample's noise, along the second axis: (B, C, F, h, w).
         state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma
-        extra = {"generator": generator} if isinstance(self.scheduler, DDPMScheduler) else {}
+        draws = isinstance(self.scheduler, DDPMScheduler) or "sde" in self.scheduler.config.get("algorithm_type", "")
+        extra = {"generator": generator} if draws else {}
         with denoiser.loop():
             for index, timestep in enumerate(self.progress_bar(timesteps)):
                 scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)

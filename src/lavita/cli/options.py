@@ -26,6 +26,7 @@ class SamplerName(StrEnum):
 
     unipc = "unipc"
     dpmpp = "dpm++"
+    sde_dpmpp = "sde-dpm++"
     ddim = "ddim"
     ddpm = "ddpm"
 
