@@ -13,15 +13,16 @@ from conftest import MakeTransformer, Run
 from diffusers import AutoencoderKL
 from diffusers.hooks import HookRegistry
 
-from lavita import denoising
+from lavita import denoising, runtime
 from lavita.calibrate import calibrate
 from lavita.cli.options import RecipeName
 from lavita.denoising import Guidance
-from lavita.generate import model_source
+from lavita.generate import generate, model_source
 from lavita.models.transformer import VARIANTS, LavitaTransformer3DModel, Residuals
 from lavita.pipeline import LavitaPipeline, load_pipeline, make_scheduler, set_timesteps
+from lavita.quantization import quantize_int8
 from lavita.recipes import RECIPES, Recipe, find_recipe
-from lavita.runtime import generator
+from lavita.runtime import generator, store_linear_weights
 from lavita.step_cache import (
     CALIBRATION,
     Calibration,
@@ -31,6 +32,7 @@ from lavita.step_cache import (
     StepCache,
     load_calibration,
 )
+from lavita.video import read_clip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -101,6 +103,44 @@ def test_windows_of_steps_do_not_change_the_videos(pipeline: LavitaPipeline, mon
     calls.clear()
     assert relative(make(pipeline, [0, 1]), expected) < 1e-5
     assert calls == [2, 2, 2]
+
+
+# --- weights in the precision of the products
+
+
+@pytest.mark.parametrize("fields", [{}, {"temporal_position": "rope"}, {"conditioning": "all_tokens"}])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stored_weights_change_not_one_bit(
+    variant: int, fields: dict[str, Any], make_transformer: MakeTransformer
+) -> None:
+    model = make_transformer(variant=variant, num_classes=3, **fields)
+    given = {"latents": torch.randn(2, 2, 4, 8, 8), "timesteps": torch.tensor([3, 900]), "class_labels": [0, 2]}
+    given["class_labels"] = torch.tensor(given["class_labels"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, before = model(**given).sample, sum(p.nbytes for p in model.blocks.parameters())
+        store_linear_weights(model.blocks, None)
+        assert sum(p.nbytes for p in model.blocks.parameters()) == before
+        store_linear_weights(model.blocks, torch.bfloat16)
+        assert torch.equal(model(**given).sample, expected)
+    assert sum(p.nbytes for p in model.blocks.parameters()) < 0.52 * before
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_samples_in_bf16_are_those_of_float32_weights(
+    quantize: Any, tmp_path: Path, pipeline: LavitaPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine whose processor multiplies bf16."""
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: True)
+    recipe = Recipe(steps=3, quantize=quantize)
+    path = generate(
+        str(tmp_path / "model"), tmp_path / "out", classes="pong", seeds="0", recipe=recipe, suffix=".mkv", device="cpu"
+    )[0]
+    if quantize:
+        quantize_int8(pipeline.transformer)
+    options = {"num_inference_steps": 3, "guidance_scale": 1.5, "precision": "bf16"}
+    frames = pipeline(["pong"], generator=[generator(0, "sample")], **options).frames
+    np.testing.assert_array_equal(read_clip(path, 0, 2), frames[0])
 
 
 # --- guidance in an interval

@@ -11,6 +11,7 @@ from diffusers import ConfigMixin
 from lavita.compiled import compile_blocks
 from lavita.pipeline import LavitaPipeline, Spacing
 from lavita.quantization import quantize_int8
+from lavita.runtime import low_precision, store_linear_weights
 from lavita.step_cache import PyramidCache, ResidualCache, StepCache, load_calibration
 
 DEFAULT_GUIDANCE = 1.5
@@ -89,10 +90,10 @@ class Recipe:
         return always | {key: value for key, value in optional.items() if value is not None}
 
     def prepare(self, pipeline: LavitaPipeline, source: Path) -> dict[str, Any]:
-        """Makes a pipeline ready, and returns what each of its calls is given.
+        """Makes a pipeline ready for calls of precision `auto`, and returns what each of its calls is given.
 
         Args:
-            pipeline: changed in place; int8 cannot be undone.
+            pipeline: changed in place, for good.
             source: its folder, where the residual cache's calibration is.
 
         Raises:
@@ -107,6 +108,7 @@ class Recipe:
             cache = ResidualCache(load_calibration(source), threshold)
         if self.quantize is not None:
             quantize_int8(pipeline.transformer)
+        store_linear_weights(pipeline.transformer.blocks, low_precision(pipeline.transformer.device, "auto"))
         if self.compiled:
             compile_blocks(pipeline.transformer)
         return {

@@ -33,6 +33,7 @@ from lavita.generate import model_source
 from lavita.models.checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
+from lavita.runtime import store_linear_weights
 
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -251,7 +252,7 @@ def sampling_memory(
     samples = batch_size * (2 if guidance else 1)
     with phantom(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
         vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
-        model.eval()
+        store_linear_weights(model.eval().blocks, PRECISIONS[precision])
         live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
         live.name(AUTOENCODER, (*vae.parameters(), *vae.buffers()))
         # The state, and what the solver remembers of two steps.
