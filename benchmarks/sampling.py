@@ -31,25 +31,32 @@ from lavita.recipes import RECIPES, Recipe
 from lavita.runtime import generator
 
 METRICS = ["kernel-video", "kernel-image", "frechet-image", "prdc"]
-FAST = Recipe(steps=12)
+FEW = Recipe(steps=12)
+DRAWS = Recipe(sampler="sde-dpm++", steps=12)
+INTERVAL = (100, 800)
 GRID = {
     "ddpm250": RECIPES["paper"],
     "unipc25": Recipe(),
-    "unipc12": FAST,
-    "unipc8": Recipe(steps=8),
-    "unipc16-karras": Recipe(steps=16, spacing="karras"),
-    "unipc25-interval": Recipe(guidance_interval=(100, 800)),
-    "unipc25-residual0.2": Recipe(cache="residual", cache_threshold=0.2),
-    "unipc25-pab": Recipe(cache="pab"),
-    "unipc25-int8": Recipe(quantize="int8"),
-    "unipc12-interval": replace(FAST, guidance_interval=(100, 800)),
-    "unipc12-residual0.3": replace(FAST, cache="residual", cache_threshold=0.3),
-    "unipc12-int8": replace(FAST, quantize="int8"),
-    "unipc25-residual0.3": Recipe(cache="residual", cache_threshold=0.3),
+    "unipc12": FEW,
+    "unipc8": replace(FEW, steps=8),
+    "unipc16-karras": replace(FEW, steps=16, spacing="karras"),
     "unipc25-karras": Recipe(spacing="karras"),
     "ddim25": Recipe(sampler="ddim"),
-    "sde25": Recipe(sampler="sde-dpm++"),
-    "sde12": replace(FAST, sampler="sde-dpm++"),
+    "sde25": replace(DRAWS, steps=25),
+    "sde12": DRAWS,
+    "sde8": replace(DRAWS, steps=8),
+    "sde12-interval": replace(DRAWS, guidance_interval=INTERVAL),
+    "sde12-residual0.3": replace(DRAWS, cache="residual", cache_threshold=0.3),
+    "sde12-pab": replace(DRAWS, cache="pab"),
+    "sde12-int8": replace(DRAWS, quantize="int8"),
+    "sde25-residual0.2": replace(DRAWS, steps=25, cache="residual", cache_threshold=0.2),
+    "sde25-residual0.3": replace(DRAWS, steps=25, cache="residual", cache_threshold=0.3),
+    "fast": RECIPES["fast"],
+    "unipc12-interval": replace(FEW, guidance_interval=INTERVAL),
+    "unipc12-residual0.3": replace(FEW, cache="residual", cache_threshold=0.3),
+    "unipc12-pab": replace(FEW, cache="pab"),
+    "unipc12-int8": replace(FEW, quantize="int8"),
+    "unipc25-residual0.2": Recipe(cache="residual", cache_threshold=0.2),
 }
 
 

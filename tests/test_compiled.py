@@ -125,7 +125,7 @@ def in_process(rank: int, meeting: str, kind: Literal["ddp", "fsdp"]) -> None:
         parallel = ParallelModel(model, kind, Processes(rank, 2), torch.device("cpu"))
         for step in range(2):
             model.zero_grad()
-            parallel(**batch(model, 1, seed=2 * step + rank)).sample.square().mean().backward()
+            parallel(**batch(model, 1, seed=2 * step + rank)).square().mean().backward()
         outcomes.append(gradients(model))
     for name, gradient in outcomes[0].items():
         assert relative(outcomes[1][name], gradient) < 3e-5, name
