@@ -122,7 +122,7 @@ class Recipe:
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe(sampler="ddpm", steps=250),
-    "fast": Recipe(sampler="sde-dpm++", steps=12, guidance_interval=(100, 800)),
+    "fast": Recipe(sampler="sde-dpm++", steps=8, guidance_interval=(100, 800)),
 }
 
 
