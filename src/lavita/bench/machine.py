@@ -1,0 +1,116 @@
+"""What the machine is, and the two limits of what it can do: its rate of products and its memory's bandwidth."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavita.bench.timing import Spread, interleave
+from lavita.runtime import has_bf16
+
+PEAK = "one large square product"
+LIBRARIES = ("lavita", "torch", "diffusers", "numpy")
+SIDES = {"cpu": 2048, "cuda": 8192}
+COPIED_BYTES = 2**28  # more than a cache holds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processor that was measured on."""
+
+    processor: str
+    cores: int
+    """That this process may use."""
+    threads: int
+    """Of torch."""
+    instructions: list[str]
+    """Of those that matter here."""
+    device: str
+    gpu: str | None
+    fast_bf16: bool
+    """Whether the device multiplies bf16 in hardware, which is what `auto` asks."""
+    system: str
+    python: str
+    libraries: dict[str, str]
+    date: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """For people."""
+        where = f"{self.gpu}, beside {self.processor}" if self.gpu else self.processor
+        bf16 = "fast" if self.fast_bf16 else "slow"
+        return (
+            f"{where}; {self.cores} cores, {self.threads} threads; {', '.join(self.instructions) or 'no vectors'}; "
+            f"bf16 is {bf16} here; torch {self.libraries['torch']}; {self.date}"
+        )
+
+
+def describe(device: torch.device) -> Machine:
+    """Of this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        processor=_processor(),
+        cores=cores,
+        threads=torch.get_num_threads(),
+        instructions=_instructions(),
+        device=str(device),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        fast_bf16=has_bf16(device),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        libraries={name: version(name) for name in LIBRARIES},
+        date=datetime.now().astimezone().isoformat(timespec="minutes"),
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    found = {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported(),
+        "VNNI": torch.cpu._is_vnni_supported(),
+    }
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [name for name, present in found.items() if present] + [capability]
+
+
+def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], int]:
+    """A large square matrix product, and its multiply-accumulates."""
+    side = SIDES[device.type]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return lambda: left @ right, side**3
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Rates of a large square product in a type, and of a large copy, which reads and writes each byte once."""
+    product, macs = square_product(device, dtype)
+    source = torch.ones(COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = interleave({"product": product, "copy": lambda: target.copy_(source)}, repeats, device)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "gflops": asdict(Spread.of([2 * macs / each / 1e9 for each in seconds["product"]])),
+        "copy_gigabytes_per_second": asdict(Spread.of([2 * COPIED_BYTES / each / 1e9 for each in seconds["copy"]])),
+        "square_side": SIDES[device.type],
+        "copied_bytes": COPIED_BYTES,
+    }
