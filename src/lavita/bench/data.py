@@ -117,9 +117,9 @@ def run(setup: Setup) -> Section:
     median = {name: statistics.median(values) for name, values in each.items()}
     facts = {"clips_per_second": {name: 1 / value for name, value in median.items()}, "waiting_share": waits}
     notes = [
-        f"The floor here is the training step ({setup.preset}, {kind}): below 1, reading is quicker than training. "
+        f"The training step is that of {setup.preset} ({kind}): below 1, reading is quicker than training. "
         f"Clips of {setup.num_frames} frames at interval {INTERVAL} from files that lie in the page cache; encoding "
         "frames on the way is the autoencoder's cost, see there.",
         f"With the latent cache and its one reader thread, {waits:.2%} of the training loop waits for clips.",
     ]
-    return Section("data", "Reading clips", "one clip", rows, facts, notes)
+    return Section("data", "Reading clips", "one clip", rows, facts, notes, base="a training step")

@@ -71,7 +71,7 @@ class PlainModel:
         half = self.weights["t_embedder.mlp.0.weight"].shape[1] // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         angles = timesteps[:, None].float() * torch.exp(-math.log(10_000) * steps / half)[None]
-        waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+        waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.weights["pos_embed"].dtype)
         return self._linear("t_embedder.mlp.2", F.silu(self._linear("t_embedder.mlp.0", waves)))
 
     def _block(self, index: int, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

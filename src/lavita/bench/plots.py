@@ -17,7 +17,8 @@ OURS_COLOUR, OTHERS_COLOUR, THEORY_COLOUR = "#2b6cb0", "#a0aec0", "#718096"
 def draw(sections: Sequence[Section], folder: Path) -> list[Path]:
     """Draws what the sections have into a folder, which exists."""
     files = []
-    barred = [section for section in sections if any(row.floor for row in section.rows)]
+    floored = [section for section in sections if section.base == "the floor"]
+    barred = [section for section in floored if any(row.floor for row in section.rows)]
     if barred:
         files.append(_bars(barred, folder / BARS))
     files += [_scaling(section, folder / SCALING) for section in sections if section.name == "scaling"]

@@ -90,7 +90,7 @@ class Floor:
         self.macs = total_macs(products) * (3 if backward else 1)
         self._backward = backward
         tensors: dict[tuple[Any, ...], torch.Tensor] = {}
-        weights: dict[int, torch.Tensor] = {}
+        weights: dict[tuple[Any, ...], torch.Tensor] = {}
 
         def filled(shape: tuple[int, ...], last: bool, device: torch.device) -> torch.Tensor:
             key = (shape, last)
@@ -100,7 +100,10 @@ class Floor:
             return tensors[key]
 
         def converted(tensor: torch.Tensor) -> torch.Tensor:
-            return weights.setdefault(id(tensor), tensor.to(dtype))
+            key = (tensor.data_ptr(), tensor.shape)
+            if key not in weights:
+                weights[key] = tensor.to(dtype)
+            return weights[key]
 
         self._calls = []
         for product in products:

@@ -126,13 +126,13 @@ def run(setup: Setup) -> Section:
     facts = {"steps": setup.steps, "pairs_reused": reused, "guided_steps": guided}
     facts |= {"decode_share": decoding / (decoding + looping), "calibration_steps": setup.steps}
     lines = [
-        "The floor here is an evaluation of the eager model outside of the loop. Time only: what caches and guidance "
-        "do to videos is measured elsewhere. The residual cache is calibrated in this run, and its threshold chosen to "
-        "reuse half.",
+        "An evaluation is one of the eager model outside of the loop, without guidance. Time only: what caches and "
+        "guidance do to videos is measured elsewhere. The residual cache is calibrated in this run, and its threshold "
+        "chosen to reuse half.",
         f"Decoding {frames} frames with Stable Diffusion's autoencoder (by the time of {decoded.shape[1]}) takes "
         f"{facts['decode_share']:.0%} of a sample of {setup.steps} steps without guidance.",
     ]
-    return Section("sampling", "A sampler's loop", "one step of the batch", rows, facts, lines)
+    return Section("sampling", "A sampler's loop", "one step of the batch", rows, facts, lines, base="an evaluation")
 
 
 def _pipeline(model: Any, vae: AutoencoderKL) -> LavitaPipeline:

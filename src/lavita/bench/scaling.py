@@ -98,9 +98,9 @@ def run(setup: Setup) -> Section:
         for axis, values in axes.items()
     ]
     notes = [
-        f"Eager models of {BLOCKS} blocks; on each axis the others stay at {_name(Point())}. Exponents are fitted to the "
-        "logarithms, in each round; the theory's to the multiply-accumulates that `lavita info` counts, attention's "
-        "among them, at the same points.",
+        f"Eager models of {BLOCKS} blocks; on each axis the others stay at {_name(Point())}. Exponents are fitted to "
+        "the logarithms, in each round; the theory's to the multiply-accumulates that `lavita info` counts, "
+        "attention's among them, at the same points.",
         *lines,
     ]
     return Section("scaling", "Scaling", "one evaluation", rows, {"axes": axes}, notes)

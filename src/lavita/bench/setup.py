@@ -131,12 +131,6 @@ def set_compiled(model: LavitaTransformer3DModel, compiled: bool) -> None:
         block.compiled = compiled
 
 
-def weight_bytes(*modules: nn.Module) -> int:
-    """Of parameters and buffers."""
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 def available_memory(device: torch.device) -> int | None:
     """Bytes that are free now; None where the system does not tell."""
     if device.type == "cuda":

@@ -42,9 +42,10 @@ def _over_smallest(section: Section, row: Row) -> str:
     return _times(row.memory["allocated"] / row.memory["smallest"])
 
 
+BASE = "times the floor"
 COLUMNS: dict[str, Cell] = {
     "seconds": _seconds,
-    "times the floor": lambda section, row: _range(section.ratio(row, row.floor), _times),
+    BASE: lambda section, row: _range(section.ratio(row, row.floor), _times),
     "times ours": lambda section, row: _range(section.ratio(row, row.ours), _times),
     "per product": _per_product,
     "of the peak": lambda section, row: _range(section.share_of_peak(row), lambda value: f"{value:.0%}"),
@@ -54,12 +55,15 @@ COLUMNS: dict[str, Cell] = {
 }
 
 
-def cells(section: Section) -> tuple[list[str], list[list[str]]]:
-    """Headings, and rows of words; columns that say nothing are left out."""
+def cells(section: Section, ranges: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Headings, and rows of words, with or without the ranges; columns that say nothing are left out."""
     written = {heading: [cell(section, row) for row in section.rows] for heading, cell in COLUMNS.items()}
     headings = [heading for heading, column in written.items() if any(column)]
-    rows = [[row.name, *(written[heading][number] for heading in headings)] for number, row in enumerate(section.rows)]
-    return ["", *headings], rows
+    rows = []
+    for number, row in enumerate(section.rows):
+        words = [written[heading][number] for heading in headings]
+        rows.append([row.name, *(word if ranges else word.partition(" (")[0] for word in words)])
+    return ["", *(f"times {section.base}" if heading == BASE else heading for heading in headings)], rows
 
 
 def remarks(section: Section) -> list[str]:
@@ -68,9 +72,9 @@ def remarks(section: Section) -> list[str]:
 
 
 def print_section(section: Section, console: Console | None = None) -> None:
-    """Prints a section, to standard output by default."""
+    """Prints a section's medians, to standard output by default."""
     console = console or Console()
-    headings, rows = cells(section)
+    headings, rows = cells(section, ranges=False)
     table = Table(title=f"{section.title}: {section.unit}", title_justify="left")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")

@@ -64,6 +64,8 @@ class Section:
     notes: list[str] = field(default_factory=list)
     peak: str | None = None
     """The row of the large square product, whose rate is the machine's."""
+    base: str = "the floor"
+    """What the rows' floor is, in words."""
 
     def row(self, name: str) -> Row:
         """The row of a name."""
