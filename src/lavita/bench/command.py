@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from rich.console import Console
 
 from lavita.bench.machine import Machine, describe, measure_limits
 from lavita.bench.plots import draw
-from lavita.bench.setup import Setup
+from lavita.bench.setup import TINY, Setup, build_model
 from lavita.bench.tables import markdown, print_section
 from lavita.bench.timing import Section
+from lavita.compiled import compile_blocks
 
 SECTIONS = ("forward", "training", "sampling", "autoencoder", "data", "evaluation", "scaling")
 RESULT, TABLE = "result.json", "table.md"
@@ -38,6 +40,8 @@ def run_bench(setup: Setup, sections: Sequence[str] = (), out: Path | None = Non
             raise ValueError(f"section is {name!r}; allowed: {', '.join(SECTIONS)}")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"out is {out}, which is no folder")
+    if setup.compiled:  # says now that there is no compiler
+        compile_blocks(build_model(replace(setup, **TINY)))
     console = Console()
     machine = describe(setup.torch_device)
     console.print(machine.line(), highlight=False)

@@ -18,7 +18,8 @@ from lavita.runtime import has_bf16
 
 PEAK = "one large square product"
 LIBRARIES = ("lavita", "torch", "diffusers", "numpy")
-SIDES = {"cpu": 2048, "cuda": 8192}
+COPY = "a large copy"
+SIDES = {"cpu": 2048, "gpu": 8192}
 COPIED_BYTES = 2**28  # more than a cache holds
 
 
@@ -96,21 +97,30 @@ def _instructions() -> list[str]:
 
 def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], int]:
     """A large square matrix product, and its multiply-accumulates."""
-    side = SIDES[device.type]
+    side = _side(device)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return lambda: left @ right, side**3
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """Rates of a large square product in a type, and of a large copy, which reads and writes each byte once."""
-    product, macs = square_product(device, dtype)
+def large_copy(device: torch.device) -> tuple[Callable[[], Any], int]:
+    """A copy that no cache holds, and the bytes that it reads and writes."""
     source = torch.ones(COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    seconds = interleave({"product": product, "copy": lambda: target.copy_(source)}, repeats, device)
+    return lambda: target.copy_(source), 2 * source.nbytes
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Rates of a large square product in a type, and of a large copy."""
+    (product, macs), (copy, moved) = square_product(device, dtype), large_copy(device)
+    seconds = interleave({"product": product, "copy": copy}, repeats, device)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "gflops": asdict(Spread.of([2 * macs / each / 1e9 for each in seconds["product"]])),
-        "copy_gigabytes_per_second": asdict(Spread.of([2 * COPIED_BYTES / each / 1e9 for each in seconds["copy"]])),
-        "square_side": SIDES[device.type],
+        "copy_gigabytes_per_second": asdict(Spread.of([moved / each / 1e9 for each in seconds["copy"]])),
+        "square_side": _side(device),
         "copied_bytes": COPIED_BYTES,
     }
+
+
+def _side(device: torch.device) -> int:
+    return SIDES["cpu" if device.type == "cpu" else "gpu"]

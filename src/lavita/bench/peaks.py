@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavita.bench.setup import Setup
+from lavita.bench.setup import TINY, Setup
 from lavita.runtime import Progress
 
 # Blocks over 64 KiB come from the kernel and go back to it, so that free memory is not counted.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-_TINY: dict[str, Any] = {"preset": "tiny/8", "num_frames": 2, "sample_size": 8, "batch_size": 1}
 
 
 @dataclass
@@ -70,7 +69,7 @@ def measure_peaks(
 def measure_here(section: str, name: str, setup: Setup) -> dict[str, int]:
     """The peak of a candidate in this process."""
     make: Callable[[str, Setup], Case] = import_module(f"lavita.bench.{section}").make_case
-    tiny = make(name, replace(setup, **_TINY))
+    tiny = make(name, replace(setup, **TINY))
     tiny.run()
     del tiny
     device = setup.torch_device

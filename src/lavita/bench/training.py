@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lavita.bench.machine import PEAK, square_product
+from lavita.bench.machine import COPY, PEAK, large_copy, square_product
 from lavita.bench.peaks import Case, measure_peaks
 from lavita.bench.plain import PlainModel
 from lavita.bench.products import Floor, record
@@ -28,6 +29,9 @@ CHECKPOINTED = "ours, checkpointing"
 CHEAP = "ours, cheap checkpointing"
 PLAIN = "plain eager"
 UPDATE = "clip, AdamW and average alone"
+# Clipping reads the gradients, and reads and writes them; AdamW reads four tensors and writes three; the average reads
+# two and writes one.
+UPDATE_BYTES = 4 * (3 + 7 + 3)
 _KINDS: dict[str, Checkpointing] = {CHECKPOINTED: True, CHEAP: "cheap"}
 # Plain attention and its copies keep more than ours does.
 _HEADROOM = {PLAIN: 1.5}
@@ -147,18 +151,16 @@ def run(setup: Setup) -> Section:
     """Times and peak memory of a training step."""
     names, notes = candidates(setup)
     measured = [name for name in names if name != UPDATE] if setup.memory else []
-    progress = Progress("training: run", timings(len(names) + 2, setup.repeats) + len(measured))
+    progress = Progress("training: run", timings(len(names) + 3, setup.repeats) + len(measured))
     memory = measure_peaks("training", measured, setup, progress)
     trainer = Trainer(setup)
     with setup.autocast():
         products = record(trainer.forward)
     floor = Floor(products, setup.dtype, backward=True)
     square, square_macs = square_product(setup.torch_device, setup.dtype)
-    runs: dict[str, Callable[[], Any]] = {
-        FLOOR: floor,
-        **{name: trainer.configure(name) for name in names},
-        PEAK: square,
-    }
+    copy, copied = large_copy(setup.torch_device)
+    runs: dict[str, Callable[[], Any]] = {FLOOR: floor, **{name: trainer.configure(name) for name in names}}
+    runs |= {PEAK: square, COPY: copy}
     seconds = interleave(runs, setup.repeats, setup.torch_device, progress)
     first = next(name for name in names if name != UPDATE)
     rows = [Row(FLOOR, seconds[FLOOR], floor.macs)]
@@ -166,11 +168,20 @@ def run(setup: Setup) -> Section:
         macs = floor.macs if name in (OURS, COMPILED) else None
         compared = None if name == first else first
         rows.append(Row(name, seconds[name], macs, FLOOR, compared, memory.get(name), NOTES.get(name, "")))
-    rows.append(Row(PEAK, seconds[PEAK], square_macs))
+    rows += [Row(PEAK, seconds[PEAK], square_macs), Row(COPY, seconds[COPY])]
     notes = [
         "The floor is the linear layers' and the patch convolution's products of the forward pass and the two of each "
         "one's backward pass, back to back.",
         *notes,
     ]
-    facts = {"num_tokens": setup.num_tokens, "macs": floor.macs}
+    facts: dict[str, Any] = {"num_tokens": setup.num_tokens, "macs": floor.macs}
+    if UPDATE in names:
+        moved = UPDATE_BYTES * sum(parameter.numel() for parameter in trainer.parameters)
+        pairs = zip(seconds[UPDATE], seconds[COPY], strict=True)
+        share = statistics.median([moved / mine / (copied / other) for mine, other in pairs])
+        facts["update_share_of_bandwidth"] = share
+        notes.append(
+            f"{UPDATE}: {UPDATE_BYTES} bytes a parameter have to be moved, which it does at {share:.0%} of the "
+            "bandwidth of the large copy; more than 100% where the state fits into a cache."
+        )
     return Section("training", "A training step", "one step on the batch", rows, facts, notes, PEAK)
