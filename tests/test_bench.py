@@ -202,6 +202,12 @@ def test_candidates_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(called) == "aabbcc" + "abc" + "bca" + "cab"
 
 
+def test_one_thread_goes_by_the_processors_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, device, expected in ((1, "cpu", "processor"), (2, "cpu", "wall"), (1, "cuda", "wall")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert timing.clock_name(torch.device(device)) == expected
+
+
 def test_half_of_the_pairs_are_reused() -> None:
     moves = [[0.1 * (group + 1) * (step + 1) for group in range(4)] for step in range(10)]
     path = [[sum(column[: step + 1]) for column in zip(*moves, strict=True)] for step in range(10)]
@@ -273,7 +279,7 @@ def test_every_section_runs_and_writes(run: Run, small: None, tmp_path: Path) ->
     assert [section["name"] for section in result["sections"]] == list(command.SECTIONS)
     assert result["setup"]["preset"] == "tiny/4" and result["setup"]["precision"] == "fp32"
     assert result["machine"]["threads"] == 1 and result["machine"]["libraries"]["torch"] == torch.__version__
-    assert isinstance(result["machine"]["fast_bf16"], bool)
+    assert result["machine"]["clock"] == "processor" and isinstance(result["machine"]["fast_bf16"], bool)
     sections = command.read_sections(out / command.RESULT)
     assert [section.to_json() for section in sections] == result["sections"]
     assert all(len(row.seconds) == 2 and min(row.seconds) > 0 for section in sections for row in section.rows)

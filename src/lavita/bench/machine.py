@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lavita.bench.timing import Spread, interleave
+from lavita.bench.timing import Spread, clock_name, interleave
 from lavita.runtime import has_bf16
 
 PEAK = "one large square product"
@@ -32,6 +32,8 @@ class Machine:
     """That this process may use."""
     threads: int
     """Of torch."""
+    clock: str
+    """By which times are told, see `timing.clock_name`."""
     instructions: list[str]
     """Of those that matter here."""
     device: str
@@ -52,8 +54,8 @@ class Machine:
         where = f"{self.gpu}, beside {self.processor}" if self.gpu else self.processor
         bf16 = "fast" if self.fast_bf16 else "slow"
         return (
-            f"{where}; {self.cores} cores, {self.threads} threads; {', '.join(self.instructions) or 'no vectors'}; "
-            f"bf16 is {bf16} here; torch {self.libraries['torch']}; {self.date}"
+            f"{where}; {self.cores} cores, {self.threads} threads, {self.clock} time; "
+            f"{', '.join(self.instructions)}; bf16 is {bf16} here; torch {self.libraries['torch']}; {self.date}"
         )
 
 
@@ -64,6 +66,7 @@ def describe(device: torch.device) -> Machine:
         processor=_processor(),
         cores=cores,
         threads=torch.get_num_threads(),
+        clock=clock_name(device),
         instructions=_instructions(),
         device=str(device),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
