@@ -40,6 +40,8 @@ class Machine:
     gpu: str | None
     fast_bf16: bool
     """Whether the device multiplies bf16 in hardware, which is what `auto` asks."""
+    load: float
+    """Average of the last minute's waiting and running processes when it began: of others, on a quiet machine 0."""
     system: str
     python: str
     libraries: dict[str, str]
@@ -71,6 +73,7 @@ def describe(device: torch.device) -> Machine:
         device=str(device),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         fast_bf16=has_bf16(device),
+        load=os.getloadavg()[0],
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         libraries={name: version(name) for name in LIBRARIES},
