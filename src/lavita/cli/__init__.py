@@ -13,6 +13,7 @@ from lavita.cli import data as data
 from lavita.cli import training as training
 from lavita.cli import sampling as sampling
 from lavita.cli import scoring as scoring
+from lavita.cli import bench as bench
 # isort: on
 
 __all__ = ["app", "main"]
