@@ -82,11 +82,11 @@ class Watched:
         self.failure: tuple[str, BaseException] | None = None
         real = module._encode_video
 
-        def encode_video(vae: AutoencoderKL, source: Any, settings: dict[str, Any]) -> Any:
+        def encode_video(vae: AutoencoderKL, source: Any, settings: dict[str, Any], pieces: Any) -> Any:
             if self.failure is not None and source.video.name == self.failure[0]:
                 raise self.failure[1]
             self.names.append(source.video.name)
-            return real(vae, source, settings)
+            return real(vae, source, settings, pieces)
 
         monkeypatch.setattr(module, "_encode_video", encode_video)
 

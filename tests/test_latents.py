@@ -69,7 +69,7 @@ def test_pixels_and_frames_are_inverse() -> None:
 
 def test_latents_are_shifted_and_scaled(vae: AutoencoderKL) -> None:
     frames = paint(5, width=16)
-    mean, std = encode(vae, frames, "fp32", chunk=2)
+    mean, std = encode(vae, frames, "fp32")
     posterior = vae.encode(torch.from_numpy(frames).permute(0, 3, 1, 2).double().float() / 127.5 - 1).latent_dist
     assert mean.shape == std.shape == (5, 4, 8, 8)
     assert mean.dtype == std.dtype == torch.float32
@@ -79,7 +79,7 @@ def test_latents_are_shifted_and_scaled(vae: AutoencoderKL) -> None:
 
 def test_decoding_undoes_shift_and_scale(vae: AutoencoderKL) -> None:
     unscaled = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    frames = decode(vae, (unscaled - 0.2) * 0.7, "fp32", chunk=4)
+    frames = decode(vae, (unscaled - 0.2) * 0.7, "fp32")
     assert frames.shape == (2, 3, 16, 16, 3)
     assert frames.dtype == np.uint8
     expected = torch.stack([vae.decode(video).sample for video in unscaled])

@@ -5,6 +5,7 @@ Tensor order: frames uint8 `(..., H, W, 3)` outside, latents float32 `(..., C, h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from lavita.autoencoder_cpu import decode_pixels, encode_moments
 from lavita.runtime import Precision, autocast, without_fp16
 
 Frames = npt.NDArray[np.uint8]
 
 BUILTIN = "builtin"
 STABLE_DIFFUSION = "stabilityai/sd-vae-ft-ema"
+PIXELS_AT_ONCE = 2**14
+MOST_AT_ONCE = 16
 
 
 def autoencoder_source(name: str, resolution: int) -> str:
@@ -85,45 +90,64 @@ def to_frames(pixels: torch.Tensor) -> Frames:
     return scaled.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
+def frames_at_once(device: torch.device, resolution: int) -> int:
+    """Frames that go through a network at once: on a CPU so many pixels that their activations stay near the cache."""
+    return min(MOST_AT_ONCE, max(1, PIXELS_AT_ONCE // resolution**2)) if device.type == "cpu" else MOST_AT_ONCE
+
+
+def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
+    """The numbers of `count` frames, up to `size` at once.
+
+    On a CPU the last one is repeated until there are `size`: the kernels that libraries choose for a shape differ in
+    their last bits, so that a frame is the same among any others only where all pieces have one shape.
+    """
+    for start in range(0, count, size):
+        stop = start + size if device.type == "cpu" else min(start + size, count)
+        yield [min(number, count - 1) for number in range(start, stop)]
+
+
 @torch.no_grad()
-def encode(
-    vae: AutoencoderKL, frames: Frames, precision: Precision = "auto", chunk: int = 32
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(vae: AutoencoderKL, frames: Frames, precision: Precision = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes frames to the mean and standard deviation of their scaled latents.
 
     A latent is `mean + std * noise` (Rombach et al. 2022, Sec. 3.1), already shifted and scaled, so that
-    the latents of the data set have about unit variance.
+    the latents of the data set have about unit variance. On a CPU it depends on its own frame alone, to the bit.
 
     Args:
         vae: the autoencoder.
         frames: uint8 `(N, H, W, 3)`.
         precision: see `runtime.low_precision`; fp16 is taken for fp32.
-        chunk: frames that go through the network at once.
 
     Returns:
         Two float32 tensors `(N, C, h, w)` on the CPU.
     """
     scale, shift = _scale_and_shift(vae)
+    precision = without_fp16(vae.device, precision)
     means, stds = [], []
-    for start in range(0, len(frames), chunk):
-        with autocast(vae.device, without_fp16(vae.device, precision)):
-            posterior = vae.encode(to_pixels(frames[start : start + chunk], vae.device)).latent_dist
+    for numbers in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
+        with autocast(vae.device, precision):
+            moments = encode_moments(vae, to_pixels(frames[numbers], vae.device), precision)
+            posterior = DiagonalGaussianDistribution(moments)
         means.append(((posterior.mean.float() - shift) * scale).cpu())
         stds.append((posterior.std.float() * scale).cpu())
-    return torch.cat(means), torch.cat(stds)
+    return torch.cat(means)[: len(frames)], torch.cat(stds)[: len(frames)]
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "auto", chunk: int = 16) -> Frames:
-    """Decodes scaled latents `(..., C, h, w)` to frames, uint8 `(..., H, W, 3)`."""
+def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "auto") -> Frames:
+    """Decodes scaled latents `(..., C, h, w)` to frames, uint8 `(..., H, W, 3)`.
+
+    On a CPU a frame depends on its own latents alone, to the bit.
+    """
     scale, shift = _scale_and_shift(vae)
+    precision = without_fp16(vae.device, precision)
     flat = latents.flatten(0, -4)
-    pieces = []
-    for start in range(0, len(flat), chunk):
-        with autocast(vae.device, without_fp16(vae.device, precision)):
-            unscaled = flat[start : start + chunk].to(vae.device).float() / scale + shift
-            pieces.append(to_frames(vae.decode(unscaled).sample))
-    frames = np.concatenate(pieces)
+    parts = []
+    for numbers in pieces(len(flat), frames_at_once(vae.device, flat.shape[-1] * downsampling(vae)), vae.device):
+        unscaled = flat[numbers].to(vae.device).float() / scale + shift
+        with autocast(vae.device, precision):
+            parts.append(to_frames(decode_pixels(vae, unscaled, precision)))
+    frames = np.concatenate(parts)[: len(flat)]
     return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
 
 

@@ -10,16 +10,19 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Item = TypeVar("Item")
+_END: Any = object()
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -99,6 +102,18 @@ def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
     """Like `generator`, for numpy."""
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+
+def ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """The items in order, each made by a thread while the caller works on the one before it.
+
+    What an item's making raises is raised in its place; to be closed where it is left early.
+    """
+    with ThreadPoolExecutor(1, "ahead") as reader:
+        coming = reader.submit(next, items, _END)
+        while (item := coming.result()) is not _END:
+            coming = reader.submit(next, items, _END)
+            yield item
 
 
 class Stopped(Exception):

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+
+class Group(TyperGroup):
+    """Commands that are listed with the whole first sentence of their help."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the list."""
+        with formatter.section("Commands"):
+            names = self.list_commands(ctx)
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200)) for name in names])
+
 
 app = typer.Typer(
+    cls=Group,
     name="lavita",
     help="Train, sample and evaluate latent video diffusion transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # importing rich is half the time of `--help`
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 200},
 )
-data_app = typer.Typer(help="Look at data sets, and make one.", no_args_is_help=True)
-autoencoder_app = typer.Typer(help="Train and score autoencoders.", no_args_is_help=True)
+data_app = typer.Typer(cls=Group, help="Look at data sets, and make one.", no_args_is_help=True, rich_markup_mode=None)
+autoencoder_app = typer.Typer(
+    cls=Group, help="Train and score autoencoders.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from lavita.autoencoder import encode, latent_size
+from lavita.autoencoder import Frames, encode, latent_size
 from lavita.checkpoint import fingerprint
 from lavita.data.catalog import Catalog, Video
 from lavita.data.clips import center_crop_resize, mirror
@@ -37,7 +39,7 @@ from lavita.data.shards import (
     write_shard,
 )
 from lavita.distributed import Processes
-from lavita.runtime import Precision, Progress, without_fp16
+from lavita.runtime import Precision, Progress, ahead, without_fp16
 from lavita.video import VideoError, iter_frames
 
 CHUNK = 64  # frames decoded and encoded at once
@@ -118,21 +120,25 @@ def encode_dataset(
     progress = Progress("encoding frame", sum(source.video.info.num_frames for _, group in work for source in group))
     note = f"process 1 of {team.count}" if team.count > 1 else ""
     outcome: dict[str, tuple[bool, list[str]]] = {}
-    for file, group in work:
-        done, problems = [], []
-        for source in group:
-            try:
-                done.append(_encode_video(vae, source, settings))
-            except ValueError as error:
-                if broken == "error":
-                    raise
-                problems.append(_below(catalog.root, str(error)))
-                progress.message(f"skipped: {error}")
-            if team.is_first:
-                progress.update(progress.done + source.video.info.num_frames, note)
-        if done:
-            write_shard(folder / file, settings, done, problems)
-        outcome[file] = bool(done), problems
+    with closing(ahead(_read([source for _, group in work for source in group], resolution))) as pieces:
+        videos = groupby(pieces, key=itemgetter(0))
+        for file, group in work:
+            done, problems = [], []
+            for source in group:
+                read, own = next(videos)
+                assert read is source
+                try:
+                    done.append(_encode_video(vae, source, settings, (piece for _, piece in own)))
+                except ValueError as error:
+                    if broken == "error":
+                        raise
+                    problems.append(_below(catalog.root, str(error)))
+                    progress.message(f"skipped: {error}")
+                if team.is_first:
+                    progress.update(progress.done + source.video.info.num_frames, note)
+            if done:
+                write_shard(folder / file, settings, done, problems)
+            outcome[file] = bool(done), problems
 
     outcome = {file: result for part in team.gather(outcome) for file, result in part.items()}
     if not team.is_first:
@@ -277,29 +283,46 @@ def _manifest_rows(catalog: Catalog, sources: Sequence[_Source], shards: dict[st
     return rows
 
 
+def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source, Frames | ValueError]]:
+    """All frames of videos in order, cropped and resized, up to CHUNK at once; for the rest of a broken one, its error.
+
+    At least one item a video.
+    """
+    for source in sources:
+        info = source.video.info
+        frames = iter_frames(info.path)
+        num_read = 0
+        try:
+            while chunk := list(islice(frames, CHUNK)):
+                num_read += len(chunk)
+                if num_read > info.num_frames:
+                    raise VideoError(info.path, f"has more than the {info.num_frames} frames that were counted")
+                yield source, center_crop_resize(np.stack(chunk), resolution)
+            if num_read < info.num_frames:
+                raise VideoError(info.path, f"has {num_read} of the {info.num_frames} frames that were counted")
+        except ValueError as error:
+            yield source, error
+
+
 def _encode_video(
-    vae: AutoencoderKL, source: _Source, settings: dict[str, Any]
+    vae: AutoencoderKL, source: _Source, settings: dict[str, Any], pieces: Iterable[Frames | ValueError]
 ) -> tuple[ShardVideo, dict[str, torch.Tensor]]:
-    """Latents of every frame of a video, float16."""
-    info, resolution = source.video.info, settings["resolution"]
-    side = latent_size(vae, resolution)
+    """Latents of every frame of a video, float16, of its pieces as `_read` gives them."""
+    info = source.video.info
+    side = latent_size(vae, settings["resolution"])
     shape = (info.num_frames, int(vae.config["latent_channels"]), side, side)
     keys = TENSORS if settings["horizontal_flip"] else TENSORS[:2]
     tensors = {key: torch.empty(shape, dtype=torch.float16) for key in keys}
-    frames: Iterator[Any] = iter_frames(info.path)
     first = 0
-    while chunk := list(islice(frames, CHUNK)):
-        last = first + len(chunk)
-        if last > info.num_frames:
-            raise VideoError(info.path, f"has more than the {info.num_frames} frames that were counted")
-        pixels = center_crop_resize(np.stack(chunk), resolution)
+    for pixels in pieces:
+        if isinstance(pixels, ValueError):
+            raise pixels
+        last = first + len(pixels)
         for number in range(0, len(keys), 2):
             latents = encode(vae, mirror(pixels) if number else pixels, settings["precision"])
             for key, values in zip(keys[number : number + 2], latents, strict=True):
                 tensors[key][first:last] = values
         first = last
-    if first < info.num_frames:
-        raise VideoError(info.path, f"has {first} of the {info.num_frames} frames that were counted")
     digest = latents_digest(tensor.numpy() for tensor in tensors.values())
     row = ShardVideo(source.video.name, info.num_frames, info.fps, source.sha256, source.size, digest)
     return row, tensors

@@ -27,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lavita.autoencoder import downsampling, frames_at_once, pieces
+from lavita.autoencoder_cpu import decode_pixels
 from lavita.diffusion import GaussianDiffusion
 from lavita.ema import EMA
 from lavita.generate import model_source
@@ -58,8 +60,6 @@ STABLE_DIFFUSION_AUTOENCODER: dict[str, Any] = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-DECODED_FRAMES = 16
-"""Frames that `autoencoder.decode` takes at once."""
 
 
 @dataclass(frozen=True)
@@ -266,10 +266,12 @@ def sampling_memory(
         live.begin("decoder")
         flat = state[0].flatten(0, 1)
         frames: list[torch.Tensor] = []
-        for start in range(0, len(flat), DECODED_FRAMES):
-            # Its activations may overflow in fp16: it computes in float32 then.
-            with _autocast("fp32" if setting.precision == "fp16" else setting.precision):
-                frames.append(_to_bytes(vae.decode(flat[start : start + DECODED_FRAMES] / 1.0).sample))
+        # Its activations may overflow in fp16: it computes in float32 then.
+        decoded: Precision = "fp32" if setting.precision == "fp16" else setting.precision
+        at_once = frames_at_once(flat.device, flat.shape[-1] * downsampling(vae))
+        for numbers in pieces(len(flat), at_once, flat.device):
+            with _autocast(decoded):
+                frames.append(_to_bytes(decode_pixels(vae, flat[numbers] / 1.0, decoded)))
         torch.cat(frames)
     return live.peak
 
