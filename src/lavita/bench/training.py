@@ -182,6 +182,7 @@ def run(setup: Setup) -> Section:
         facts["update_share_of_bandwidth"] = share
         notes.append(
             f"{UPDATE}: {UPDATE_BYTES} bytes a parameter have to be moved, which it does at {share:.0%} of the "
-            "bandwidth of the large copy; more than 100% where the state fits into a cache."
+            "bandwidth of the large copy. More than 100% is possible: a small state fits into a cache, and a copy may "
+            "have to read what it overwrites, which is not counted."
         )
     return Section("training", "A training step", "one step on the batch", rows, facts, notes, PEAK)
