@@ -87,7 +87,8 @@ def store_linear_weights(module: nn.Module, dtype: torch.dtype | None) -> None:
         return
     for layer in module.modules():
         if type(layer) is nn.Linear:
-            layer.to(dtype)
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                setattr(layer, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
 
 
 def generator(seed: int, *stream: int | str) -> torch.Generator:
