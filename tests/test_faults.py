@@ -145,8 +145,8 @@ def test_a_killed_worker_is_replaced(make_config: MakeConfig) -> None:
     quiet, killed = make_config("quiet", *fields), make_config("killed", *fields)
     train(quiet)
     nodes = ["torch.distributed.run", "--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    # An agent that starts again for the other's sake, before it has seen that its own worker failed, counts its restarts
-    # otherwise than the other, and torch lets the new workers wait for each other for ever. Look rarely, then.
+    # An agent that starts again for the other's sake, before it has seen that its own worker failed, counts its
+    # restarts otherwise than the other, and torch lets the new workers wait for each other for ever. Look rarely, then.
     nodes += ["--monitor-interval", "10"]
     nodes += ["--rdzv-endpoint", f"localhost:{_free_port()}", "--rdzv-id", "test", "-m"]
     agents = [
