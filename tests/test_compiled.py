@@ -17,7 +17,8 @@ from lavita import compiled
 from lavita.compiled import compile_blocks
 from lavita.distributed import Processes
 from lavita.models.blocks import compiled_mix
-from lavita.models.transformer import VARIANTS, LavitaTransformer3DModel
+from lavita.models.plans import VARIANTS
+from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.parallel import ParallelModel
 from lavita.train import train
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lavita.models.transformer import VARIANTS, LavitaTransformer3DModel
+from lavita.models.plans import VARIANTS
+from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline
 from lavita.quantization import Int8Linear, PackedWeight, quantize_int8, token_levels
 from lavita.recipes import Recipe

@@ -18,7 +18,8 @@ from lavita.calibrate import calibrate
 from lavita.cli.options import RecipeName
 from lavita.denoising import Guidance
 from lavita.generate import generate, model_source
-from lavita.models.transformer import VARIANTS, LavitaTransformer3DModel, Residuals
+from lavita.models.plans import VARIANTS
+from lavita.models.transformer import LavitaTransformer3DModel, Residuals
 from lavita.pipeline import LavitaPipeline, load_pipeline, make_scheduler, set_timesteps
 from lavita.quantization import quantize_int8
 from lavita.recipes import RECIPES, Recipe, find_recipe

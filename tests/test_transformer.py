@@ -16,7 +16,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from lavita.models.blocks import PLAIN_ATTENTION_TOKENS, Frames, Mixing, TransformerBlock, dot_product_attention
-from lavita.models.transformer import SIZES, LavitaTransformer3DModel, block_plan, preset_sizes
+from lavita.models.plans import SIZES, block_plan, preset_sizes
+from lavita.models.transformer import LavitaTransformer3DModel
 
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
 

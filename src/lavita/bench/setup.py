@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lavita.models.blocks import TransformerBlock
-from lavita.models.transformer import LavitaTransformer3DModel, preset_sizes
+from lavita.models.plans import preset_sizes
+from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.runtime import autocast, has_bf16, low_precision
 
 BenchPrecision = Literal["fp32", "bf16"]

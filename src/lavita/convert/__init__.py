@@ -17,7 +17,8 @@ from lavita.autoencoder import STABLE_DIFFUSION, autoencoder_source, load_autoen
 from lavita.convert.report import LoadReport
 from lavita.convert.sources import LABEL_TABLE, LATTE, Tensors, Weights, config_of_file, open_source, read_file
 from lavita.convert.transfer import transfer_weights
-from lavita.models.transformer import SIZES, LavitaTransformer3DModel
+from lavita.models.plans import SIZES
+from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.pipeline import LavitaPipeline, make_scheduler
 
 __all__ = ["LoadReport", "convert_latte", "export_latte", "initialize", "latte_config"]

@@ -11,7 +11,8 @@ import torch
 from lavita.convert.report import LoadReport
 from lavita.convert.sources import BLOCK_LAYERS, LABEL_TABLE, Source
 from lavita.models.embeddings import spatial_positions, temporal_positions
-from lavita.models.transformer import LavitaTransformer3DModel, block_plan
+from lavita.models.plans import block_plan
+from lavita.models.transformer import LavitaTransformer3DModel
 
 
 def transfer_weights(model: LavitaTransformer3DModel, source: Source) -> LoadReport:

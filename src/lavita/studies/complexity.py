@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavita.generate import model_source
-from lavita.models.transformer import LavitaTransformer3DModel, preset_sizes
+from lavita.models.plans import preset_sizes
+from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.studies.memory import phantom
 
 PATCH_EMBEDDING = "patch embedding"
