@@ -210,6 +210,7 @@ def _train(config: RunConfig, team: Processes) -> Path:
                 clip_losses.append(part_losses.detach())
             scale.unscale([parameter.grad for parameter in parameters if parameter.grad is not None])
             norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)).item()
+            own_loss = torch.cat(clip_losses).mean().item()  # here, where the device has been waited for
 
             verdict = "overflow" if scale.overflowed(norm) else guard.judge(norm)
             taken = verdict == "good" or (verdict == "spike" and settings.bad_steps == "stop")
@@ -236,7 +237,7 @@ def _train(config: RunConfig, team: Processes) -> Path:
                 ema.update(step)
 
             # All processes leave at the same step.
-            facts = torch.tensor([torch.cat(clip_losses).mean().item(), bool(stop)], dtype=torch.float64)
+            facts = torch.tensor([own_loss, bool(stop)], dtype=torch.float64)
             loss_sum, stops = sum_over(team, facts).tolist()
             clips += settings.batch_size
             if taken:
