@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,7 @@ class LavitaPipeline(DiffusionPipeline):
         learned_variance = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
         # Schedulers split noise from variance, and draw a sample's noise, along the second axis: (B, C, F, h, w).
         state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma
-        draws = isinstance(self.scheduler, DDPMScheduler) or "sde" in self.scheduler.config.get("algorithm_type", "")
+        draws = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if draws else {}
         with denoiser.loop():
             for index, timestep in enumerate(self.progress_bar(timesteps)):
