@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from diffusers import AutoencoderKL
 
 from lavita.autoencoder import autoencoder_source, latent_size, load_autoencoder
 from lavita.autoencoder_cpu import decode_pixels, encode_moments
+from lavita.bench.machine import describe
 from lavita.studies.memory import STABLE_DIFFUSION_AUTOENCODER
 
 AT_ONCE = {64: (1, 2, 4, 8, 16), 256: (1, 2)}
@@ -89,21 +88,6 @@ def measure(side: int, repetitions: int) -> list[dict[str, Any]]:
     return table
 
 
-def machine() -> dict[str, Any]:
-    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-    return {
-        "cpu": facts["model name"],
-        "flags": [flag for flag in wanted if flag in facts["flags"].split()],
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", choices=AT_ONCE, default=list(AT_ONCE))
@@ -113,7 +97,12 @@ def main() -> None:
     rows = [row for side in arguments.sides for row in measure(side, arguments.repetitions)]
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {**machine(), "repetitions": arguments.repetitions, "rows": rows}
+        report = {
+            "machine": describe(torch.device("cpu")).to_json(),
+            "command": sys.argv,
+            "repetitions": arguments.repetitions,
+            "rows": rows,
+        }
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -28,11 +28,13 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL
 
 from lavita.autoencoder import decode
+from lavita.bench.peaks import forget_peak, highest_allocated, resident
 from lavita.diffusion import GaussianDiffusion
 from lavita.distributed import Processes
 from lavita.ema import EMA
 from lavita.models.checkpointing import checkpoint_blocks
-from lavita.models.transformer import LavitaTransformer3DModel, preset_sizes
+from lavita.models.plans import preset_sizes
+from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.optim import make_optimizers
 from lavita.parallel import ParallelModel
 from lavita.studies.memory import Peak, Setting, sampling_memory, training_memory
@@ -111,26 +113,6 @@ def predict(case: Case) -> Peak:
     if case.sampling:
         return sampling_memory(case.config, case.batch_size, autoencoder=SMALL_AUTOENCODER, **case.setting)
     return training_memory(case.config, case.batch_size, None, case.num_images, Setting(**case.setting))
-
-
-def resident(kind: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM, the highest."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {kind} in /proc/self/status")
-
-
-def highest_allocated(step: Any) -> int:
-    """Bytes that a call allocates at its highest, over those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
 
 
 class Training:
@@ -212,7 +194,7 @@ def measure(number: int, team: Processes) -> dict[str, int]:
         "tiny/8", {"num_frames": 2, "sample_size": 8}, 1, 0, {"precision": case.setting.get("precision", "fp32")}
     )
     kind(warm, Processes()).step()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    forget_peak()
     before = resident("VmRSS")
     run = kind(case, team)
     # The first training step has no optimizer's state in its passes; in the second one DDP makes its buckets anew.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -124,20 +122,6 @@ def load_times(preset: str, repetitions: int) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, Any]:
-    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-    return {
-        "cpu": facts["model name"],
-        "flags": [flag for flag in wanted if flag in facts["flags"].split()],
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="L/2", help="of the loaded transformer")
@@ -152,8 +136,13 @@ def main() -> None:
     if arguments.load is not None:
         print(json.dumps(measure_load(*arguments.load)))
         return
+    import torch
+
+    from lavita.bench.machine import describe
+
     report = {
-        **machine(),
+        "machine": describe(torch.device("cpu")).to_json(),
+        "command": sys.argv,
         "help": help_times(arguments.repetitions),
         "import_seconds": import_shares(),
         "load": load_times(arguments.preset, min(3, arguments.repetitions)),

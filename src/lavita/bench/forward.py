@@ -20,7 +20,7 @@ from lavita.bench.timing import Row, Section, interleave, timings
 from lavita.compiled import compile_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.quantization import Int8Linear, quantize_int8
-from lavita.runtime import Progress
+from lavita.runtime import Progress, store_linear_weights
 
 FLOOR = "floor: the products alone"
 OURS = "ours, eager"
@@ -77,7 +77,8 @@ def make_case(name: str, setup: Setup, shared: _Shared | None = None) -> Case:
         plain = PlainModel(dict((*model.named_parameters(), *model.named_buffers())), setup.config)
         return Case(_evaluation(setup, lambda: plain(*inputs)), [model], list(inputs))
     if name == HALVED:
-        model = copy.deepcopy(model).to(setup.dtype)
+        model = copy.deepcopy(model)
+        store_linear_weights(model.blocks, setup.dtype)
     elif name in (INT8, INT8_COMPILED):
         if shared.int8 is None:
             shared.int8 = quantize_int8(copy.deepcopy(model))

@@ -80,14 +80,14 @@ def measure_here(section: str, name: str, setup: Setup) -> dict[str, int]:
         case.run()
         torch.cuda.synchronize(device)
         return {"allocated": torch.cuda.max_memory_allocated(device)}
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     case = make(name, setup)
     if case.warm:
         case.run()
-    _forget_peak()
+    forget_peak()
     step = highest_allocated(case.run)
     peaks = {"allocated": _kept(case) + step}
-    if before is not None and (highest := _resident("VmHWM")) is not None:
+    if before is not None and (highest := resident("VmHWM")) is not None:
         peaks["resident"] = highest - before
     return peaks
 
@@ -113,7 +113,7 @@ def _kept(case: Case) -> int:
     return stored_bytes(*case.modules) + sum(storages.values())
 
 
-def _resident(kind: str) -> int | None:
+def resident(kind: str) -> int | None:
     """Bytes of this process: VmRSS now, or VmHWM, the highest; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -122,7 +122,7 @@ def _resident(kind: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), None)
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """VmHWM starts again from here."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
