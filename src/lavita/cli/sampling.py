@@ -32,7 +32,7 @@ def sample(
         RecipeName,
         typer.Option(
             help="How to sample; the options below change parts of it. default: UniPC, 25 steps; paper: DDPM, 250; "
-            "fast: the fewest steps whose score is the paper's."
+            "fast: 8 stochastic steps."
         ),
     ] = RecipeName.default,
     sampler: Annotated[
