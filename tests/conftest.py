@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita import cli
-from lavita.config import RunConfig
+from lavita.core.config import load_config
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.pipeline import LavitaPipeline, make_scheduler
-from lavita.strict_config import load_config
+from lavita.sampling.pipeline import LavitaPipeline
+from lavita.sampling.schedulers import make_scheduler
+from lavita.training.config import RunConfig
 
 Run = Callable[..., tuple[int, str, str]]
 MakeTransformer = Callable[..., LavitaTransformer3DModel]

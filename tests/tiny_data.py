@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from lavita.video_writer import write_video
+from lavita.video.writing import write_video
 
 
 def paint(num_frames: int, seed: int = 0, height: int = 16, width: int = 20) -> np.ndarray:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from lavita.autoencoder import load_autoencoder
-from lavita.pipeline import load_pipeline
-from lavita.strict_config import read_yaml
+from lavita.core.config import read_yaml
+from lavita.models.autoencoder import load_autoencoder
+from lavita.sampling.pipeline import load_pipeline
 
 WEIGHTS = Path(__file__).parents[1] / "src" / "lavita" / "weights"
 

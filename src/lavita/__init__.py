@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavita.models.transformer import LavitaTransformer3DModel
-    from lavita.pipeline import LavitaPipeline
+    from lavita.sampling.pipeline import LavitaPipeline
 
 __version__ = "0.1.0"
 __all__ = ["LavitaPipeline", "LavitaTransformer3DModel"]
 
-_HOMES = {"LavitaPipeline": "lavita.pipeline", "LavitaTransformer3DModel": "lavita.models.transformer"}
+_HOMES = {"LavitaPipeline": "lavita.sampling.pipeline", "LavitaTransformer3DModel": "lavita.models.transformer"}
 
 
 def __getattr__(name: str) -> Any:

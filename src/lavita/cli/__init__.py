@@ -12,8 +12,8 @@ from lavita.cli import demo as demo
 from lavita.cli import data as data
 from lavita.cli import training as training
 from lavita.cli import sampling as sampling
-from lavita.cli import scoring as scoring
-from lavita.cli import bench as bench
+from lavita.cli import evaluation as evaluation
+from lavita.cli import studies as studies
 # isort: on
 
 __all__ = ["app", "main"]

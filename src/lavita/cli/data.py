@@ -73,11 +73,12 @@ def encode(
     Run it again to go on where it stopped, or after the videos have changed. Under torchrun, several processes share
     the work.
     """
-    from lavita.autoencoder import autoencoder_source, load_autoencoder
+    from lavita.core.precision import pick_device
+    from lavita.core.processes import processes
     from lavita.data.datasets import open_dataset
-    from lavita.data.encode import encode_dataset
-    from lavita.distributed import processes
-    from lavita.runtime import pick_device
+    from lavita.data.latent_cache.encode import encode_dataset
+    from lavita.models.autoencoder import load_autoencoder
+    from lavita.models.packaged import autoencoder_source
 
     with processes() as team:
         catalog = team.first_says(open_dataset(data, dataset.value, split, images=images) if team.is_first else None)

@@ -18,8 +18,8 @@ def demo(
     ] = 6.0,
 ) -> None:
     """Render arcade videos, train a small model on them, generate more, and show it all on a page."""
-    from lavita.commands import CommandFailed
-    from lavita.demo import run_demo
+    from lavita.core.commands import CommandFailed
+    from lavita.demo.stages import run_demo
 
     try:
         run_demo(out, minutes)
@@ -36,9 +36,9 @@ def data_arcade(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the players.")] = 0,
 ) -> None:
     """Render the arcade data set: 8 games, 64x64 pixels, H.264, with captions. Needs the extra `demo`."""
-    from lavita.data.demo import render_dataset
-    from lavita.data.demo_captions import write_captions
-    from lavita.runtime import Progress
+    from lavita.core.progress import Progress
+    from lavita.demo.captions import write_captions
+    from lavita.demo.games import render_dataset
 
     progress = Progress("rendering video", 8 * (train_episodes + heldout_episodes))
     render_dataset(out, train_episodes, heldout_episodes, num_frames, seed, lambda done, total: progress.update(done))

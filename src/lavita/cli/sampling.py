@@ -91,9 +91,9 @@ def sample(
 
     Several processes of torchrun share them: torchrun --nproc-per-node 8 -m lavita sample ...
     """
-    from lavita.distributed import processes
-    from lavita.generate import generate
-    from lavita.recipes import find_recipe
+    from lavita.core.processes import processes
+    from lavita.sampling.generate import generate
+    from lavita.sampling.recipes import find_recipe
 
     if lora is None and lora_scale is not None:
         raise ValueError(f"--lora-scale is {lora_scale:g}, but has no effect without --lora")
@@ -139,7 +139,7 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure what `sample --cache residual` may reuse of a model."""
-    from lavita.calibrate import calibrate as measure
+    from lavita.sampling.calibrate import calibrate as measure
 
     print(measure(model, sampler.value, steps, clips, device))
 
@@ -163,7 +163,7 @@ def convert(
     fps: Annotated[float, typer.Option(min=0.1, help="Frames a second of generated videos. Unused to export.")] = 8.0,
 ) -> None:
     """Make a pipeline of a Latte file, or a Latte file of a pipeline, and say what became of each tensor."""
-    from lavita.convert import convert_latte, export_latte
+    from lavita.sampling.latte_files import convert_latte, export_latte
 
     if out.suffix == ".pt":
         print(export_latte(source, out))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lavita.core.seeds import numpy_generator
 from lavita.data.catalog import Catalog
-from lavita.runtime import numpy_generator
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 # The documented name of each column wins; of the others a table may have one.

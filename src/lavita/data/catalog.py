@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lavita.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoInfo, is_frame_folder, probe
+from lavita.video.formats import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoInfo
+from lavita.video.frame_folders import is_frame_folder
+from lavita.video.reading import probe
 
 GENERATION = "generation.json"
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lavita.core.seeds import numpy_generator
 from lavita.data.catalog import Catalog, Video
-from lavita.runtime import numpy_generator
-from lavita.video import read_clip
+from lavita.video.reading import read_clip
 
 Frames = npt.NDArray[np.uint8]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from lavita.config import SETS_WITH_CLASSES, SPLITS, DataSetName, check_split
+from lavita.core.config import ConfigError
 from lavita.data.catalog import Catalog, find_videos, make_catalog, scan
+from lavita.data.config import SETS_WITH_CLASSES, SPLITS, DataSetName, check_split
 from lavita.data.ucf101 import class_of, read_split_lists
-from lavita.strict_config import ConfigError
-from lavita.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError
+from lavita.video.formats import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "test": "test", "sky_train": "train", "sky_test": "test"}
 # Folders that hold a split's videos in some form, below the folder that is named after the split.

@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lavita.config import SPLITS, DataSetName, check_split
+from lavita.core.progress import Progress
 from lavita.data.captions import find_captions
 from lavita.data.catalog import find_videos, probe_all
 from lavita.data.clips import center_crop_resize, clip_span
+from lavita.data.config import SPLITS, DataSetName, check_split
 from lavita.data.datasets import Member, guess_dataset, list_dataset
-from lavita.runtime import Progress
-from lavita.sheets import contact_sheet
-from lavita.video import VideoError, VideoInfo, read_clip
+from lavita.video.contact_sheet import contact_sheet
+from lavita.video.formats import VideoError, VideoInfo
+from lavita.video.reading import read_clip
 
 SHEET_VIDEOS, SHEET_SIDE = 8, 96
 NUM_BINS = 8

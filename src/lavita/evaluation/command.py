@@ -10,32 +10,18 @@ from typing import Any
 
 import torch
 
-from lavita.distributed import Processes, processes
-from lavita.evaluation.feature_scores import FEATURE_METRICS
-from lavita.evaluation.gallery import write_gallery
-from lavita.evaluation.networks import NETWORKS
-from lavita.evaluation.protocol import make_protocol
-from lavita.evaluation.report import print_scores, write_scores
-from lavita.evaluation.sampling import SamplingOptions, is_model, sample_model
-from lavita.evaluation.scores import METRICS, Options, score
-from lavita.recipes import find_recipe
-from lavita.runtime import pick_device
+from lavita.core.precision import pick_device
+from lavita.core.processes import Processes, processes
+from lavita.evaluation.evaluate import METRICS, Options, score
+from lavita.evaluation.feature_metrics import FEATURE_METRICS
+from lavita.evaluation.features.networks import parse_weights
+from lavita.evaluation.model_samples import SamplingOptions, is_model, sample_model
+from lavita.evaluation.protocol import _NEEDED_BY, make_protocol
+from lavita.evaluation.report.page import write_gallery
+from lavita.evaluation.report.table import print_scores, write_scores
+from lavita.sampling.recipes import find_recipe
 
 DEFAULT_SAMPLES = Path("runs/evaluate/samples")
-# Fields of the protocol that only some metrics look at: those with this kind, or this field for their extractor.
-_NEEDED_BY: dict[str, tuple[str, str]] = {
-    "video_extractor": ("field", "video_extractor"),
-    "video_ddof": ("field", "video_extractor"),
-    "image_extractor": ("field", "image_extractor"),
-    "image_ddof": ("field", "image_extractor"),
-    "frames_a_clip": ("field", "image_extractor"),
-    "real_frames": ("field", "image_extractor"),
-    "label_extractor": ("field", "label_extractor"),
-    "inception_score": ("kind", "inception-score"),
-    "inception_splits": ("kind", "inception-score"),
-    "neighbours": ("kind", "prdc"),
-    "num_halvings": ("kind", "frechet"),
-}
 
 
 @dataclass(frozen=True)
@@ -98,26 +84,6 @@ def run_evaluation(options: EvaluateOptions) -> None:
             write_scores(evaluation.report, options.out)
         if options.page is not None:
             print(write_gallery(evaluation, options.page))
-
-
-def parse_weights(given: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FILE` and folders to what `networks.find_weights` takes.
-
-    Raises:
-        ValueError: an unknown name, or a folder that is none.
-    """
-    result: dict[str, Path] = {}
-    for text in given:
-        name, separator, file = text.partition("=")
-        if separator:
-            if name not in NETWORKS:
-                raise ValueError(f"weights is {text!r}; allowed names: {', '.join(NETWORKS)}")
-            result[name] = Path(file)
-        elif not Path(text).is_dir():
-            raise ValueError(f"weights is {text!r}; allowed: a folder, or NAME=FILE")
-        else:
-            result[""] = Path(text)
-    return result
 
 
 def _check_metrics(options: EvaluateOptions) -> None:

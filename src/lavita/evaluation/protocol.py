@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lavita.evaluation.inception_score import VARIANTS, Variant
-from lavita.strict_config import ConfigError, StrictConfig, load_config
+from lavita.core.config import ConfigError, StrictConfig, load_config
+from lavita.evaluation.distances.inception_score import VARIANTS, Variant
+
+# Fields of the protocol that only some metrics look at: those with this kind, or this field for their extractor.
+_NEEDED_BY: dict[str, tuple[str, str]] = {
+    "video_extractor": ("field", "video_extractor"),
+    "video_ddof": ("field", "video_extractor"),
+    "image_extractor": ("field", "image_extractor"),
+    "image_ddof": ("field", "image_extractor"),
+    "frames_a_clip": ("field", "image_extractor"),
+    "real_frames": ("field", "image_extractor"),
+    "label_extractor": ("field", "label_extractor"),
+    "inception_score": ("kind", "inception-score"),
+    "inception_splits": ("kind", "inception-score"),
+    "neighbours": ("kind", "prdc"),
+    "num_halvings": ("kind", "frechet"),
+}
 
 
 class Protocol(StrictConfig):
@@ -111,15 +126,3 @@ def make_protocol(preset: str | None = None, overrides: Sequence[str] = (), **va
     base = PRESETS[preset] if preset is not None else {}
     given = {key: value for key, value in values.items() if value is not None}
     return load_config(Protocol, {**base, **given}, overrides)
-
-
-def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two nested mappings differ, as `field: a / b`, sorted by field."""
-    found = []
-    for key in sorted(first.keys() | second.keys()):
-        mine, other = first.get(key, "missing"), second.get(key, "missing")
-        if isinstance(mine, Mapping) and isinstance(other, Mapping):
-            found += differences(mine, other, f"{prefix}{key}.")
-        elif mine != other:
-            found.append(f"{prefix}{key}: {mine} / {other}")
-    return found

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
-from lavita.autoencoder import decode, encode
 from lavita.data.catalog import scan
 from lavita.data.clips import center_crop_resize
-from lavita.video import iter_frames
+from lavita.models.autoencoder import decode, encode
+from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
 

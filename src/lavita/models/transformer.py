@@ -31,7 +31,8 @@ from lavita.models.embeddings import (
     spatial_positions,
     temporal_positions,
 )
-from lavita.models.plans import block_plan, preset_sizes
+from lavita.models.inputs import _check_shape
+from lavita.models.presets import block_plan, preset_sizes
 
 PATCH_EMBEDDINGS = ("uniform", "compression")
 CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
@@ -446,8 +447,3 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             if text_embeds is None:
                 raise ValueError("text_embeds are missing, but this model has texts")
             _check_shape("text_embeds", text_embeds, (*expected, text_dim))
-
-
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} have shape {tuple(tensor.shape)}, but must have {expected}")

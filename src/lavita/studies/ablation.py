@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from lavita.commands import run_command
-from lavita.sheets import contact_sheet
-from lavita.video import iter_frames
+from lavita.core.commands import run_command
+from lavita.video.contact_sheet import contact_sheet
+from lavita.video.reading import iter_frames
 
 Arms = Mapping[str, tuple[str, ...]]
 """Name of an arm to the fields of the configuration in which it differs, as `a.b=c`."""

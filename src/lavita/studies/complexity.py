@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavita.generate import model_source
-from lavita.models.plans import preset_sizes
+from lavita.models.packaged import model_source
+from lavita.models.presets import preset_sizes
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.studies.memory import phantom
 
@@ -37,8 +37,6 @@ MODULATION = "modulation"
 NORMS = "norms"
 DECODER = "decoder"
 
-TABLE3_PAPER = {1: (673.68, 5572.69), 2: (673.68, 5572.69), 3: (676.33, 6153.15), 4: (676.44, 1545.15)}
-"""A variant's parameters in millions and FLOPs in billions, as the paper prints them."""
 TABLE3_BATCH = 3
 """Clips that they are counted on, each (16, 4, 32, 32)."""
 
@@ -85,18 +83,6 @@ class Complexity:
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON-able values."""
         return {**dataclasses.asdict(self), "num_parameters": self.num_parameters, "macs": self.macs}
-
-
-@dataclass(frozen=True)
-class Table3Row:
-    """A variant in Table 3: the paper's figures and our count."""
-
-    variant: int
-    paper_parameters: float
-    """In millions."""
-    paper_flops: float
-    """In billions."""
-    counted: Complexity
 
 
 def model_config(name: str, fields: Mapping[str, Any], num_frames: int | None = None) -> dict[str, Any]:
@@ -195,27 +181,6 @@ def measure(
         )
 
 
-def table3() -> list[Table3Row]:
-    """Table 3 of the paper: the four variants at XL/2, unconditional, on (3, 16, 4, 32, 32)."""
-    return [
-        Table3Row(variant, *paper, measure({**preset_sizes("XL/2", variant), "variant": variant}, TABLE3_BATCH))
-        for variant, paper in TABLE3_PAPER.items()
-    ]
-
-
-def table3_to_json(rows: Sequence[Table3Row]) -> list[dict[str, Any]]:
-    """The rows as JSON-able values, in numbers, not millions."""
-    return [
-        {
-            "variant": row.variant,
-            "paper": {"num_parameters": round(row.paper_parameters * 1e6), "macs": round(row.paper_flops * 1e9)},
-            "counted_alike": {"num_parameters": row.counted.table3_parameters, "macs": row.counted.table3_macs},
-            "executed": {"num_parameters": row.counted.num_parameters, "macs": row.counted.macs},
-        }
-        for row in rows
-    ]
-
-
 def print_complexity(name: str, cost: Complexity, console: Console | None = None) -> None:
     """Prints what a model costs as a table and what the numbers mean.
 
@@ -245,50 +210,6 @@ def print_complexity(name: str, cost: Complexity, console: Console | None = None
         f"{TABLE3_BATCH} clips, {truncated(cost.table3_macs, 10**9)} G (lavita info --table 3 explains it).\n",
         highlight=False,
     )
-
-
-def print_table3(rows: Sequence[Table3Row], console: Console | None = None) -> None:
-    """Prints the paper's Table 3 beside our count, and why they differ where they do."""
-    console = console or Console()
-    table = Table(title=f"Table 3: XL/2, unconditional, {TABLE3_BATCH} clips of 16 x 4 x 32 x 32", title_justify="left")
-    for heading in (
-        "variant",
-        "blocks",
-        "paper\nparams, M",
-        "\nFLOPs, G",
-        "ours\nparams, M",
-        "\nFLOPs, G",
-        "executed\nMACs, G",
-    ):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        counted = row.counted
-        table.add_row(
-            str(row.variant),
-            str(counted.config["num_blocks"]),
-            f"{row.paper_parameters:.2f}",
-            f"{row.paper_flops:,.2f}",
-            truncated(counted.table3_parameters, 10**6),
-            truncated(counted.table3_macs, 10**9),
-            f"{counted.macs / 1e9:,.2f}",
-        )
-    console.print(table)
-    third, fourth = rows[2].counted, rows[3].counted
-    mlp = fourth.parts[MLP].macs
-    for note in (
-        "FLOPs: the paper's are multiply-accumulates as the profiler thop counts them, and ours are counted alike: "
-        "linear and convolution layers, 2 for each element of a LayerNorm, no attention products, S-AdaLN's layers "
-        "repeated for every frame and every patch, decimals cut off.",
-        "executed: the true multiply-accumulates of the model here, with attention's products, and with S-AdaLN's "
-        "vectors made once a sample.",
-        "Variant 3: counted without its patch embedding, in the paper's figures too; with it, it has "
-        f"{third.num_parameters / 1e6:.2f} M parameters.",
-        f"Variant 4: {rows[3].paper_flops:,.2f} G cannot follow from the text. The MLPs alone of its "
-        f"{fourth.config['num_blocks']} blocks over {fourth.num_tokens:,} tokens are "
-        f"{mlp / fourth.batch_size / 1e9:,.0f} G a clip, {mlp / 1e9:,.0f} G for {fourth.batch_size}. Ours is built as "
-        "the text describes it.",
-    ):
-        console.print(note, highlight=False)
 
 
 def truncated(count: int, unit: int) -> str:

@@ -27,15 +27,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lavita.autoencoder import downsampling, frames_at_once, pieces
-from lavita.autoencoder_cpu import decode_pixels
-from lavita.diffusion import GaussianDiffusion
-from lavita.ema import EMA
-from lavita.generate import model_source
-from lavita.models.checkpointing import Checkpointing, checkpoint_blocks
+from lavita.core.precision import store_linear_weights
+from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER, downsampling, frames_at_once, pieces
+from lavita.models.autoencoder_cpu import decode_pixels
+from lavita.models.diffusion import GaussianDiffusion
+from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
+from lavita.models.packaged import model_source
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.optim import make_optimizers
-from lavita.runtime import store_linear_weights
+from lavita.training.ema import EMA
+from lavita.training.optimizers import make_optimizers
 
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -51,15 +51,6 @@ EXCHANGE = "exchange of processes"
 AUTOENCODER = "autoencoder"
 ACTIVATIONS = "activations and temporaries"
 PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, AUTOENCODER, BATCH, EXCHANGE, ACTIVATIONS)
-
-# The architecture of Stable Diffusion's autoencoder, the paper's, whose latents a preset is for.
-STABLE_DIFFUSION_AUTOENCODER: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""`lavita info`, `study` and `report`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lavita.cli.options import Overrides, app
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Preset, S/2 to XL/8, tiny, mini, small; or folder of a transformer, pipeline or run; or builtin.",
+            show_default=False,
+        ),
+    ] = None,
+    variant: Annotated[int | None, typer.Option(help="1 to 4. Default: 2.", show_default=False)] = None,
+    patch_embedding: Annotated[
+        str | None, typer.Option(help="uniform or compression. Default: uniform.", show_default=False)
+    ] = None,
+    conditioning: Annotated[
+        str | None, typer.Option(help="s_adaln or all_tokens. Default: s_adaln.", show_default=False)
+    ] = None,
+    temporal_position: Annotated[
+        str | None, typer.Option(help="absolute or rope. Default: absolute.", show_default=False)
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
+    text_dim: Annotated[
+        int | None, typer.Option(min=0, help="Width of text embeddings. Default: 0.", show_default=False)
+    ] = None,
+    sample_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the latents. Default: 32.", show_default=False)
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Of a clip. Default: 16, or the folder's.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Clips. Default: 1.", show_default=False)] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=0, help="Images after a clip. Default: 0.", show_default=False)
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Of training: adamw or muon. Default: adamw.", show_default=False)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        Literal["true", "cheap"] | None, typer.Option(help="Of training. Default: none.", show_default=False)
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp32 and bf16.", show_default=False)
+    ] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(help="Batches of a training step. Default: 1.", show_default=False)
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Of training, each with the batch. Default: 1.", show_default=False),
+    ] = None,
+    sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 over the processes instead of DDP.")] = False,
+    table: Annotated[
+        int | None, typer.Option(help="3: instead, the paper's Table 3 beside our count.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count a model's parameters and multiply-accumulates, and predict the memory of training and sampling.
+
+    Options from --variant to --sample-size are for presets: a folder has its own.
+    """
+    fields: dict[str, Any] = {
+        "variant": variant,
+        "patch_embedding": patch_embedding,
+        "conditioning": conditioning,
+        "temporal_position": temporal_position,
+        "num_classes": num_classes,
+        "text_dim": text_dim,
+        "sample_size": sample_size,
+    }
+    batch: dict[str, Any] = {"batch_size": batch_size, "num_frames": num_frames, "num_images": num_images}
+    training: dict[str, Any] = {
+        "optimizer": optimizer,
+        "gradient_checkpointing": {None: None, "true": True, "cheap": "cheap"}[gradient_checkpointing],
+        "precision": precision,
+        "accumulation": accumulation,
+        "processes": processes,
+        "sharded": sharded or None,
+    }
+    fields, batch, training = (
+        {key: value for key, value in given.items() if value is not None} for given in (fields, batch, training)
+    )
+    if table not in (None, 3):
+        raise ValueError(f"table is {table}; allowed: 3")
+    if (table is None) == (model is None) or (table is not None and (fields or batch or training)):
+        raise ValueError("give either a model, with options, or --table 3 alone")
+    from lavita.studies import complexity, memory, table3
+
+    if model is None:
+        rows = table3.table3()
+        if as_json:
+            print(json.dumps(table3.table3_to_json(rows), indent=1))
+        else:
+            table3.print_table3(rows)
+        return
+    config = complexity.model_config(model, fields, num_frames)
+    setting = memory.Setting(**training)
+    cost = complexity.measure(config, **batch)
+    settings = [setting] if precision else [replace(setting, precision=name) for name in ("fp32", "bf16")]
+    peaks = {f"training, {each.precision}": memory.training_memory(config, **batch, setting=each) for each in settings}
+    sampled = {key: value for key, value in batch.items() if key != "num_images"}
+    guidance = bool(cost.config["num_classes"] or cost.config["text_dim"])
+    autoencoder = memory.autoencoder_config(model, cost.config["in_channels"])
+    peaks[f"sampling, {setting.precision}"] = memory.sampling_memory(
+        config, **sampled, guidance=guidance, precision=setting.precision, autoencoder=autoencoder
+    )
+    if as_json:
+        predicted = {name: peak.to_json() for name, peak in peaks.items()}
+        print(json.dumps({"model": model, **cost.to_json(), "memory_bytes": predicted}, indent=1))
+    else:
+        complexity.print_complexity(model, cost)
+        memory.print_memory(peaks, setting)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are shown side by side.")],
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("runs/report"),
+) -> None:
+    """Write a page of training runs: configuration, curves, samples over time. Works while they run."""
+    from lavita.studies.run_report.page import write_report
+
+    print(write_report(runs, out))
+
+
+@app.command()
+def study(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5), joint-training, "
+            "pretraining, or combinations: every variant with every embedding, conditioning and position."
+        ),
+    ],
+    config: Annotated[str, typer.Option(help="Of all arms: YAML file, or the name of a packaged one.")],
+    out: Annotated[Path, typer.Option(help="Folder of the study.")],
+    overrides: Overrides = None,
+    steps: Annotated[
+        str, typer.Option(help="Length of each arm; several, rising: it is sampled and scored at each.")
+    ] = "1000",
+    real: Annotated[
+        Path | None, typer.Option(help="Class folders of real videos to score against.", show_default=False)
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Of `lavita evaluate`; with --real.")] = "accuracy,motion",
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="Field of its protocol, as num_real_clips=256; may be given several times."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Of the samples, one a class for each seed.")] = "0-3",
+    sample_steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations of a sample.")] = 20,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the image model, for pretraining.", show_default=False)
+    ] = None,
+) -> None:
+    """Train configurations that differ in one field alike, and compare them. Run it again to go on."""
+    from lavita.core.commands import CommandFailed
+    from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
+
+    if name not in (*STUDIES, "pretraining"):
+        raise ValueError(f"name is {name!r}; allowed: {', '.join((*STUDIES, 'pretraining'))}")
+    if (weights is None) == (name == "pretraining"):
+        raise ValueError("--weights goes with the study pretraining, which needs it")
+    if protocol and real is None:
+        raise ValueError(f"protocol is {protocol}, but has no effect without --real")
+    if not all(part.strip().isdigit() for part in steps.split(",")):
+        raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
+    arms = STUDIES[name] if weights is None else pretraining_arms(weights)
+    points = tuple(int(part) for part in steps.split(","))
+    plan = StudyPlan(
+        out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics, tuple(protocol or ())
+    )
+    try:
+        run_study(arms, plan)
+    except CommandFailed as failed:
+        raise typer.Exit(failed.code) from failed

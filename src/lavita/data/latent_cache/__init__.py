@@ -1,0 +1,1 @@
+"""The latent cache: every frame of a data set, encoded once."""

@@ -1,0 +1,337 @@
+"""Writes the latent cache: every frame of every video, encoded once, by one process or many.
+
+Which videos share a shard follows from the list of videos alone, and a shard's name from what is in it. So it does not
+matter how many processes write, or how often they were interrupted: a shard that is there is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from lavita.core.precision import Precision, without_fp16
+from lavita.core.prefetch import ahead
+from lavita.core.processes import Processes
+from lavita.core.progress import Progress
+from lavita.data.catalog import Catalog, Video
+from lavita.data.clips import center_crop_resize, mirror
+from lavita.data.content_hash import source_bytes, source_digest
+from lavita.data.latent_cache.manifest import MANIFEST, VERSION, write_manifest
+from lavita.data.latent_cache.shards import (
+    ITEM,
+    PREFIX,
+    SUFFIX,
+    TENSORS,
+    Shard,
+    ShardVideo,
+    damaged_videos,
+    latents_digest,
+    read_shard,
+    write_shard,
+)
+from lavita.models.autoencoder import Frames, encode, latent_size
+from lavita.models.fingerprint import fingerprint
+from lavita.video.formats import VideoError
+from lavita.video.reading import iter_frames
+
+CHUNK = 64  # frames decoded and encoded at once
+SHARD_BYTES = 256 * 10**6
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A video as it is now."""
+
+    video: Video
+    sha256: str
+    size: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.video.name, self.sha256
+
+
+def encode_dataset(
+    catalog: Catalog,
+    folder: Path,
+    vae: AutoencoderKL,
+    resolution: int,
+    horizontal_flip: bool,
+    precision: Precision = "auto",
+    broken: Literal["skip", "error"] = "skip",
+    team: Processes | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = False,
+) -> dict[str, Any]:
+    """Makes a folder the latent cache of a data set, encoding what it lacks.
+
+    A run that was stopped goes on, and ends with the files of one that was not. Where a cache is there already, new
+    videos go into new shards, changed ones are encoded again, and those that are gone leave the manifest; a shard of
+    which no video is left is deleted, and no other is touched. Processes that share the work give the same files.
+
+    Args:
+        catalog: the videos; the same in every process.
+        folder: the cache; made if missing.
+        vae: the autoencoder.
+        resolution: side of the frames after center crop and resize.
+        horizontal_flip: encode the mirrored frames as well.
+        precision: see `runtime.autocast`.
+        broken: what a video that cannot be decoded does: `skip` names it and goes on.
+        team: the processes that share the work.
+        shard_bytes: most bytes of latents in a shard of several videos.
+        verify: read finished shards back first; those that are not what was written are named and made again.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: where `folder` holds a cache made in another way or of other videos, or no video can be decoded.
+    """
+    team = team or Processes()
+    size = latent_size(vae, resolution)
+    settings: dict[str, Any] = team.first_says(
+        {
+            "version": VERSION,
+            "autoencoder": fingerprint(vae),
+            "resolution": resolution,
+            "horizontal_flip": horizontal_flip,
+            "precision": without_fp16(vae.device, precision),
+        }
+    )
+    finished: dict[str, Shard]
+    settled: set[str]
+    finished, settled = team.first_says(_prepare(folder, settings, catalog) if team.is_first else None)
+    if verify:
+        for file in _damaged(finished, team):
+            del finished[file]
+    sources = _hash_sources(catalog, team)
+    frame_bytes = ITEM * 2 * (1 + horizontal_flip) * int(vae.config["latent_channels"]) * size**2
+    groups = _plan(sources, finished, settled, settings, frame_bytes, shard_bytes)
+    work = team.share([(file, group) for file, group in groups.items() if file not in finished])
+
+    progress = Progress("encoding frame", sum(source.video.info.num_frames for _, group in work for source in group))
+    note = f"process 1 of {team.count}" if team.count > 1 else ""
+    outcome: dict[str, tuple[bool, list[str]]] = {}
+    with closing(ahead(_read([source for _, group in work for source in group], resolution))) as pieces:
+        videos = groupby(pieces, key=itemgetter(0))
+        for file, group in work:
+            done, problems = [], []
+            for source in group:
+                read, own = next(videos)
+                assert read is source
+                try:
+                    done.append(_encode_video(vae, source, settings, (piece for _, piece in own)))
+                except ValueError as error:
+                    if broken == "error":
+                        raise
+                    problems.append(_below(catalog.root, str(error)))
+                    progress.message(f"skipped: {error}")
+                if team.is_first:
+                    progress.update(progress.done + source.video.info.num_frames, note)
+            if done:
+                write_shard(folder / file, settings, done, problems)
+            outcome[file] = bool(done), problems
+
+    outcome = {file: result for part in team.gather(outcome) for file, result in part.items()}
+    if not team.is_first:
+        return dict(team.first_says(None))
+    shards = finished | {file: read_shard(folder / file) for file, (written, _) in outcome.items() if written}
+    problems = [_below(catalog.root, message) for message in catalog.broken]
+    for file in groups:
+        problems += shards[file].broken if file in shards else outcome[file][1]
+    rows = _manifest_rows(catalog, sources, shards)
+    if not rows:
+        raise ValueError(f"{catalog.root}: none of its videos could be read; the first: {problems[0]}")
+    manifest = {**settings, "videos": rows, "broken": problems}
+    write_manifest(folder, manifest)
+    for file in shards.keys() - {row["shard"] for row in rows}:
+        (folder / file).unlink()
+    return dict(team.first_says(manifest))
+
+
+def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[dict[str, Shard], set[str]]:
+    """The finished shards of a folder, by name, and those of them that its manifest knows.
+
+    What a killed run left half-written goes, and damaged files, too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
+    shards = {}
+    for path in sorted(folder.glob(f"{PREFIX}*{SUFFIX}")):
+        try:
+            shards[path.name] = read_shard(path)
+        except ValueError as error:
+            print(f"{str(error).partition(';')[0]}: made again", file=sys.stderr)
+            path.unlink()
+    manifest: dict[str, Any] | None = None
+    if (folder / MANIFEST).exists():
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            print(f"{folder / MANIFEST}: damaged: made again", file=sys.stderr)
+            (folder / MANIFEST).unlink()
+    for other in [shard.settings for shard in shards.values()] + ([manifest] if manifest else []):
+        for key, value in settings.items():
+            if other.get(key) != value:
+                raise ValueError(
+                    f"{folder}: holds a cache with {key}={other.get(key)}, not {value}; use another folder"
+                )
+    cached = {name for shard in shards.values() for name in shard.videos}
+    if cached and cached.isdisjoint(video.name for video in catalog.videos):
+        raise ValueError(
+            f"{folder}: holds a cache of other videos, such as {min(cached)}, and of none in {catalog.root}; "
+            "use another folder"
+        )
+    return shards, {row["shard"] for row in manifest["videos"]} if manifest else set()
+
+
+def _damaged(shards: dict[str, Shard], team: Processes) -> list[str]:
+    """Deletes the shards whose latents are not those that were written; their names."""
+    damaged = []
+    work = team.share(sorted(shards))
+    progress = Progress("verifying shard", len(work))
+    for number, file in enumerate(work, 1):
+        if names := damaged_videos(shards[file]):
+            progress.message(f"{shards[file].path}: damaged in {len(names)} videos, such as {names[0]}: made again")
+            shards[file].path.unlink()
+            damaged.append(file)
+        if team.is_first:
+            progress.update(number)
+    return [file for part in team.gather(damaged) for file in part]
+
+
+def _hash_sources(catalog: Catalog, team: Processes) -> list[_Source]:
+    """What every video is now, in the catalog's order."""
+    mine = []
+    work = team.share(catalog.videos)
+    progress = Progress("hashing video", len(work), active=team.is_first)
+    for video in work:
+        mine.append((source_digest(video.info.path), source_bytes(video.info.path)))
+        progress.update(len(mine))
+    facts = zip(catalog.videos, team.collect(mine), strict=True)
+    return [_Source(video, digest, size) for video, (digest, size) in facts]
+
+
+def _plan(
+    sources: Sequence[_Source],
+    finished: dict[str, Shard],
+    settled: set[str],
+    settings: dict[str, Any],
+    frame_bytes: int,
+    shard_bytes: int,
+) -> dict[str, list[_Source]]:
+    """Which new videos share a shard, by the shard's name; some of the shards may be finished."""
+    # Shards that the manifest does not know come from an interrupted run: they are not counted as done yet, so that
+    # the others are cut as they were then.
+    settled = settled & finished.keys()
+    for _ in range(2):
+        done = {(row.name, row.source_sha256) for file in settled for row in finished[file].videos.values()}
+        groups: list[list[_Source]] = []
+        room = 0
+        for source in sources:
+            if source.key in done:
+                continue
+            size = source.video.info.num_frames * frame_bytes
+            if not groups or size > room:
+                groups.append([])
+                room = shard_bytes
+            groups[-1].append(source)
+            room -= size
+        plan = {_shard_name(settings, group): group for group in groups}
+        if finished.keys() <= settled | plan.keys():
+            break
+        # The videos have changed since it was interrupted: its shards are kept, and the rest is cut anew.
+        settled = set(finished)
+    return plan
+
+
+def _shard_name(settings: dict[str, Any], group: Sequence[_Source]) -> str:
+    identity = json.dumps([settings, [source.key for source in group]], sort_keys=True)
+    return f"{PREFIX}{hashlib.sha256(identity.encode()).hexdigest()[:24]}{SUFFIX}"
+
+
+def _manifest_rows(catalog: Catalog, sources: Sequence[_Source], shards: dict[str, Shard]) -> list[dict[str, Any]]:
+    places: dict[tuple[str, str], tuple[str, ShardVideo]] = {}
+    for file, shard in sorted(shards.items()):
+        for row in shard.videos.values():
+            places.setdefault((row.name, row.source_sha256), (file, row))
+    rows = []
+    for source in sources:
+        if source.key in places:
+            file, row = places[source.key]
+            label = source.video.label
+            rows.append(
+                {
+                    "name": row.name,
+                    "class": None if label is None else catalog.class_names[label],
+                    "shard": file,
+                    "num_frames": row.num_frames,
+                    "fps": row.fps,
+                    "source_sha256": row.source_sha256,
+                    "source_bytes": row.source_bytes,
+                }
+            )
+    return rows
+
+
+def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source, Frames | ValueError]]:
+    """All frames of videos in order, cropped and resized, up to CHUNK at once; for the rest of a broken one, its error.
+
+    At least one item a video.
+    """
+    for source in sources:
+        info = source.video.info
+        frames = iter_frames(info.path)
+        num_read = 0
+        try:
+            while chunk := list(islice(frames, CHUNK)):
+                num_read += len(chunk)
+                if num_read > info.num_frames:
+                    raise VideoError(info.path, f"has more than the {info.num_frames} frames that were counted")
+                yield source, center_crop_resize(np.stack(chunk), resolution)
+            if num_read < info.num_frames:
+                raise VideoError(info.path, f"has {num_read} of the {info.num_frames} frames that were counted")
+        except ValueError as error:
+            yield source, error
+
+
+def _encode_video(
+    vae: AutoencoderKL, source: _Source, settings: dict[str, Any], pieces: Iterable[Frames | ValueError]
+) -> tuple[ShardVideo, dict[str, torch.Tensor]]:
+    """Latents of every frame of a video, float16, of its pieces as `_read` gives them."""
+    info = source.video.info
+    side = latent_size(vae, settings["resolution"])
+    shape = (info.num_frames, int(vae.config["latent_channels"]), side, side)
+    keys = TENSORS if settings["horizontal_flip"] else TENSORS[:2]
+    tensors = {key: torch.empty(shape, dtype=torch.float16) for key in keys}
+    first = 0
+    for pixels in pieces:
+        if isinstance(pixels, ValueError):
+            raise pixels
+        last = first + len(pixels)
+        for number in range(0, len(keys), 2):
+            latents = encode(vae, mirror(pixels) if number else pixels, settings["precision"])
+            for key, values in zip(keys[number : number + 2], latents, strict=True):
+                tensors[key][first:last] = values
+        first = last
+    digest = latents_digest(tensor.numpy() for tensor in tensors.values())
+    row = ShardVideo(source.video.name, info.num_frames, info.fps, source.sha256, source.size, digest)
+    return row, tensors
+
+
+def _below(root: Path, message: str) -> str:
+    """A message that begins with a video's path, with its name instead."""
+    return message.removeprefix(f"{root}/")

@@ -1,0 +1,1 @@
+"""The demo: from arcade games to generated videos."""

@@ -1,0 +1,1 @@
+"""Class accuracy and motion per class."""

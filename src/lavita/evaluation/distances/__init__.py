@@ -1,0 +1,1 @@
+"""Distances between two sets of features, and scores of one."""

@@ -1,0 +1,371 @@
+"""Scores of features: which there are, what each is called, and what surrounds its number.
+
+A score is called FVD, FID, KVD, KID or IS only where it is computed on the network that these names stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lavita.evaluation.clips import Side
+from lavita.evaluation.distances.frechet import frechet_distance, frechet_score
+from lavita.evaluation.distances.inception_score import inception_score
+from lavita.evaluation.distances.kernel import kernel_score
+from lavita.evaluation.distances.precision_recall import neighbour_scores
+from lavita.evaluation.features.compute import Outputs
+from lavita.evaluation.features.extractors import EXTRACTORS, Extractor, get_extractor
+from lavita.evaluation.protocol import Protocol
+
+Features = npt.NDArray[np.float64]
+Kind = Literal["frechet", "kernel", "prdc", "inception-score"]
+
+FEW_SAMPLES = 2048
+"""Below so many clips a Frechet distance is mostly bias, which the report says."""
+
+
+_CLIPS_READ = 64  # at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class FeatureMetric:
+    """A score of features that can be asked for."""
+
+    kind: Kind
+    field: str
+    """Of the protocol, that names the extractor."""
+    needs: tuple[str, ...] = ()
+    """Extractors without which the name would be false; empty for names that fit all."""
+
+    def extractor(self, protocol: Protocol, name: str) -> Extractor:
+        """The extractor that a protocol gives it.
+
+        Raises:
+            ValueError: where it is unknown, or does not bear the name.
+        """
+        chosen = getattr(protocol, self.field)
+        level: Literal["clip", "frame", "labels"] = {
+            "video_extractor": "clip",
+            "image_extractor": "frame",
+            "label_extractor": "labels",
+        }[self.field]  # type: ignore[assignment]
+        extractor = get_extractor(self.field, chosen, level)
+        if self.needs and chosen not in self.needs:
+            general = next(
+                other
+                for other, row in FEATURE_METRICS.items()
+                if (row.kind, row.field, row.needs) == (self.kind, self.field, ())
+            )
+            raise ValueError(
+                f"metrics has {name!r}, which needs {self.field}={' or '.join(self.needs)} but has {chosen}; "
+                f"{general!r} works with any"
+            )
+        return extractor
+
+
+_INCEPTIONS = ("inception", "inception_stylegan")
+FEATURE_METRICS: dict[str, FeatureMetric] = {
+    "fvd": FeatureMetric("frechet", "video_extractor", ("i3d",)),
+    "fid": FeatureMetric("frechet", "image_extractor", _INCEPTIONS),
+    "is": FeatureMetric("inception-score", "label_extractor", ("c3d",)),
+    "kvd": FeatureMetric("kernel", "video_extractor", ("i3d",)),
+    "kid": FeatureMetric("kernel", "image_extractor", _INCEPTIONS),
+    "prdc": FeatureMetric("prdc", "video_extractor"),
+    "prdc-image": FeatureMetric("prdc", "image_extractor"),
+    "frechet-video": FeatureMetric("frechet", "video_extractor"),
+    "frechet-image": FeatureMetric("frechet", "image_extractor"),
+    "kernel-video": FeatureMetric("kernel", "video_extractor"),
+    "kernel-image": FeatureMetric("kernel", "image_extractor"),
+    "inception-score": FeatureMetric("inception-score", "label_extractor"),
+}
+"""By name; `fvd` and its like insist on the network of the field, `frechet-video` and its like take any."""
+
+_SHORT = {
+    "frechet-video": "fvd",
+    "frechet-image": "fid",
+    "kernel-video": "kvd",
+    "kernel-image": "kid",
+    "inception-score": "is",
+}
+
+
+def score_name(metric: FeatureMetric, extractor: Extractor) -> str:
+    """What a score may be called: `fvd` on I3D, `frechet-video[efficientnet_lite0_video]` elsewhere."""
+    general = {"video_extractor": "-video", "image_extractor": "-image", "label_extractor": ""}[metric.field]
+    long = f"{metric.kind}{general}"
+    bearers = FEATURE_METRICS[_SHORT[long]].needs if long in _SHORT else ()
+    if extractor.name not in bearers:
+        return f"{long}[{extractor.name}]"
+    # Inception resized in StyleGAN's way gives other numbers than the FID that papers cite.
+    return _SHORT[long] if extractor.name == bearers[0] else f"{_SHORT[long]}[{extractor.name}]"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One side's clips with their network outputs."""
+
+    side: Side
+    outputs: Outputs
+
+    def features(self, extractor: Extractor) -> Features:
+        """(N, D) for clips and labels; (all frames, D) for frames."""
+        rows = self.outputs[extractor.network.name]
+        if extractor.level == "frame":
+            # Clips may differ in length here.
+            return np.concatenate([extractor.read(row[None])[0] for row in rows]).astype(np.float64)
+        parts = [np.stack(rows[first : first + _CLIPS_READ]) for first in range(0, len(rows), _CLIPS_READ)]
+        return np.concatenate([extractor.read(part) for part in parts]).astype(np.float64)
+
+    def videos(self, extractor: Extractor) -> npt.NDArray[np.int64]:
+        """A number for each row of `features`, equal for rows of one video: those are not independent."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(clip.name for clip in self.side.clips))}
+        own = np.array([numbers[clip.name] for clip in self.side.clips])
+        return np.repeat(own, self._lengths) if extractor.level == "frame" else own
+
+    def sparse(self, extractor: Extractor, frames_a_clip: int) -> npt.NDArray[np.int64]:
+        """The rows of `features` that costly metrics look at: all clips, or some frames of each."""
+        if extractor.level != "frame":
+            return np.arange(len(self.side.clips))
+        starts = np.cumsum(self._lengths) - self._lengths
+        picked = [
+            start + np.unique(((np.arange(frames_a_clip) + 0.5) * length / frames_a_clip).astype(int))
+            for start, length in zip(starts, self._lengths, strict=True)
+        ]
+        return np.concatenate(picked)
+
+    def labels(self, extractor: Extractor) -> npt.NDArray[np.str_]:
+        """The class of each row, "" without one."""
+        own = np.array([clip.label or "" for clip in self.side.clips])
+        return np.repeat(own, self._lengths) if extractor.level == "frame" else own
+
+    @property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([clip.num_frames for clip in self.side.clips])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All that is scored."""
+
+    real: Sample
+    generated: Sample
+    floor: Sample | None
+    """Other real clips, as many as generated ones."""
+    every_frame: Sample | None
+    """Every frame of the real videos, where the protocol compares images with these."""
+
+    def reference(self, extractor: Extractor) -> Sample:
+        """The real side of an extractor."""
+        return self.every_frame if self.every_frame is not None and extractor.level == "frame" else self.real
+
+
+def score_features(name: str, samples: Samples, protocol: Protocol) -> dict[str, Any]:
+    """Computes one metric of `FEATURE_METRICS`.
+
+    Args:
+        name: of the metric.
+        samples: features of both sides.
+        protocol: the formulas' fields.
+
+    Returns:
+        JSON-able: `value`, `num_real`, `num_generated` and `extractor`, and by kind an interval, the limit for many
+        samples, the floor, the same by class.
+
+    Raises:
+        ValueError: where there are too few samples for the metric.
+    """
+    metric = FEATURE_METRICS[name]
+    extractor = metric.extractor(protocol, name)
+    compute = {"frechet": _frechet, "kernel": _kernel, "prdc": _prdc, "inception-score": _inception_score}[metric.kind]
+    return {
+        "extractor": extractor.name,
+        "num_features": extractor.num_features,
+        "sees_order_of_frames": extractor.sees_order,
+        **compute(extractor, samples, protocol),
+    }
+
+
+def check_enough(name: str, protocol: Protocol, num_real: int, num_frames: int) -> list[str]:
+    """Refuses what cannot be computed, before hours are spent on features.
+
+    Args:
+        name: of the metric.
+        protocol: the numbers of clips.
+        num_real: rows of the real side: clips, or frames for images.
+        num_frames: of a clip.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: naming the field of the protocol.
+    """
+    metric = FEATURE_METRICS[name]
+    extractor = metric.extractor(protocol, name)
+    least = extractor.network.min_frames
+    if num_frames < least:
+        raise ValueError(f"num_frames is {num_frames}, but {extractor.name} needs at least {least}")
+    num_generated = protocol.num_generated_clips * (num_frames if extractor.level == "frame" else 1)
+    if metric.kind == "frechet":
+        for field, count in (("num_real_clips", num_real), ("num_generated_clips", num_generated)):
+            if count <= extractor.num_features:
+                raise ValueError(
+                    f"{field} gives {count} samples, but {name} on the {extractor.num_features} features of "
+                    f"{extractor.name} needs more than {extractor.num_features}; kernel distances need only a few"
+                )
+        fewest = min(protocol.num_real_clips, protocol.num_generated_clips)
+        if fewest < FEW_SAMPLES:
+            return [f"{name}: {fewest} clips; below {FEW_SAMPLES:,} the bias is large, see the floor and the limit"]
+    if metric.kind == "inception-score":
+        variant = protocol.inception_variant
+        if protocol.num_generated_clips != variant.num_samples:
+            raise ValueError(
+                f"num_generated_clips is {protocol.num_generated_clips}, but inception_score="
+                f"{protocol.inception_score} takes {variant.num_samples}; allowed otherwise: inception_score=custom "
+                "inception_splits=K"
+            )
+    return []
+
+
+def _frechet(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict[str, Any]:
+    ddof = protocol.image_ddof if extractor.level == "frame" else protocol.video_ddof
+    reference = samples.reference(extractor)
+
+    real, real_videos = reference.features(extractor), reference.videos(extractor)
+    score = frechet_score(
+        real,
+        samples.generated.features(extractor),
+        ddof,
+        real_videos,
+        samples.generated.videos(extractor),
+        protocol.num_halvings,
+        protocol.seed,
+    )
+    floor = None
+    if samples.floor is not None:
+        floor = frechet_distance(real, samples.floor.features(extractor), ddof)
+    by_class = _by_class(
+        extractor,
+        reference,
+        samples.generated,
+        lambda x, y, cx, cy: asdict(frechet_score(x, y, ddof, cx, cy, num_halvings=0)),
+        extractor.num_features + 1,
+    )
+    return {
+        **asdict(score),
+        "num_real": len(real),
+        "num_generated": len(samples.generated.videos(extractor)),
+        "ddof": ddof,
+        "floor": floor,
+        "per_class": by_class,
+    }
+
+
+def _kernel(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict[str, Any]:
+    reference = samples.reference(extractor)
+
+    def picked(sample: Sample) -> tuple[Features, npt.NDArray[np.int64]]:
+        rows = sample.sparse(extractor, protocol.frames_a_clip)
+        return sample.features(extractor)[rows], sample.videos(extractor)[rows]
+
+    real, real_videos = picked(reference)
+
+    def compute(sample: Sample) -> dict[str, Any]:
+        rows, videos = picked(sample)
+        return {
+            **asdict(kernel_score(real, rows, real_videos, videos)),
+            "num_real": len(real),
+            "num_generated": len(rows),
+        }
+
+    by_class = _by_class(
+        extractor,
+        reference,
+        samples.generated,
+        lambda x, y, cx, cy: asdict(kernel_score(x, y, cx, cy)),
+        3,
+        protocol.frames_a_clip,
+    )
+    return {
+        **compute(samples.generated),
+        "floor": None if samples.floor is None else compute(samples.floor)["value"],
+        "per_class": by_class,
+    }
+
+
+def _prdc(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict[str, Any]:
+    reference = samples.reference(extractor)
+
+    def rows(sample: Sample) -> Features:
+        return sample.features(extractor)[sample.sparse(extractor, protocol.frames_a_clip)]
+
+    real, generated = rows(reference), rows(samples.generated)
+    floor = None
+    if samples.floor is not None:
+        floor = asdict(neighbour_scores(real, rows(samples.floor), protocol.neighbours))
+    return {
+        **asdict(neighbour_scores(real, generated, protocol.neighbours)),
+        "num_real": len(real),
+        "num_generated": len(generated),
+        "floor": floor,
+    }
+
+
+def _inception_score(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict[str, Any]:
+    variant = protocol.inception_variant
+
+    def compute(sample: Sample) -> dict[str, Any]:
+        return asdict(inception_score(sample.features(extractor), variant.num_splits))
+
+    return {
+        **compute(samples.generated),
+        "num_real": 0,
+        "num_generated": variant.num_samples,
+        "variant": protocol.inception_score,
+        # What real clips score is the ceiling: here more is better.
+        "floor": None if samples.floor is None else compute(samples.floor)["value"],
+    }
+
+
+def _by_class(
+    extractor: Extractor,
+    reference: Sample,
+    generated: Sample,
+    compute: Callable[..., dict[str, Any]],
+    least: int,
+    frames_a_clip: int | None = None,
+) -> dict[str, dict[str, Any] | None] | None:
+    """The same score of each class that both sides have, None for classes of too few; None without classes."""
+    labels = [set(sample.side.labels) for sample in (reference, generated)]
+    names = sorted(name for name in labels[0] & labels[1] if name is not None)
+    if len(names) < 2:
+        return None
+    result: dict[str, dict[str, Any] | None] = {}
+    parts = []
+    for sample in (reference, generated):
+        rows = (
+            np.arange(len(sample.videos(extractor)))
+            if frames_a_clip is None
+            else sample.sparse(extractor, frames_a_clip)
+        )
+        parts.append((sample.features(extractor)[rows], sample.videos(extractor)[rows], sample.labels(extractor)[rows]))
+    for name in names:
+        chosen = [(rows[labels == name], videos[labels == name]) for rows, videos, labels in parts]
+        enough = all(len(rows) >= least and len(set(videos.tolist())) >= 3 for rows, videos in chosen)
+        (x, cx), (y, cy) = chosen
+        result[name] = {**compute(x, y, cx, cy), "num_real": len(x), "num_generated": len(y)} if enough else None
+    return result
+
+
+def extractors_of(metrics: Sequence[str], protocol: Protocol) -> Mapping[str, Extractor]:
+    """Every extractor that the metrics need, by name.
+
+    Raises:
+        ValueError: for one that is unknown or does not bear a metric's name.
+    """
+    needed = [FEATURE_METRICS[name].extractor(protocol, name) for name in metrics if name in FEATURE_METRICS]
+    return {extractor.name: EXTRACTORS[extractor.name] for extractor in needed}

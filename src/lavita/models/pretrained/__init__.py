@@ -1,0 +1,1 @@
+"""Loads the weights of other models: DiT, Latte, and earlier runs."""

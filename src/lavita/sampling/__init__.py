@@ -1,0 +1,1 @@
+"""From noise to videos: the pipeline, its schedulers, and recipes that trade time for quality."""

@@ -1,0 +1,246 @@
+"""Generates a folder of videos from a model, one seed a video."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from diffusers import ConfigMixin
+from PIL import Image
+
+from lavita.core.precision import pick_device
+from lavita.core.processes import Processes
+from lavita.core.progress import Progress
+from lavita.core.seeds import generator
+from lavita.data.captions import read_captions
+from lavita.data.catalog import GENERATION, read_generation
+from lavita.models.adapters import apply_adapter
+from lavita.models.fingerprint import fingerprint
+from lavita.models.packaged import model_source
+from lavita.sampling.pipeline import load_pipeline
+from lavita.sampling.recipes import RECIPES, Recipe
+from lavita.video.writing import write_video
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-3` or `1,5,9` or both to numbers, in the order given.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"seeds is {text!r}; allowed: numbers and ranges such as 0-7 or 1,5,9")
+        seeds.extend(range(int(first), int(last or first) + 1))
+    if not seeds:
+        raise ValueError(f"seeds is {text!r}, an empty range")
+    return seeds
+
+
+class Job(NamedTuple):
+    """One video to make."""
+
+    path: Path
+    seed: int
+    label: int | None = None
+    prompt: str | None = None
+
+
+def generate(
+    model: str,
+    out: Path,
+    *,
+    classes: str = "all",
+    prompts: Sequence[str] = (),
+    prompt_table: Path | None = None,
+    seeds: str = "0-3",
+    recipe: Recipe = RECIPES["default"],
+    num_frames: int | None = None,
+    images: bool = False,
+    adapter: Path | None = None,
+    adapter_scale: float = 1.0,
+    batch_size: int = 8,
+    suffix: str = ".mp4",
+    device: str = "auto",
+    team: Processes | None = None,
+) -> list[Path]:
+    """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`.
+
+    A video depends on its class or prompt and its seed alone, not on the batch that it is made in. Files that are there
+    already are left alone; `out/generation.json` records how they were made, and a folder never holds two kinds.
+
+    Args:
+        model: pipeline folder, hub id, or `builtin`.
+        out: folder; made if missing.
+        classes: `all`, or names or numbers, comma separated.
+        prompts: texts for a text-conditional model.
+        prompt_table: a table of prompts, as `captions.read_captions` reads it; the videos of a row are written to
+            `out/<file without its suffix>-<seed>.mp4`.
+        seeds: see `parse_seeds`.
+        recipe: sampler, steps, guidance and what makes them faster.
+        num_frames: length; by default that of the training clips.
+        images: write single images, `.png`, from the model without its temporal modules (A.4).
+        adapter: folder of low-rank adapters that were trained on this model, in peft's layout.
+        adapter_scale: how much of their change is added.
+        batch_size: videos at once.
+        suffix: `.mp4`, `.gif`, or `.mkv`, which loses nothing.
+        device: see `runtime.pick_device`.
+        team: processes that share the batches; they write the files that one would.
+
+    Returns:
+        All the files asked for, written now or before, once all processes are done.
+
+    Raises:
+        ValueError: for a model, class, prompt, seed or length that does not exist or fit, or a folder whose videos were
+            made in another way.
+    """
+    numbers = parse_seeds(seeds)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+    if images and num_frames not in (None, 1):
+        raise ValueError(f"num_frames is {num_frames}, but an image has 1")
+    pipeline = load_pipeline(model_source(model), pick_device(device))
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter is not None:
+        apply_adapter(pipeline.transformer, adapter, adapter_scale)
+    config = pipeline.transformer.config
+    jobs = _plan(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
+    if images:
+        num_frames = 1
+
+    settings = {
+        "transformer": fingerprint(pipeline.transformer),
+        "autoencoder": fingerprint(pipeline.vae),
+        **recipe.settings(config),
+        "num_frames": num_frames or config["num_frames"],
+        "use_temporal": not images,
+        "frame_interval": config["frame_interval"],
+        "fps": config["fps"],
+    }
+    check_generation(out, settings)
+    options = recipe.prepare(pipeline, Path(model_source(model)))
+    team = team or Processes()
+    # Whole batches of the whole list: a file is the same to the bit whoever makes it, and when.
+    batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
+    todo = team.share([batch for batch in batches if not all(job.path.exists() for job in batch)])
+    team.wait()  # all have looked before the first one writes
+    progress = Progress("image" if images else "video", sum(map(len, todo)), active=team.is_first)
+    # Files are written while the next batch is sampled.
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[None] | None = None
+        for batch in todo:
+            videos = pipeline(
+                class_labels=[job.label for job in batch if job.label is not None] or None,
+                prompt=[job.prompt for job in batch if job.prompt is not None] or None,
+                num_videos=len(batch),
+                num_frames=num_frames,
+                generator=[generator(job.seed, "sample") for job in batch],
+                use_temporal=not images,
+                **options,
+            ).frames
+            if writing is not None:
+                writing.result()
+            write_generation(out, settings)
+            writing = writer.submit(_write, batch, np.asarray(videos), config["fps"])
+            progress.update(progress.done + len(batch))
+        if writing is not None:
+            writing.result()
+    team.wait()
+    return [job.path for job in jobs]
+
+
+def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> None:
+    for job, frames in zip(batch, videos, strict=True):
+        if job.path.exists():
+            continue
+        if job.path.suffix == ".png":
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = job.path.with_name(f".{job.path.name}")
+            Image.fromarray(frames[0]).save(partial)
+            partial.replace(job.path)
+        else:
+            write_video(job.path, frames, fps)
+
+
+def _plan(
+    config: ConfigMixin,
+    out: Path,
+    suffix: str,
+    seeds: list[int],
+    classes: str,
+    prompts: Sequence[str],
+    prompt_table: Path | None,
+) -> list[Job]:
+    """What to make, for a model with classes, with texts, or with neither."""
+    if (prompts or prompt_table is not None) and not config["text_dim"]:
+        raise ValueError("a prompt was given, but this model has no texts")
+    if config["num_classes"]:
+        names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
+        labels = _parse_classes(classes, names)
+        return [Job(out / names[label] / f"{seed}{suffix}", seed, label) for label in labels for seed in seeds]
+    if classes != "all":
+        raise ValueError(f"classes is {classes!r}, but this model has none")
+    if not config["text_dim"]:
+        return [Job(out / f"{seed}{suffix}", seed) for seed in seeds]
+    rows: list[tuple[str, str]] = [(f"{_slug(prompt)}/", prompt) for prompt in prompts]
+    if prompt_table is not None:
+        for file, texts in read_captions(prompt_table).items():
+            stem = Path(file).with_suffix("").as_posix()
+            if Path(stem).is_absolute() or ".." in Path(stem).parts:
+                raise ValueError(f"{prompt_table}: file is {file!r}, but must lie below the folder of samples")
+            rows += [(f"{stem}-" if len(texts) == 1 else f"{stem}-{i}-", text) for i, text in enumerate(texts)]
+    if not rows:
+        raise ValueError("this model has texts: give --prompt, or a table with --prompts")
+    return [Job(out / f"{name}{seed}{suffix}", seed, prompt=text) for name, text in rows for seed in seeds]
+
+
+def _slug(prompt: str) -> str:
+    """A folder's name from the words of a prompt."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:80] or "no-prompt"
+
+
+def check_generation(out: Path, settings: dict[str, Any]) -> None:
+    """Refuses to add to a folder whose videos were made in another way.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    before = read_generation(out)
+    for key in {**settings, **(before or {})}:
+        if before is not None and before.get(key) != settings.get(key):
+            raise ValueError(
+                f"{out}: holds videos made with {key}={before.get(key)}, not {settings.get(key)}; use another folder"
+            )
+
+
+def write_generation(out: Path, settings: dict[str, Any]) -> None:
+    """Records how a folder's videos are made, in `generation.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    # A name of its own, as several processes may share a folder.
+    partial = out / f".{GENERATION}-{uuid.uuid4().hex[:8]}"
+    partial.write_text(json.dumps(settings, indent=1))
+    partial.replace(out / GENERATION)
+
+
+def _parse_classes(text: str, names: list[str]) -> list[int]:
+    if text == "all":
+        return list(range(len(names)))
+    labels = []
+    for part in text.split(","):
+        word = part.strip()
+        if word in names:
+            labels.append(names.index(word))
+        elif word.isdigit() and int(word) < len(names):
+            labels.append(int(word))
+        else:
+            raise ValueError(f"class is {word!r}; allowed: all, {', '.join(names)}, or 0-{len(names) - 1}")
+    return labels

@@ -1,0 +1,299 @@
+"""Trains an autoencoder on frames: reconstruction that weighs what moves, plus a KL divergence.
+
+Frames are drawn as pairs of successive ones, so that each knows which of its pixels move: in most videos the
+background is most of the picture and a few moving pixels are what it is about.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from lavita.core.config import save_config
+from lavita.core.precision import autocast, pick_device, without_fp16
+from lavita.core.progress import Progress
+from lavita.core.seeds import generator, numpy_generator
+from lavita.data.catalog import scan
+from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
+from lavita.models.autoencoder import encode, load_autoencoder, to_pixels
+from lavita.training.checkpoint import Keep, load_last_checkpoint, save_checkpoint
+from lavita.training.config import AutoencoderConfig
+from lavita.training.ema import EMA
+from lavita.training.run_folder import Metrics, Stopped, check_resumable, only_run, stop_requested
+from lavita.training.state import restore_training, training_tensors
+from lavita.video.reading import iter_frames
+
+Frames = npt.NDArray[np.uint8]
+
+EMA_DECAY = 0.999
+WARMUP_STEPS = 200
+MOVED = 0.2  # a change of this much, on [0, 1], counts as full motion
+# What may differ when a run is resumed: how long, what is written down and what is measured.
+RESUMABLE = {
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "held_out",
+    "save_dtype",
+    "device",
+    "run_dir",
+}
+
+
+def load_frames(root: Path, resolution: int, memory_gib: float, seed: int) -> list[Frames]:
+    """Decodes a folder of videos once, shrunk so that crops of `resolution` at up to twice the size fit.
+
+    Args:
+        root: folder of videos.
+        resolution: side of the crops in pixels.
+        memory_gib: where all frames would take more, a random stretch of each video is kept.
+        seed: which stretch.
+
+    Returns:
+        uint8 arrays `(F, h, w, 3)`, a video each, F >= 2.
+    """
+    catalog = scan(root, min_frames=2)
+    sizes = [_shrunk(video.info.width, video.info.height, 2 * resolution) for video in catalog.videos]
+    total = sum(video.info.num_frames * w * h * 3 for video, (w, h) in zip(catalog.videos, sizes, strict=True))
+    share = min(1.0, memory_gib * 2**30 / total)
+
+    def read(index: int) -> Frames:
+        video, size = catalog.videos[index], sizes[index]
+        count = max(2, int(video.info.num_frames * share))
+        start = int(numpy_generator(seed, "stretch", index).integers(video.info.num_frames - count + 1))
+        kept = []
+        for number, frame in enumerate(iter_frames(video.info.path)):
+            if number >= start:
+                image = Image.fromarray(frame)
+                if image.size != size:
+                    image = image.resize(size, Image.Resampling.BOX)
+                kept.append(np.asarray(image))
+            if len(kept) == count:
+                break
+        return np.stack(kept)
+
+    with ThreadPoolExecutor() as pool:
+        videos = []
+        progress = Progress(f"reading {root}", len(sizes))
+        for frames in pool.map(read, range(len(sizes))):
+            videos.append(frames)
+            progress.update(len(videos))
+    return videos
+
+
+def draw_pairs(sources: list[list[Frames]], config: AutoencoderConfig, step: int) -> Frames:
+    """The frame pairs of a step, a pure function of the seed and the step.
+
+    Returns:
+        uint8 `(batch_size, R, R, 3)`; frames 2i and 2i + 1 are successive ones under the same crop and flip.
+    """
+    rng = numpy_generator(config.seed, "pairs", step)
+    side = config.resolution
+    weights = np.array(config.data_weights or [1.0] * len(sources))
+    pairs = []
+    for _ in range(config.batch_size // 2):
+        source = sources[rng.choice(len(sources), p=weights / weights.sum())]
+        video = source[rng.integers(len(source))]
+        first = int(rng.integers(len(video) - 1))
+        pair = video[first : first + 2]
+        shorter = min(pair.shape[1:3])
+        target = int(rng.integers(side, max(side, shorter) + 1))
+        if target != shorter:
+            height, width = (round(edge * target / shorter) for edge in pair.shape[1:3])
+            pair = np.stack(
+                [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BOX)) for f in pair]
+            )
+        top = int(rng.integers(pair.shape[1] - side + 1))
+        left = int(rng.integers(pair.shape[2] - side + 1))
+        pair = pair[:, top : top + side, left : left + side]
+        if config.horizontal_flip and rng.random() < 0.5:
+            pair = pair[:, :, ::-1]
+        pairs.append(pair)
+    return np.ascontiguousarray(np.concatenate(pairs))
+
+
+def motion_weights(pixels: torch.Tensor, weight: float) -> torch.Tensor:
+    """How much each pixel counts: 1 where the pair agrees, `1 + weight` where it moves, mean 1 over all.
+
+    Args:
+        pixels: `(2 P, 3, H, W)` in [-1, 1], pairs of successive frames.
+        weight: of full motion.
+
+    Returns:
+        `(2 P, 1, H, W)`; both frames of a pair share their weights.
+    """
+    pairs = pixels.unflatten(0, (-1, 2))
+    moved = (pairs[:, 0] - pairs[:, 1]).abs().amax(dim=1, keepdim=True) / (2 * MOVED)
+    moved = F.max_pool2d(moved.clamp(max=1.0), kernel_size=3, stride=1, padding=1)
+    weights = 1.0 + weight * moved
+    return (weights / weights.mean()).repeat_interleave(2, dim=0)
+
+
+def autoencoder_loss(
+    vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor, config: AutoencoderConfig
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Motion-weighted L1, L1 of the image gradients, and KL(q(z|x) || N(0, 1)) (Kingma & Welling 2014, App. B).
+
+    Args:
+        vae: the autoencoder.
+        pixels: `(2 P, 3, H, W)` in [-1, 1], pairs of successive frames.
+        noise: standard normal `(2 P, C, h, w)`, for the reparametrised sample.
+        config: the weights of the terms.
+
+    Returns:
+        The loss (0-dim) and its parts.
+    """
+    posterior = vae.encode(pixels).latent_dist
+    z = posterior.mean + posterior.std * noise
+    output = vae.decode(z).sample.float()
+    weights = motion_weights(pixels, config.motion_weight)
+    reconstruction = (weights * (output - pixels).abs()).mean()
+    edges = sum((torch.diff(output, dim=dim) - torch.diff(pixels, dim=dim)).abs().mean() for dim in (-1, -2))
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+    loss = reconstruction + config.edge_weight * edges + config.kl_weight * kl
+    return loss, {"reconstruction": reconstruction.item(), "kl": kl.item()}
+
+
+def learning_rate(config: AutoencoderConfig, step: int) -> float:
+    """Rate of a step (from 0): linear warm-up, then a cosine down to 1% of the peak."""
+    if step < WARMUP_STEPS:
+        return config.learning_rate * (step + 1) / WARMUP_STEPS
+    done = (step - WARMUP_STEPS) / max(1, config.steps - WARMUP_STEPS)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train_autoencoder(config: AutoencoderConfig) -> Path:
+    """Trains, resuming from the run folder's last checkpoint, and writes `<run_dir>/autoencoder`.
+
+    Its `scaling_factor` and `shift_factor` are measured on training frames, so that scaled latents have mean 0
+    and variance 1 over all their values.
+
+    Args:
+        config: the run.
+
+    Returns:
+        The autoencoder's folder, with `reconstruction.json` beside the weights where `held_out` is given.
+
+    Raises:
+        ValueError: where configuration, data and run folder do not fit together.
+        Stopped: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+        FloatingPointError: where the loss is no longer finite.
+    """
+    with only_run(config.run_dir):
+        return _train(config)
+
+
+def _train(config: AutoencoderConfig) -> Path:
+    run_dir = config.run_dir
+    check_resumable(run_dir, config, RESUMABLE)
+    save_config(config, run_dir / "config.yaml")
+    device = pick_device(config.device)
+    precision = without_fp16(device, config.precision)
+    sources = [
+        load_frames(root, config.resolution, config.memory_gib / len(config.data), config.seed) for root in config.data
+    ]
+    torch.manual_seed(config.seed)
+    vae = build_autoencoder(config).to(device)
+    ema = EMA(vae, EMA_DECAY)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+    step = 0
+    if (checkpoint := load_last_checkpoint(run_dir / "checkpoints")) is not None:
+        step = checkpoint.step
+        restore_training(checkpoint, vae, ema, [optimizer])
+    metrics = Metrics(run_dir / "metrics.jsonl", step)
+    progress = Progress("autoencoder step", config.steps, step)
+    factor = config.downsampling
+    latent_shape = (config.latent_channels, config.resolution // factor, config.resolution // factor)
+
+    with ThreadPoolExecutor(1) as reader, stop_requested() as stop:
+        upcoming = reader.submit(draw_pairs, sources, config, step)
+        while step < config.steps:
+            pixels = to_pixels(upcoming.result(), device)
+            upcoming = reader.submit(draw_pairs, sources, config, step + 1)
+            noise = torch.randn(config.batch_size, *latent_shape, generator=generator(config.seed, "noise", step)).to(
+                device
+            )
+            rate = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with autocast(device, precision):
+                loss, parts = autoencoder_loss(vae, pixels, noise, config)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            value, norm = loss.item(), grad_norm.item()
+            if not math.isfinite(value) or not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the loss is {value} and its gradient's norm {norm} at step {step + 1}; lower learning_rate"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            ema.update(step)
+
+            if step % config.log_every == 0 or step == config.steps:
+                metrics.write(step=step, loss=value, lr=rate, grad_norm=norm, **parts)
+            progress.update(step, f"loss {value:.4f}  L1 {parts['reconstruction']:.4f}")
+            stopping = bool(stop) and step < config.steps  # read once: a later signal waits for the next step
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+                tensors = training_tensors(vae, ema, [optimizer])
+                save_checkpoint(run_dir / "checkpoints", step, tensors, {}, Keep(config.keep_checkpoints))
+            if stopping:
+                metrics.close()
+                raise Stopped(
+                    f"stopped at step {step:,} of {config.steps:,}; the same command goes on from there", stop[0]
+                )
+    metrics.close()
+
+    vae.load_state_dict(ema.weights)
+    vae.eval().requires_grad_(False)
+    measure_scaling(vae, sources, config)
+    folder = run_dir / "autoencoder"
+    vae.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
+    if config.held_out:
+        saved = load_autoencoder(str(folder), device)
+        quality = {str(root): reconstruction_quality(saved, root, config.resolution) for root in config.held_out}
+        show_quality(quality, folder / "reconstruction.json")
+    return folder
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+    """A freshly initialised autoencoder of a configuration."""
+    levels = len(config.widths)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.widths),
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=math.gcd(8, *config.widths),
+        mid_block_add_attention=False,
+        sample_size=config.resolution,
+    )
+
+
+def measure_scaling(vae: AutoencoderKL, sources: list[list[Frames]], config: AutoencoderConfig) -> None:
+    """Sets `scaling_factor` and `shift_factor` from the latents of at least 1,024 training frames."""
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    frames = [draw_pairs(sources, config, -1 - batch) for batch in range(math.ceil(1024 / config.batch_size))]
+    mean, std = encode(vae, np.concatenate(frames), config.precision)
+    mean64, std64 = mean.double(), std.double()
+    variance = mean64.var() + std64.square().mean()
+    vae.register_to_config(
+        scaling_factor=round(1.0 / variance.sqrt().item(), 5), shift_factor=round(mean64.mean().item(), 5)
+    )
+
+
+def _shrunk(width: int, height: int, shorter: int) -> tuple[int, int]:
+    ratio = min(1.0, shorter / min(width, height))
+    return max(1, round(width * ratio)), max(1, round(height * ratio))

@@ -1,0 +1,166 @@
+"""A run's folder: its lock, its metrics, and whether it may be resumed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import signal
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lavita.core.config import ConfigError, StrictConfig, load_config, read_yaml
+from lavita.training.checkpoint import list_checkpoints
+
+# What may differ when a run is resumed: how long it is and how it ends, what is written down, and how the work is
+# shared, but nothing that changes a step before the end by more than rounding.
+RESUMABLE = {
+    "data.workers",
+    "train.steps",
+    "train.decay_steps",
+    "train.accumulation",
+    "train.parallel",
+    "train.gradient_checkpointing",
+    "train.compile",
+    "train.bad_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.keep_best",
+    "train.sample_every",
+    "train.num_samples",
+    "train.score_every",
+    "train.score_clips",
+    "train.validate_every",
+    "train.validation_clips",
+    "train.trackers",
+    "data.validation",
+    "data.validation_captions",
+    "train.device",
+    "run_dir",
+}
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved a checkpoint; the same command goes on from there."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        """`number` is the signal that asked; another process may have got it."""
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def stop_requested() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM comes; a second one stops at once.
+
+    The loop looks at it between two steps, so that a checkpoint never holds half a step.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Metrics:
+    """Appends one JSON object a line to a file; a resumed run first drops the lines it will write again."""
+
+    def __init__(self, path: Path, resume_step: int, active: bool = True) -> None:
+        """Opens `path`; lines with a `step` above `resume_step`, and a half-written last one, are dropped.
+
+        One that is not `active`, as in all but the first of several processes, writes nothing.
+        """
+        self._file = None
+        if not active:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= resume_step:
+                kept.append(line + "\n")
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, **record: Any) -> None:
+        """Appends one object."""
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+@contextmanager
+def only_run(run_dir: Path) -> Iterator[None]:
+    """Holds a run's folder, so that no second run writes into it; the system lets go of it when the process dies.
+
+    Raises:
+        ValueError: where another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{run_dir}: another run is going on in this folder; use another run_dir") from error
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in run_dir.iterdir()] == [".lock"]:  # a run that could not start leaves nothing
+                shutil.rmtree(run_dir)
+            raise
+
+
+def check_resumable(run_dir: Path, config: StrictConfig, may_differ: Set[str]) -> None:
+    """Refuses to resume a run folder under another configuration; one without checkpoints starts anew.
+
+    Args:
+        run_dir: the run's folder, with the `config.yaml` that it was started with.
+        config: what was asked for now.
+        may_differ: dotted names of the fields that change no step.
+
+    Raises:
+        ConfigError: naming the first other field that differs.
+    """
+    file = run_dir / "config.yaml"
+    if not file.exists() or not list_checkpoints(run_dir / "checkpoints"):
+        return
+    # Through the class: a field that is newer than the run has its default, which is what the run did.
+    started = load_config(type(config), read_yaml(file), source=str(file))
+    before, now = _flat(started.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    for key in sorted(now.keys() - may_differ):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{run_dir} was started with {key}={before.get(key)}, but {now.get(key)} was asked for; "
+                "use another run_dir"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

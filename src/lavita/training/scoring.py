@@ -1,0 +1,133 @@
+"""Scores during training: the same code on a small fixed protocol, in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lavita.core.processes import Processes
+from lavita.core.seeds import generator
+from lavita.data.clips import clip_span
+from lavita.evaluation.clips import choose_clips, read_source
+from lavita.evaluation.distances.kernel import kernel_score
+from lavita.evaluation.feature_metrics import FEATURE_METRICS, score_name
+from lavita.evaluation.features.compute import BATCH_SIZE, compute_outputs
+from lavita.evaluation.features.extractors import get_extractor
+from lavita.evaluation.features.networks import Network, load_network
+from lavita.sampling.pipeline import LavitaPipeline
+from lavita.training.config import RunConfig
+from lavita.training.run_folder import Metrics
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """A protocol small enough to be run again and again."""
+
+    num_clips: int = 64
+    """Of either side."""
+    steps: int = 20
+    guidance_scale: float = 1.0
+    seed: int = 0
+    """Of the choice of real clips; samples have the seeds 0, 1, ..."""
+    video_extractor: str = "efficientnet_lite0_video"
+
+
+class TrainingScorer:
+    """Scores a pipeline against the same real clips each time.
+
+    The score is the kernel distance, whose mean does not depend on the number of clips: a Frechet distance of 64 is
+    bias. Compare its numbers along one run; they are not those of `lavita evaluate` with other clips.
+    """
+
+    def __init__(
+        self,
+        real: Path,
+        num_frames: int,
+        frame_interval: int,
+        resolution: int,
+        options: TrackingOptions | None = None,
+        device: torch.device | str = "cpu",
+        team: Processes | None = None,
+    ) -> None:
+        """Reads the real clips and computes their features, once; `team` shares the sampling.
+
+        Raises:
+            ValueError: where there are too few videos, or the extractor's weights are missing.
+        """
+        self.options, self.resolution, self._team = options or TrackingOptions(), resolution, team or Processes()
+        if self.options.num_clips < 3:
+            raise ValueError(f"num_clips is {self.options.num_clips}; it must be at least 3")
+        self._extractor = get_extractor("video_extractor", self.options.video_extractor, "clip")
+        self._network: Network = load_network(self._extractor.network, device=device)
+        # A training run has said which videos it leaves out.
+        source = read_source(real, clip_span(num_frames, frame_interval), skip_broken=True)
+        side = choose_clips(source, self.options.num_clips, num_frames, frame_interval, self.options.seed)
+        outputs = compute_outputs(side, [self._network], resolution)[self._network.spec.name]
+        self._real = np.concatenate([self._extractor.read(row[None]) for row in outputs])
+        self._videos = [clip.name for clip in side.clips]
+
+    @torch.no_grad()
+    def __call__(self, pipeline: LavitaPipeline) -> dict[str, float]:
+        """Samples the pipeline with fixed seeds and scores the frames as they are.
+
+        Args:
+            pipeline: of a model without texts; classes are taken in turn. It is left in the mode it had.
+
+        Returns:
+            `{name: distance, name + "_standard_error": its standard error}`.
+        """
+        num_classes, features = pipeline.transformer.config["num_classes"], []
+        if pipeline.transformer.config["text_dim"]:
+            raise ValueError("a model with texts cannot be scored during training: it has no prompts to be scored on")
+        pipeline.set_progress_bar_config(disable=True)
+        training = pipeline.transformer.training
+        pipeline.transformer.eval()
+        starts = list(range(0, self.options.num_clips, BATCH_SIZE))
+        for first in self._team.share(starts):
+            seeds = range(first, min(first + BATCH_SIZE, self.options.num_clips))
+            frames = pipeline(
+                class_labels=[seed % num_classes for seed in seeds] if num_classes else None,
+                num_videos=len(seeds),
+                num_inference_steps=self.options.steps,
+                guidance_scale=self.options.guidance_scale if num_classes else 1.0,
+                generator=[generator(seed, "sample") for seed in seeds],
+            ).frames
+            output = self._network.run(torch.from_numpy(np.asarray(frames))).float().cpu().numpy()
+            features.append(self._extractor.read(output))
+        pipeline.transformer.train(training)
+        score = kernel_score(self._real, np.concatenate(self._team.collect(features)), self._videos)
+        name = score_name(FEATURE_METRICS["kernel-video"], self._extractor)
+        return {name: score.value, f"{name}_standard_error": score.standard_error}
+
+
+class ScoreLog:
+    """The scores of a training run, a line each in `scores.jsonl`."""
+
+    def __init__(self, config: RunConfig, resume_step: int, device: torch.device, team: Processes) -> None:
+        """Reads the real clips of the run; lines after `resume_step` are dropped, as they will be written again.
+
+        Raises:
+            ValueError: as `TrainingScorer`.
+        """
+        data = config.data
+        # The configuration has no scores without it.
+        assert data.path is not None
+        self._score = TrainingScorer(
+            data.path,
+            data.num_frames,
+            data.frame_interval,
+            data.resolution,
+            TrackingOptions(num_clips=config.train.score_clips),
+            device,
+            team,
+        )
+        self._lines = Metrics(config.run_dir / "scores.jsonl", resume_step, team.is_first)
+
+    def write(self, step: int, pipeline: LavitaPipeline) -> dict[str, float]:
+        """Scores a pipeline, appends the line, and returns its numbers."""
+        scores = self._score(pipeline)
+        self._lines.write(step=step, **scores)
+        return scores

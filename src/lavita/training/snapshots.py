@@ -1,0 +1,71 @@
+"""What a run shows of its averaged model on the way: sample videos and the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lavita.core.processes import Processes, whole
+from lavita.core.seeds import generator
+from lavita.models.adapters import adapter_scale, merge_state
+from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.sampling.pipeline import LavitaPipeline
+from lavita.training.batches import BatchMaker
+from lavita.training.config import RunConfig
+from lavita.training.ema import EMA
+from lavita.video.contact_sheet import contact_sheet
+from lavita.video.writing import write_video
+
+SAMPLE_STEPS = 20
+
+
+@torch.no_grad()
+def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransformer3DModel:
+    """A plain model of the averaged weights, with adapters folded in, whole in every process, in eval mode.
+
+    It shares memory with the averages where they are not sharded: use it before the next step.
+    """
+    with torch.device("meta"):
+        averaged = LavitaTransformer3DModel.from_config(dict(model.config))
+    buffers = dict(model.named_buffers())  # those that no checkpoint holds are computed from the configuration
+    for name in [name for name, _ in averaged.named_buffers()]:
+        owner, _, last = name.rpartition(".")
+        averaged.get_submodule(owner)._buffers[last] = buffers[name]
+    weights = {name: whole(tensor) for name, tensor in {**model.state_dict(), **ema.weights}.items()}
+    averaged.load_state_dict(merge_state(weights, adapter_scale(model)), assign=True)
+    return averaged.eval().requires_grad_(False)
+
+
+def write_samples(config: RunConfig, pipeline: LavitaPipeline, batches: BatchMaker, step: int, team: Processes) -> Path:
+    """Writes `samples/step-<step>/<i>.mp4` and a contact sheet beside: the same seeds and conditions every time.
+
+    The processes share the batches.
+
+    Returns:
+        The contact sheet, once the first process has written it.
+    """
+    num_samples, folder = config.train.num_samples, config.run_dir / "samples"
+    names, embeds = batches.class_names, batches.example_embeds(num_samples)
+    size = min(num_samples, config.train.batch_size)
+    parts = [range(first, min(num_samples, first + size)) for first in range(0, num_samples, size)]
+    mine: list[npt.NDArray[np.uint8]] = []
+    for part in team.share(parts):
+        frames = pipeline(
+            class_labels=[i % len(names) for i in part] if names else None,
+            prompt_embeds=None if embeds is None else embeds[part.start : part.stop],
+            num_videos=len(part),
+            num_inference_steps=SAMPLE_STEPS,
+            generator=[generator(seed, "sample") for seed in part],
+            precision=config.train.precision,
+        ).frames
+        mine.append(np.asarray(frames))
+    sheet = folder / f"step-{step:08d}.png"
+    videos = [video for batch in team.collect(mine) for video in batch]
+    if team.is_first:
+        for index, video in enumerate(videos):
+            write_video(folder / f"step-{step:08d}" / f"{index}.mp4", video, pipeline.transformer.config["fps"])
+        contact_sheet([[video] for video in videos], sheet)
+    return sheet

@@ -1,0 +1,317 @@
+"""Reads videos exactly, frame for frame: video files, folders of frames, and images as videos of one frame.
+
+Frame ``i`` of a video is its ``i``-th frame in presentation order, whatever the container, the codec or the
+frame rate. Pixels are uint8 RGB, turned and mirrored as the file asks for; transparent sources are composited
+on black, grey ones repeated over the channels, deeper ones rounded to 8 bits. The shape of a pixel and
+interlacing are ignored. A broken file raises `VideoError`, it never yields fewer frames than it holds; only
+damage that the decoder itself does not notice passes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from lavita.video.formats import VIDEO_SUFFIXES, Frames, PathLike, VideoError, VideoInfo, _check_shape, _on_black
+from lavita.video.frame_folders import _image_shape, _images, _read_images
+
+# Codecs whose packets show one frame each, so that packets tell frames. Not so in VP8 (hidden frames),
+# MPEG-4 part 2 (packets that repeat a frame), GIF, and whatever is inside AVI (no presentation times): these
+# are counted by decoding and read from the beginning.
+_ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "mjpeg", "prores", "ffv1"})
+_NUM_VERIFIED = 4  # frames decoded to see that the packets of a file do tell its frames
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """Where the frames of a file are: `pts` (F,) int64 in presentation order, None if packets do not tell."""
+
+    pts: npt.NDArray[np.int64] | None
+    keys: tuple[tuple[int, int | None], ...]  # (pts, dts) of the keyframes, sorted
+    height: int
+    width: int
+    fps: float
+
+
+def probe(path: PathLike, folder_fps: float = 25.0) -> VideoInfo:
+    """Count and measure the frames of a video.
+
+    Reads a video file once through, decoding it only where its packets do not tell the number of frames; of a
+    folder of frames it reads the header of every image.
+
+    Args:
+        path: A video file, a folder of frames, or an image.
+        folder_fps: Frames a second to report for images, which cannot say.
+
+    Raises:
+        VideoError: The video is missing, empty, broken, or a folder with frames of several sizes.
+    """
+    if (images := _images(path)) is not None:
+        folder, names = images
+        shape = _image_shape(folder, names[0])
+        for name in names:
+            _check_shape(path, f"frame {name}", _image_shape(folder, name), shape)
+        return VideoInfo(Path(path), len(names), shape[1], shape[0], folder_fps)
+    index = _index(*_file_key(path))
+    num_frames = _count_decoded(*_file_key(path)) if index.pts is None else len(index.pts)
+    return VideoInfo(Path(path), num_frames, index.width, index.height, index.fps)
+
+
+def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interval: int = 1) -> Frames:
+    """Read the frames ``start, start + frame_interval, ...`` of a video.
+
+    The result equals decoding the video from its beginning and picking frames. Files are read from the last
+    keyframe before the clip where this is safe, and from their beginning where it is not.
+
+    Args:
+        path: A video file, a folder of frames (in natural order: ``frame2`` before ``frame10``), or an image.
+        start: The first frame, from 0.
+        num_frames: Frames in the clip, F.
+        frame_interval: Step between frames of the clip; 1 takes every frame.
+
+    Returns:
+        uint8 (F, H, W, 3), RGB.
+
+    Raises:
+        VideoError: The video is missing, broken, or shorter than the clip.
+        ValueError: A negative `start`, or `num_frames` or `frame_interval` below 1.
+    """
+    for field, value, lowest in (
+        ("start", start, 0),
+        ("num_frames", num_frames, 1),
+        ("frame_interval", frame_interval, 1),
+    ):
+        if value < lowest:
+            raise ValueError(f"{field} is {value}; it must be at least {lowest}")
+    wanted = range(start, start + num_frames * frame_interval, frame_interval)
+    if (images := _images(path)) is not None:
+        folder, names = images
+        _check_length(path, len(names), wanted)
+        return np.stack(list(_read_images(folder, names[0], [names[i] for i in wanted])))
+    index = _index(*_file_key(path))
+    if index.pts is not None:
+        _check_length(path, len(index.pts), wanted)
+        if (found := _read_from_keyframe(path, index, wanted)) is not None:
+            return np.stack(found)
+    clip, num_decoded = [], 0
+    with contextlib.closing(_decode(path)) as decoded:
+        for i, frame in enumerate(decoded):
+            num_decoded = i + 1
+            if i in wanted:
+                clip.append(_to_rgb(path, frame))
+            if len(clip) == num_frames:
+                return np.stack(clip)
+    _check_complete(path, index, num_decoded)
+    _check_length(path, num_decoded, wanted)
+    raise AssertionError("a video that is long enough holds all frames of the clip")
+
+
+def iter_frames(path: PathLike) -> Iterator[Frames]:
+    """Every frame of a video in order.
+
+    Yields:
+        uint8 (H, W, 3), RGB, all of one size.
+
+    Raises:
+        VideoError: The video is missing or broken; where a frame is damaged, after the frames before it.
+    """
+    if (images := _images(path)) is not None:
+        folder, names = images
+        yield from _read_images(folder, names[0], names)
+        return
+    index = _index(*_file_key(path))
+    num_decoded = 0
+    for frame in _decode(path):
+        yield _to_rgb(path, frame)
+        num_decoded += 1
+    _check_complete(path, index, num_decoded)
+
+
+def _check_length(path: PathLike, num_frames: int, wanted: range) -> None:
+    if wanted[-1] >= num_frames:
+        raise VideoError(
+            path,
+            f"has {num_frames} frames; a clip of {len(wanted)} frames at interval {wanted.step} needs "
+            f"{wanted[-1] - wanted[0] + 1}, from frame {wanted[0]} on",
+        )
+
+
+def _check_complete(path: PathLike, index: _Index, num_decoded: int) -> None:
+    if index.pts is not None and num_decoded < len(index.pts):
+        raise VideoError(path, f"is damaged: {num_decoded} of its {len(index.pts)} frames can be decoded")
+
+
+# Folders of frames, and images
+
+
+# Video files
+
+
+def _file_key(path: PathLike) -> tuple[str, int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise VideoError(path, f"cannot be found: {error.strerror}") from error
+    if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
+        raise VideoError(path, f"is not a folder of frames and not one of {', '.join(sorted(VIDEO_SUFFIXES))}")
+    if not status.st_size:
+        raise VideoError(path, "is an empty file")
+    return os.path.abspath(path), status.st_mtime_ns, status.st_size
+
+
+@contextlib.contextmanager
+def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the first real video stream; what FFmpeg cannot do inside the block becomes a `VideoError`."""
+    try:
+        # An absolute path, as FFmpeg takes what precedes a colon in a relative one for a protocol.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise VideoError(path, "has no video stream")
+            if streams[0].codec_context is None:
+                raise VideoError(path, "has a video stream of an unknown codec")
+            # Loader workers are the parallelism; threads inside each would only contend.
+            streams[0].codec_context.thread_count = 1
+            yield container, streams[0]
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"cannot be decoded: {error.strerror}") from error
+
+
+def _decode(path: PathLike) -> Generator[VideoFrame, None, None]:
+    with _open(path) as (container, stream):
+        first, i = None, 0
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise VideoError(path, f"is damaged or cut off at about frame {i}")
+            for frame in packet.decode():
+                assert isinstance(frame, VideoFrame)
+                if frame.is_corrupt:
+                    raise VideoError(path, f"frame {i} is damaged")
+                first = first or (frame.height, frame.width)
+                _check_shape(path, f"frame {i}", (frame.height, frame.width), first)
+                yield frame
+                i += 1
+
+
+@lru_cache(maxsize=16384)
+def _index(path: str, mtime_ns: int, size: int) -> _Index:
+    with _open(path) as (container, stream):
+        # What names its own length betrays a missing end, which demuxing would pass over in silence.
+        needed = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        if (needed := max(needed, _declared_size(path))) > size:
+            raise VideoError(path, f"is cut off: {size} of {needed} bytes are there")
+        packets: list[tuple[int | None, int | None, bool]] = []
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise VideoError(path, f"is damaged or cut off at about frame {len(packets)}")
+            if packet.size and not packet.is_discard:
+                packets.append((packet.pts, packet.dts, packet.is_keyframe))
+        trusted = stream.codec.canonical_name in _ONE_FRAME_A_PACKET and "avi" not in container.format.name
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
+        if container.format.name == "gif" and container.duration:  # the rate of the stream is a guess
+            fps = len(packets) * av.time_base / container.duration
+    with contextlib.closing(_decode(path)) as decoded:
+        head = list(itertools.islice(decoded, _NUM_VERIFIED))
+    if not head:
+        raise VideoError(path, "has no frame that can be decoded")
+    height, width, _ = _to_rgb(path, head[0]).shape
+    times = sorted({pts for pts, _, _ in packets if pts is not None})
+    # Frames that lost their reference at the start, and fields in packets of their own, show in the head.
+    if not trusted or len(times) < len(packets) or [frame.pts for frame in head] != times[:_NUM_VERIFIED]:
+        return _Index(None, (), height, width, fps)
+    keys = tuple(sorted((pts, dts) for pts, dts, is_key in packets if is_key and pts is not None))
+    return _Index(np.array(times, np.int64), keys, height, width, fps)
+
+
+@lru_cache(maxsize=16384)
+def _count_decoded(path: str, mtime_ns: int, size: int) -> int:
+    return sum(1 for _ in _decode(path))
+
+
+def _declared_size(path: str) -> int:
+    """Bytes a Matroska, AVI or GIF file says it has; 0 for others and where it does not say."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        file.seek(-1, os.SEEK_END)
+        last, end = file.read(1), file.tell()
+    if head[:3] == b"GIF":
+        return end + (last not in b";\0")  # the last byte is a semicolon, which some writers pad
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return size + 8 if size < 0xFFFFFFFF else 0
+    at = head.find(b"\x18\x53\x80\x67") + 4  # the Matroska segment, then its size in a run of 7-bit groups
+    if head[:4] != b"\x1a\x45\xdf\xa3" or at < 8 or not head[at : at + 1].strip(b"\0"):
+        return 0
+    length = 9 - head[at].bit_length()
+    unknown = (1 << 7 * length) - 1
+    size = int.from_bytes(head[at : at + length], "big") & unknown
+    return at + length + size if size < unknown else 0
+
+
+def _read_from_keyframe(path: PathLike, index: _Index, wanted: range) -> list[Frames] | None:
+    """The clip, or None if only decoding from the beginning can tell it exactly."""
+    assert index.pts is not None
+    first_pts = int(index.pts[wanted[0]])
+    num_before = bisect.bisect_right(index.keys, first_pts, key=lambda key: key[0])
+    if not num_before or index.keys[num_before - 1][0] <= index.pts[0]:
+        return None
+    with contextlib.suppress(VideoError), _open(path) as (container, stream):
+        pts, dts = index.keys[num_before - 1]
+        for time in (pts, pts if dts is None else dts):  # Matroska seeks by pts, MP4 by dts
+            container.seek(time, stream=stream)
+            packets = container.demux(stream)
+            key = next(packets)
+            if key.is_keyframe and key.pts is not None and key.pts <= first_pts:
+                break
+        else:
+            return None
+        clip: list[Frames] = []
+        i = first = int(np.searchsorted(index.pts, key.pts))
+        for packet in itertools.chain([key], packets):
+            for frame in packet.decode():
+                assert isinstance(frame, VideoFrame)
+                if frame.pts is not None and frame.pts < key.pts:
+                    continue  # leads an open group of pictures; refers to frames before the keyframe
+                if frame.pts != index.pts[i] or frame.is_corrupt or (i == first and not frame.key_frame):
+                    return None
+                if i in wanted:
+                    clip.append(_to_rgb(path, frame))
+                    if clip[-1].shape[:2] != (index.height, index.width):
+                        return None
+                if len(clip) == len(wanted):
+                    return clip
+                i += 1
+    return None
+
+
+def _to_rgb(path: PathLike, frame: VideoFrame) -> Frames:
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        pixels = _on_black(frame.to_ndarray(format="rgba", threads=1))
+    else:
+        pixels = cast(Frames, frame.to_ndarray(format="rgb24", threads=1))
+    if (matrix := cast(Any, frame.side_data.get("DISPLAYMATRIX"))) is None:
+        return pixels
+    # Source pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
+    if a == d == 0 and b and c:
+        pixels, flip_x, flip_y = pixels.transpose(1, 0, 2), c < 0, b < 0
+    elif b == c == 0 and a and d:
+        flip_x, flip_y = a < 0, d < 0
+    else:
+        raise VideoError(path, "is turned by other than quarter turns, which cannot be read")
+    return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])

@@ -1,0 +1,259 @@
+"""Configurations: strict, typed, and every field has a reader."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lavita.core.config import ConfigError, StrictConfig, load_config, read_yaml, save_config
+from lavita.training.checkpoint import Keep, save_checkpoint
+from lavita.training.config import AutoencoderConfig, RunConfig
+from lavita.training.run_folder import check_resumable
+
+PACKAGE = Path(str(files("lavita")))
+CONFIGS = sorted((PACKAGE / "configs").glob("*.yaml"))
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
+
+
+# --- unknown keys
+
+
+@pytest.mark.parametrize(
+    ("values", "override", "key", "known"),
+    [
+        ({"dta": {}}, [], "dta", RunConfig),
+        ({}, ["modle.preset=S/2"], "modle", RunConfig),
+        ({"train": {"learning_rat": 1}}, [], "train.learning_rat", "train"),
+        ({}, ["train.stps=3"], "train.stps", "train"),
+        ({}, ["data.x.y=3"], "data.x", "data"),
+    ],
+)
+def test_an_unknown_key_is_refused_beside_the_known_ones(
+    values: dict[str, Any], override: list[str], key: str, known: Any
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, values, override, source="my.yaml")
+    section = RunConfig.model_fields[known].annotation if isinstance(known, str) else known
+    assert isinstance(section, type) and issubclass(section, StrictConfig)
+    names = ", ".join(sorted(section.model_fields))
+    assert str(caught.value) == f"my.yaml: unknown key {key!r}; known here: {names}"
+
+
+def test_configurations_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().train.steps = 3
+
+
+# --- layers
+
+
+def test_overrides_win_over_values_and_values_over_defaults() -> None:
+    config = load_config(
+        RunConfig,
+        {"train": {"steps": 5, "seed": 7}, "data": {"num_frames": 8}},
+        ["train.steps=6", "model.preset=tiny/8", "train.steps=9"],
+    )
+    assert (config.train.steps, config.train.seed, config.data.num_frames) == (9, 7, 8)
+    assert config.model.preset == "tiny/8"
+    assert config.train.batch_size == RunConfig().train.batch_size
+
+
+def test_a_section_can_be_overridden_as_a_whole() -> None:
+    config = load_config(RunConfig, {"train": {"steps": 5, "seed": 7}}, ["train={steps: 6}"])
+    assert (config.train.steps, config.train.seed) == (6, 7)
+
+
+def test_loading_leaves_the_values_alone() -> None:
+    values = {"train": {"steps": 5}}
+    load_config(RunConfig, values, ["train.steps=6", "train.seed=1"])
+    assert values == {"train": {"steps": 5}}
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4", ".1e-3"])
+def test_numbers_with_exponents(tmp_path: Path, text: str) -> None:
+    assert load_config(RunConfig, {}, [f"train.learning_rate={text}"]).train.learning_rate == 1e-4
+    file = write(tmp_path / "run.yaml", f"train:\n  learning_rate: {text}\n")
+    assert load_config(RunConfig, read_yaml(file)).train.learning_rate == 1e-4
+
+
+def test_whole_numbers_with_exponents(tmp_path: Path) -> None:
+    assert load_config(RunConfig, {}, ["train.steps=1e3"]).train.steps == 1000
+    file = write(tmp_path / "run.yaml", "train: {steps: 2e3}")
+    assert load_config(RunConfig, read_yaml(file)).train.steps == 2000
+
+
+def test_text_that_looks_like_a_number_stays_text_in_quotes(tmp_path: Path) -> None:
+    assert load_config(RunConfig, read_yaml(write(tmp_path / "a.yaml", "autoencoder: '1e5'"))).autoencoder == "1e5"
+    assert load_config(RunConfig, {}, ["autoencoder='1e5'"]).autoencoder == "1e5"
+
+
+def test_values_of_overrides_are_yaml() -> None:
+    config = load_config(
+        AutoencoderConfig,
+        {},
+        ["data=[a, b]", "data_weights=[3, 1]", "block_out_channels=[8, 8, 16]", "horizontal_flip=false"],
+    )
+    assert config.data == [Path("a"), Path("b")]
+    assert config.data_weights == [3.0, 1.0]
+    assert config.widths == [8, 8, 16]
+    assert config.horizontal_flip is False
+    assert load_config(RunConfig, {}, ["data.path=null"]).data.path is None
+    assert load_config(RunConfig, {}, ["run_dir=a=b"]).run_dir == Path("a=b")
+
+
+# --- values that do not fit
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.steps", "'train.steps' is not of the form key=value"),
+        ("=3", "'=3' is not of the form key=value"),
+        ("train.steps=[1", "not valid YAML"),
+        ("train.steps=many", "train.steps is 'many'"),
+        ("train.steps=0", "train.steps is 0"),
+        ("train.steps=2.5", "train.steps is 2.5"),
+        ("train.learning_rate=.nan", "train.learning_rate is nan"),
+        ("train.precision=fp8", "train.precision is 'fp8'"),
+        ("model.variant=5", "model.variant is 5"),
+        ("model.class_dropout=1.0", "model.class_dropout is 1.0"),
+        ("train=3", "train is 3"),
+        ("train.accumulation=3", "accumulation is 3, but must divide batch_size (8)"),
+        ("data={workers: 2, latent_cache: x}", "workers is 2, but has no effect with latent_cache"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(override: str, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, {}, [override])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], "'data' is missing"),
+        (["data=[]"], "data is []"),
+        (["data=[a]", "data_weights=[1, 2]"], "data_weights has 2 numbers for 1 folders"),
+        (["data=[a]", "data_weights=[0]"], "data_weights.0 is 0"),
+        (
+            ["data=[a]", "block_out_channels=[8]"],
+            "block_out_channels has 1 widths, but downsampling 4 needs 3",
+        ),
+        (["data=[a]", "resolution=66"], "resolution is 66, but must be a multiple of downsampling (4)"),
+        (["data=[a]", "batch_size=3"], "batch_size is 3"),
+    ],
+)
+def test_what_an_autoencoder_refuses(overrides: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(AutoencoderConfig, {}, overrides)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("- a\n- b", "found list"), ("", "found NoneType"), ("a: [1", "cannot be read as YAML")],
+)
+def test_what_is_no_yaml_mapping(tmp_path: Path, text: str, named: str) -> None:
+    file = write(tmp_path / "run.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert named in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+# --- files
+
+
+def test_a_saved_configuration_reads_back(tmp_path: Path) -> None:
+    config = load_config(
+        RunConfig, {}, ["train.learning_rate=1e-5", "data.path=videos", "train.steps=7", "run_dir=runs/x"]
+    )
+    save_config(config, tmp_path / "made" / "config.yaml")
+    assert load_config(RunConfig, read_yaml(tmp_path / "made" / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_shipped_configuration_loads(file: Path) -> None:
+    cls = AutoencoderConfig if file.name.startswith("autoencoder-") else RunConfig
+    config = load_config(cls, read_yaml(file), source=str(file))
+    assert config != (RunConfig() if cls is RunConfig else None)
+    commands = [line for line in file.read_text().splitlines() if line.startswith("# Command: lavita ")]
+    assert len(commands) == 1 and file.stem in commands[0], "the header names the command that runs it"
+
+
+def test_configurations_are_shipped() -> None:
+    assert CONFIGS
+
+
+# --- fields
+
+
+def sections(cls: type[StrictConfig]) -> Iterator[type[StrictConfig]]:
+    yield cls
+    for field in cls.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, StrictConfig):
+            yield from sections(field.annotation)
+
+
+def reads(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def attributes_read(cls: type[StrictConfig]) -> set[str]:
+    """Every `.name` that is read in the modules that know the class, and in its properties."""
+    names = set()
+    for file in PACKAGE.rglob("*.py"):
+        text = file.read_text()
+        if file.name != "config.py" and cls.__name__ in text:
+            names |= reads(ast.parse(text))
+    for node in ast.walk(ast.parse((PACKAGE / "config.py").read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            decorators = [item.id for item in node.decorator_list if isinstance(item, ast.Name)]
+            if "property" in decorators:
+                names |= reads(node)
+    return names
+
+
+@pytest.mark.parametrize("cls", [RunConfig, AutoencoderConfig])
+def test_every_field_is_read_and_documented(cls: type[StrictConfig]) -> None:
+    read = attributes_read(cls)
+    assert "nobody_reads_this" not in read
+    for section in sections(cls):
+        unread = set(section.model_fields) - read
+        assert not unread, f"no code reads these fields of {section.__name__}: {sorted(unread)}"
+        inner = {name for name, field in section.model_fields.items() if field.annotation in sections(cls)}
+        undocumented = {name for name, field in section.model_fields.items() if not field.description} - inner
+        assert not undocumented, f"fields of {section.__name__} without a docstring: {sorted(undocumented)}"
+
+
+# --- resuming
+
+
+def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
+    config = load_config(RunConfig, {}, ["train.steps=5", "data.path=a"])
+    other = load_config(RunConfig, {}, ["train.steps=9", "data.path=b"])
+    save_config(config, tmp_path / "config.yaml")
+    check_resumable(tmp_path, other, set())  # nothing has been trained there yet
+
+    save_checkpoint(tmp_path / "checkpoints", 1, {}, {}, Keep(1))
+    check_resumable(tmp_path, config, set())
+    check_resumable(tmp_path, other, {"train.steps", "data.path"})
+    with pytest.raises(ConfigError, match=r"started with data\.path=a, but b was asked for; use another run_dir"):
+        check_resumable(tmp_path, other, {"train.steps"})
+    with pytest.raises(ConfigError, match=r"train\.steps=5, but 9"):
+        check_resumable(tmp_path, other, {"data.path"})

@@ -1,0 +1,97 @@
+"""Studies: arms that differ in what they name only, through the real commands, going on where they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL
+from PIL import Image
+from tiny_data import write_videos
+
+from lavita.cli import app
+from lavita.core.commands import CommandFailed
+from lavita.core.config import load_config
+from lavita.studies import ablation
+from lavita.studies.ablation import STUDIES, StudyPlan, headline, pretraining_arms, run_study
+from lavita.training.config import RunConfig
+
+
+def test_every_arm_of_every_study_is_a_configuration_of_its_own() -> None:
+    for name, arms in {**STUDIES, "pretraining": pretraining_arms("dit.pt")}.items():
+        configs = [load_config(RunConfig, {}, fields) for fields in arms.values()]
+        assert len(arms) >= 2
+        for index, config in enumerate(configs):
+            assert config not in configs[:index], f"{name}: two arms are the same"
+
+
+def test_the_combinations_are_all_of_them() -> None:
+    models = [load_config(RunConfig, {}, fields).model for fields in STUDIES["combinations"].values()]
+    kinds = {(m.variant, m.patch_embedding, m.conditioning, m.temporal_position) for m in models}
+    assert len(kinds) == len(models) == 4 * 2 * 2 * 2
+
+
+def test_steps_must_rise(tmp_path: Path) -> None:
+    for steps in ((), (5, 5), (7, 3), (0, 4)):
+        with pytest.raises(ValueError, match="steps is"):
+            run_study(STUDIES["variant"], StudyPlan(tmp_path, "demo", steps=steps))
+
+
+def test_the_headline_of_a_report() -> None:
+    rows = {"a": {"ratio": 0.5}, "b": {"ratio": 2.0}, "still": {"ratio": None}}
+    report = {
+        "scores": {"kernel-video[x]": {"value": 0.1}, "prdc[x]": {"precision": 1.0}},
+        "accuracy": {"accuracy": 0.75},
+        "motion": {"num_within_factor_two": 2, "num_classes": 3, "per_class": rows},
+    }
+    expected = {"kernel-video[x]": 0.1, "accuracy": 0.75, "motion within 2x": 2 / 3, "motion ratio": 1.0}
+    assert headline(report) == pytest.approx(expected)
+
+
+def test_a_study_trains_samples_scores_and_goes_on(
+    tmp_path: Path, tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_videos(tmp_path / "videos")
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "config.yaml").write_text(f"autoencoder: {tmp_path / 'vae'}\n")
+    overrides = (
+        f"data.path={tmp_path / 'videos'}",
+        "data={class_folders: true, num_frames: 2, frame_interval: 1, resolution: 16}",
+        "model.preset=tiny/4",
+        "train={batch_size: 2, log_every: 1}",
+    )
+    arms = {"space": ("model.variant=1",), "both": ("model.variant=4",)}
+    plan = StudyPlan(
+        tmp_path / "study",
+        str(tmp_path / "config.yaml"),
+        overrides,
+        steps=(1, 3),
+        seeds="0",
+        sample_steps=2,
+        real=tmp_path / "videos",
+        metrics="motion",
+        protocol=("frame_interval=1",),
+    )
+    calls = []
+
+    def stops(command: list[str]) -> None:  # in this process: a dozen starts would take minutes
+        calls.append(command[0])
+        if len(calls) == 4:
+            raise CommandFailed(1)
+        app(command, standalone_mode=False)
+
+    monkeypatch.setattr(ablation, "run_command", stops)
+    with pytest.raises(CommandFailed):
+        run_study(arms, plan)
+    rows = run_study(arms, plan)
+    one_arm = ["train", "sample", "evaluate"] * 2
+    assert calls == [*one_arm[:4], *one_arm[3:], *one_arm], "the command that failed came again, no finished one did"
+    assert [row["name"] for row in rows] == list(arms)
+    for row in rows:
+        assert [step for step, _ in row["curve"]] == [1, 2, 3]
+        assert list(row["scores"]) == ["1", "3"]
+    assert json.loads((plan.out / "results.json").read_text())["arms"] == rows
+    assert Image.open(plan.out / "curves.png").width > 500
+    assert Image.open(plan.out / "contact_sheet.png").height >= 2 * 16
+    assert "both" in capsys.readouterr().out

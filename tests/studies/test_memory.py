@@ -1,0 +1,248 @@
+"""Predicted memory: against torch's own allocator at work, the tensors of real steps, and sums by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeTransformer, Run
+from diffusers import AutoencoderKL
+from torch import nn
+
+from lavita.models.autoencoder import decode
+from lavita.models.diffusion import GaussianDiffusion
+from lavita.models.gradient_checkpointing import checkpoint_blocks
+from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.sampling.pipeline import LavitaPipeline
+from lavita.studies.memory import (
+    ACTIVATIONS,
+    AUTOENCODER,
+    AVERAGE,
+    BATCH,
+    EXCHANGE,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    Setting,
+    sampling_memory,
+    training_memory,
+)
+from lavita.training.ema import EMA
+from lavita.training.optimizers import make_optimizers
+
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "unconditional": ({}, 0),
+    "images": ({"num_classes": 3}, 2),
+    "texts": ({"text_dim": 6, "temporal_position": "rope"}, 1),
+    "tokens": ({"conditioning": "all_tokens", "num_classes": 3}, 2),
+    "tubes": ({"patch_embedding": "compression", "tube_size": 2}, 0),
+    "many tokens": ({"sample_size": 24}, 0),  # 144 a frame: attention by torch's own function
+}
+every_variant = pytest.mark.parametrize("variant", [1, 2, 3, 4])
+
+
+def highest_allocated(step: Callable[[], Any]) -> int:
+    """Bytes that torch's CPU allocator hands out at the highest moment of a call, over those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = highest = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+def storages(tensors: list[torch.Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Steps:
+    """Training steps on random numbers, written out."""
+
+    def __init__(self, model: LavitaTransformer3DModel, images: int, setting: Setting) -> None:
+        self.model, self.images, self.setting = model.train(), images, setting
+        checkpoint_blocks(model, setting.gradient_checkpointing)
+        self.ema = EMA(model, 0.9)
+        self.optimizers = make_optimizers(model, setting.optimizer, 1e-4, 0.0)
+        size, frames = model.config["sample_size"], model.config["num_frames"] + images
+        self.latents = torch.randn(setting.accumulation, 2, frames, 4, size, size)
+        self.noise, *self.next_step = (torch.randn_like(self.latents) for _ in range(3))
+        rows = (2, 1 + images) if images else (2,)
+        self.given: dict[str, torch.Tensor] = {}
+        if model.config["num_classes"]:
+            self.given["class_labels"] = torch.zeros(rows, dtype=torch.long)
+        if model.config["text_dim"]:
+            self.given["text_embeds"] = torch.randn(*rows, model.config["text_dim"])
+
+    def step(self) -> None:
+        diffusion, timesteps = GaussianDiffusion(), torch.tensor([3, 900])
+        for latents, noise in zip(self.latents, self.noise, strict=True):
+            noisy = diffusion.q_sample(latents, timesteps, noise)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.precision == "bf16"):
+                output = self.model(noisy, timesteps, **self.given, num_images=self.images).sample
+            diffusion.losses(output, latents, timesteps, noise).total.mean().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.update(1)
+
+    def staying(self) -> dict[str, int]:
+        """Bytes between two steps."""
+        states = [t for o in self.optimizers for state in o.state.values() for t in state.values()]
+        return {
+            WEIGHTS: storages([*self.model.parameters(), *self.model.buffers()]),
+            OPTIMIZER: storages(states),
+            AVERAGE: storages(list(self.ema.weights.values())),
+            BATCH: storages([self.latents, self.noise, *self.next_step, *self.given.values()]),
+        }
+
+
+SETTINGS = {
+    "plain": Setting(),
+    "checkpointing": Setting(gradient_checkpointing=True),
+    "cheap": Setting(gradient_checkpointing="cheap"),
+    "bf16": Setting(precision="bf16"),
+    "bf16-checkpointing": Setting(precision="bf16", gradient_checkpointing=True),
+    "muon-accumulation": Setting(optimizer="muon", accumulation=3),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "setting"),
+    [(case, "plain") for case in CASES]
+    + [("many tokens", "checkpointing"), ("many tokens", "cheap")]
+    + [("images", setting) for setting in SETTINGS if setting != "plain"],
+    ids=lambda name: name.replace(" ", "-"),
+)
+@every_variant
+def test_the_peak_of_training_is_the_allocators(
+    variant: int, case: str, setting: str, make_transformer: MakeTransformer
+) -> None:
+    fields, images = CASES[case]
+    model = make_transformer(variant=variant, num_frames=4, **fields)
+    predicted = training_memory(model.config, 2, None, images, SETTINGS[setting])
+    run = Steps(model, images, SETTINGS[setting])
+    run.step()
+    staying = run.staying()
+    measured = sum(staying.values()) + highest_allocated(run.step)
+    assert predicted.total == pytest.approx(measured, rel=0.05)
+    for part, size in staying.items():
+        assert predicted.parts[part] == pytest.approx(size, rel=0.01, abs=100), part  # timesteps are in the batch
+
+
+def test_what_checkpointing_saves_of_the_activations(make_transformer: MakeTransformer) -> None:
+    config = make_transformer(num_blocks=8, num_frames=8).config
+    plain, cheap, checkpointed = (
+        training_memory(config, 4, setting=Setting(gradient_checkpointing=kind)).parts[ACTIVATIONS]
+        for kind in (False, "cheap", True)
+    )
+    assert checkpointed < plain / 3
+    assert checkpointed < cheap < 0.7 * plain
+
+
+def test_gradients_stay_between_micro_batches(make_transformer: MakeTransformer) -> None:
+    model = make_transformer(num_blocks=4)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    one, two, many = (training_memory(model.config, 4, setting=Setting(accumulation=n)) for n in (1, 2, 5))
+    assert one.parts.get(GRADIENTS, 0) < 0.1 * weights  # the peak comes before they do
+    assert two.parts[GRADIENTS] == weights
+    latents = 4 * 2 * 4 * 8 * 8 * 4
+    assert many.total - two.total == 3 * 4 * latents  # clips and noise of this step and the next
+
+
+# --- processes
+
+
+def test_ddp_has_the_gradients_a_second_time(make_transformer: MakeTransformer) -> None:
+    model = make_transformer()
+    alone, together = (training_memory(model.config, 2, setting=Setting(processes=n)) for n in (1, 4))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert together.parts == {**alone.parts, EXCHANGE: weights}
+
+
+def test_fsdp_divides_the_state_and_gathers_a_block(make_transformer: MakeTransformer) -> None:
+    model = make_transformer(num_blocks=4)
+    alone = training_memory(model.config, 2)
+    shared = training_memory(model.config, 2, setting=Setting(processes=4, sharded=True))
+    for part in (WEIGHTS, OPTIMIZER, AVERAGE):
+        assert shared.parts[part] == -(-alone.parts[part] // 4)
+    assert shared.parts[ACTIVATIONS] == alone.parts[ACTIVATIONS]
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    assert shared.parts[EXCHANGE] == sum(sizes.values()) - blocks + 5 * blocks // 4
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("frames", [2, 20])  # decoded at once; in two chunks
+def test_the_peak_of_sampling_is_the_allocators(
+    frames: int, tiny_transformer: LavitaTransformer3DModel, tiny_vae: AutoencoderKL
+) -> None:
+    model = tiny_transformer.requires_grad_(False)
+    latents, labels = torch.randn(2, frames, 4, 8, 8), torch.zeros(4, dtype=torch.long)
+
+    @torch.no_grad()
+    def sample() -> None:
+        model(torch.cat([latents, latents]), torch.full((4,), 300), labels).sample.float()
+        decode(tiny_vae, latents, "fp32")
+
+    predicted = sampling_memory(model.config, 2, frames, guidance=True, autoencoder=tiny_vae.config)
+    weights = [storages([*network.parameters(), *network.buffers()]) for network in (model, tiny_vae)]
+    assert (predicted.parts[WEIGHTS], predicted.parts[AUTOENCODER]) == tuple(weights)
+    assert predicted.total == pytest.approx(sum(weights) + latents.nbytes + highest_allocated(sample), rel=0.15)
+
+
+def test_large_frames_peak_in_the_decoder(make_transformer: MakeTransformer) -> None:
+    peak = sampling_memory(make_transformer(sample_size=32).config)
+    assert peak.phase == "decoder"
+    assert peak.parts[AUTOENCODER] == 83_653_863 * 4  # as published
+
+
+# --- the command
+
+
+def test_the_command_predicts_what_the_functions_do(run: Run, pipeline: LavitaPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    options = "--optimizer muon --gradient-checkpointing true --accumulation 2 --processes 2 --sharded --batch-size 3"
+    code, out, _ = run("info", "model", *options.split(), "--json")
+    assert code == 0
+    answer = json.loads(out)["memory_bytes"]
+    config = pipeline.transformer.config
+    for precision in ("fp32", "bf16"):
+        setting = Setting("muon", True, precision, 2, 2, True)  # type: ignore[arg-type]
+        assert answer[f"training, {precision}"] == training_memory(config, 3, setting=setting).to_json()
+    sampled = sampling_memory(config, 3, guidance=True, autoencoder=pipeline.vae.config)
+    assert answer["sampling, fp32"] == sampled.to_json()
+
+
+def test_the_command_prints_the_parts(run: Run) -> None:
+    code, out, _ = run("info", "tiny/8", "--precision", "bf16", "--processes", "2")
+    text = " ".join(out.split())
+    assert code == 0
+    assert "training, bf16" in text and "sampling, bf16" in text and "fp32" not in text
+    for part in (WEIGHTS, OPTIMIZER, AVERAGE, EXCHANGE, "whole"):
+        assert part in text
+    assert "in each of 2 processes (DDP)" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--optimizer sgd", "optimizer is 'sgd'; allowed: adamw, muon"),
+        ("--precision int8", "precision is 'int8'; allowed: fp32, bf16, fp16"),
+        ("--accumulation 0", "accumulation is 0, but must be at least 1"),
+        ("--processes 0", "processes is 0, but must be at least 1"),
+        ("--sharded", "sharded is set, but processes is 1"),
+    ],
+)
+def test_a_bad_option_is_one_line(options: str, message: str, run: Run) -> None:
+    code, _, error = run("info", "tiny/8", *options.split())
+    assert code == 2
+    assert message in error and len(error.splitlines()) == 1

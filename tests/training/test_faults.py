@@ -1,0 +1,196 @@
+"""What can go wrong around a long run: each fault has one clear outcome, and loses nothing (docs/training.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeConfig
+
+from lavita.core.config import save_config
+from lavita.training.batches import BatchMaker
+from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.training.config import RunConfig
+from lavita.training.run_folder import only_run
+from lavita.training.train import train
+from lavita.video.formats import VideoError
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def lines_of(config: RunConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_dir / name).read_text().splitlines()]
+
+
+def command(config: RunConfig, *launch: str) -> list[str]:
+    file = config.run_dir.with_suffix(".yaml")
+    save_config(config, file)
+    return [sys.executable, "-m", *launch, "lavita", "train", "--config", str(file)]
+
+
+def test_a_full_disk_stops_with_one_line_and_leaves_the_last_checkpoint(make_config: MakeConfig) -> None:
+    train(make_config("run", "train.steps=2"))
+    config = make_config("run", "train.steps=4")
+
+    def no_room() -> None:  # the system refuses what would make a file larger, as a full disk does
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    result = subprocess.run(
+        command(config), capture_output=True, text=True, env=ENVIRONMENT, preexec_fn=no_room, timeout=300
+    )
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
+    assert "File too large" in result.stderr or "No space left" in result.stderr
+    assert [path.name for path in list_checkpoints(config.run_dir / "checkpoints")] == ["step-00000002"]
+    assert (config.run_dir / "pipeline" / "model_index.json").exists()
+    assert not list(config.run_dir.rglob("*.partial"))
+    train(config)  # there is room again
+    assert [line["step"] for line in lines_of(config)] == [1, 2, 3, 4]
+
+
+def test_two_runs_in_one_folder(make_config: MakeConfig) -> None:
+    config = make_config("run", "train.steps=1")
+    with only_run(config.run_dir), pytest.raises(ValueError, match="another run is going on in this folder"):
+        train(config)
+    train(config)  # the folder is free again
+
+
+def test_a_folder_that_cannot_be_written(run: Any, make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    config = make_config("run")
+    save_config(config, tmp_path / "run.yaml")
+    code, _, err = run("train", "--config", tmp_path / "run.yaml", f"run_dir={tmp_path / 'file' / 'run'}")
+    assert code == 2 and err.count("\n") == 1 and "file" in err
+
+
+def test_a_video_that_becomes_unreadable_is_passed_over(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From some step on; all other clips stay what they were, and a resumed run draws the same."""
+    fields = ("train.batch_size=8", "train.checkpoint_every=2", "train.steps=6")
+    whole = make_config("whole", *fields)
+    real = BatchMaker.make
+
+    def make(self: BatchMaker, step: int, *places: range) -> Any:
+        if step == 3:
+            (tmp_path / "videos" / "a" / "1.mp4").write_bytes(b"damaged")
+        return real(self, step, *places)
+
+    monkeypatch.setattr(BatchMaker, "make", make)
+    train(whole)
+    err = capsys.readouterr().err
+    assert err.count("another clip is taken for one of") == 1 and "1.mp4" in err
+    assert len(lines_of(whole)) == 6
+    shutil.rmtree(list_checkpoints(whole.run_dir / "checkpoints")[-1])
+    expected = lines_of(whole)
+    with monkeypatch.context() as patch:  # the header could be read when the first run began
+        patch.setattr("lavita.data.catalog._try_probe", _remembered(tmp_path))
+        train(whole)
+    for line, before in zip(lines_of(whole), expected, strict=True):
+        assert line["loss"] == before["loss"]
+
+    (tmp_path / "videos" / "a" / "1.mp4").write_bytes(b"damaged")
+    strict = make_config("strict", *fields, "data.broken=error")
+    with pytest.raises(VideoError, match=r"1\.mp4"):
+        train(strict)
+
+
+def _remembered(root: Path) -> Any:
+    from dataclasses import replace
+
+    from lavita.video.formats import VideoInfo
+    from lavita.video.reading import probe
+
+    def answer(path: Path) -> VideoInfo:
+        whole = path.parent / "0.mp4" if path.name == "1.mp4" else path
+        return replace(probe(whole), path=path)
+
+    return answer
+
+
+def test_a_clock_that_goes_back(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("run", "train.steps=2")
+    train(config)
+    clock = iter(range(2_000_000_000, 0, -10_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    train(make_config("run", "train.steps=4"))
+    assert [line["step"] for line in lines_of(config)] == [1, 2, 3, 4]
+    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
+    assert loaded is not None and loaded.step == 4
+
+
+def test_sigterm_saves_and_says_so(make_config: MakeConfig) -> None:
+    config = make_config("run", "train.steps=1000000")
+    with subprocess.Popen(command(config), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        _wait_for(config, 2, process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
+    assert loaded is not None and f"stopped at step {loaded.step:,} of 1,000,000" in err
+
+
+def test_a_killed_worker_is_replaced(make_config: MakeConfig) -> None:
+    """Two agents of torchrun, as on two machines; a worker dies, all start again from the last checkpoint."""
+    fields = ("train.checkpoint_every=5", "train.steps=60")
+    quiet, killed = make_config("quiet", *fields), make_config("killed", *fields)
+    train(quiet)
+    nodes = ["torch.distributed.run", "--nnodes", "2", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    # An agent that starts again for the other's sake, before it has seen that its own worker failed, counts its
+    # restarts otherwise than the other, and torch lets the new workers wait for each other for ever. Look rarely, then.
+    nodes += ["--monitor-interval", "10"]
+    nodes += ["--rdzv-endpoint", f"localhost:{_free_port()}", "--rdzv-id", "test", "-m"]
+    agents = [
+        subprocess.Popen(command(killed, *nodes), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for _ in range(2)
+    ]
+    try:
+        _wait_for(killed, 8, agents[0])
+        os.kill(_children(agents[1].pid)[0], signal.SIGKILL)
+        errors = [agent.communicate(timeout=400)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], errors[0][-3000:]
+    events = [event["event"] for event in lines_of(killed, "events.jsonl")]
+    assert events[0] == "start" and "resume" in events and events[-1] == "end"
+    assert lines_of(killed, "events.jsonl")[-2]["processes"] == 2
+    for line, expected in zip(lines_of(killed), lines_of(quiet), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def _wait_for(config: RunConfig, lines: int, process: subprocess.Popen[str]) -> None:
+    metrics = config.run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
+        assert process.poll() is None and time.monotonic() < deadline, "it does not train"
+        time.sleep(0.01)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])

@@ -1,0 +1,52 @@
+"""Muon against torch's own and against the singular value decomposition; who updates what."""
+
+from __future__ import annotations
+
+import torch
+from conftest import MakeTransformer
+from torch import nn
+
+from lavita.training.optimizers import Muon, make_optimizers, orthogonalize
+
+
+def test_orthogonalised_matrices_keep_singular_vectors_and_level_singular_values() -> None:
+    rng = torch.Generator().manual_seed(0)
+    for shape in ((3, 24, 40), (2, 40, 24), (1, 16, 16)):
+        matrices = torch.randn(shape, generator=rng)
+        for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
+            left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+            levels = left.T @ result @ right.T  # diagonal where the singular vectors are kept
+            assert (levels - levels.diag().diag()).abs().max() < 1e-4
+            assert levels.diag().min() > 0.6 and levels.diag().max() < 1.3
+
+
+def test_steps_are_those_of_torch_in_bfloat16() -> None:
+    rng = torch.Generator().manual_seed(1)
+    start = [torch.randn(shape, generator=rng) for shape in ((8, 24), (24, 8), (8, 24))]
+    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    mine = Muon(ours, lr=0.1, weight_decay=0.2)
+    other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, two in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=rng)
+            two.grad = one.grad.clone()
+        mine.step()
+        other.step()
+    for tensor, one, two in zip(start, ours, theirs, strict=True):
+        moved = (two - tensor).norm()
+        assert (one - two).norm() < 0.03 * moved  # bfloat16 has 8 bits
+
+
+def test_every_parameter_has_one_optimizer(make_transformer: MakeTransformer) -> None:
+    model = make_transformer(variant=3, num_classes=3)
+    adamw, muon = make_optimizers(model, "muon", 1e-3, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_muon = sorted(names[id(parameter)] for parameter in muon.param_groups[0]["params"])
+    by_adamw = [names[id(parameter)] for parameter in adamw.param_groups[0]["params"]]
+    kinds = ("attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2", "temporal_attn.proj", "temporal_attn.qkv")
+    assert by_muon == [f"blocks.{block}.{kind}.weight" for block in range(2) for kind in kinds]
+    assert sorted([*by_muon, *by_adamw]) == sorted(names.values())
+
+    (only,) = make_optimizers(model, "adamw", 1e-3, 0.0)
+    assert isinstance(only, torch.optim.AdamW)
+    assert len(only.param_groups[0]["params"]) == len(names)
