@@ -1,4 +1,4 @@
-"""What a run stands on: device, precision, seeds, a progress line and the metrics file."""
+"""Devices, and the precision that matrix products are computed in."""
 
 from __future__ import annotations
 
@@ -31,11 +31,25 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware (AMX or AVX-512 BF16 on a CPU)."""
+    """Whether the device multiplies bf16 matrices in hardware (AMX or AVX-512 BF16 on a CPU).
+
+    On a CPU the environment variable LAVITA_BF16 (`on` or `off`) overrules this, so that the tests can run on one
+    processor as they would on another; `on` without the hardware is right, but slow.
+
+    Raises:
+        ValueError: if the variable has another value.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        forced = os.environ.get("LAVITA_BF16", "")
+        if forced not in ("", "on", "off"):
+            raise ValueError(f"LAVITA_BF16 is {forced!r}; allowed: on, off")
+        return (
+            forced == "on"
+            if forced
+            else bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        )
     return False
 
 

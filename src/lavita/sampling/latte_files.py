@@ -32,7 +32,6 @@ from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.schedulers import make_scheduler
 
 
-
 def latte_config(state: Tensors, num_heads: int | None = None) -> dict[str, Any]:
     """The fields of our constructor that a Latte file's tensors stand for.
 

@@ -22,7 +22,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lavita.core.precision import Precision, without_fp16
-from lavita.core.prefetch import ahead
+from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.data.catalog import Catalog, Video
@@ -124,7 +124,7 @@ def encode_dataset(
     progress = Progress("encoding frame", sum(source.video.info.num_frames for _, group in work for source in group))
     note = f"process 1 of {team.count}" if team.count > 1 else ""
     outcome: dict[str, tuple[bool, list[str]]] = {}
-    with closing(ahead(_read([source for _, group in work for source in group], resolution))) as pieces:
+    with closing(prefetch(_read([source for _, group in work for source in group], resolution))) as pieces:
         videos = groupby(pieces, key=itemgetter(0))
         for file, group in work:
             done, problems = [], []

@@ -1,0 +1,72 @@
+"""Writes files and folders so that a kill, a crash or a full disk leaves the old one or the new one, never a part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_MARK = ".partial-"
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yields a hidden path beside `path`; what was written there takes its place when the block ends without an error.
+
+    Args:
+        path: the file or folder to write; its parent folders are made. An existing file is replaced, an existing
+            folder only if it is empty.
+        durable: wait until a file is on the disk (`fsync`), so that a power failure cannot undo the replacement.
+
+    Yields:
+        A path with the same suffix that no other process uses. It is removed if the block raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}{_MARK}{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        os.replace(partial, path)
+        if durable:
+            sync(path.parent)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Writes UTF-8 text; see `replacing`."""
+    with replacing(path, durable) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, durable: bool = False) -> None:
+    """Writes indented JSON; see `replacing`."""
+    write_text(path, json.dumps(value, indent=1) + "\n", durable)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a killed process left of files that it was writing into `folder`; its owner calls this at start."""
+    for left in folder.glob(f".*{_MARK}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
