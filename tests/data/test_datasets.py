@@ -12,9 +12,10 @@ from diffusers import AutoencoderKL
 from tiny_data import write_avi, write_broken, write_frames, write_videos
 
 from lavita.core.config import ConfigError, load_config
+from lavita.core.names import DataSetName
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clip_sources import open_validation
-from lavita.data.config import DataConfig, DataSetName
+from lavita.data.config import DataConfig
 from lavita.data.datasets import guess_dataset, list_dataset, open_dataset
 from lavita.data.ucf101 import CLASSES
 from lavita.training.batches import BatchMaker

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from lavita.cli.options import DataSet, DataSetOption, SplitOption, app, data_app
+from lavita.cli.options import DataSet, SplitOption, app, data_app
+from lavita.core.names import DataSetName
 
 
 @data_app.command("inspect")
 def data_inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of videos.")],
     dataset: Annotated[
-        DataSetOption | None,
+        DataSetName | None,
         typer.Option(help="What it holds. default: any videos, with a guess", show_default=False),
     ] = None,
     split: SplitOption = None,
@@ -34,9 +35,7 @@ def data_inspect(
     from lavita.data.inspect import inspect_dataset, print_inspection
 
     sheet = None if out is None else out / "contact_sheet.png"
-    found = inspect_dataset(
-        folder, None if dataset is None else dataset.value, split, num_frames, frame_interval, captions, sheet
-    )
+    found = inspect_dataset(folder, dataset, split, num_frames, frame_interval, captions, sheet)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "inspection.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
@@ -60,7 +59,7 @@ def encode(
     images: Annotated[
         bool, typer.Option("--images", help="Encode the image files below the folder instead, for joint training.")
     ] = False,
-    dataset: DataSet = DataSetOption.folder,
+    dataset: DataSet = "folder",
     split: SplitOption = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a file, which holds many videos.")] = 256,
     verify: Annotated[
@@ -81,7 +80,7 @@ def encode(
     from lavita.models.packaged import autoencoder_source
 
     with processes() as team:
-        catalog = team.first_says(open_dataset(data, dataset.value, split, images=images) if team.is_first else None)
+        catalog = team.first_says(open_dataset(data, dataset, split, images=images) if team.is_first else None)
         vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
         manifest = encode_dataset(
             catalog, out, vae, resolution, flip, team=team, shard_bytes=shard_mb * 10**6, verify=verify

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from lavita.core.names import DataSetName
 
 
 class Group(TyperGroup):
@@ -37,47 +38,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")
 
 
-class SamplerName(StrEnum):
-    """The names of `pipeline.SAMPLERS`, here because that module takes seconds to load."""
-
-    unipc = "unipc"
-    dpmpp = "dpm++"
-    sde_dpmpp = "sde-dpm++"
-    ddim = "ddim"
-    ddpm = "ddpm"
-
-
-class RecipeName(StrEnum):
-    """The names of `recipes.RECIPES`, here for the help."""
-
-    default = "default"
-    paper = "paper"
-    fast = "fast"
-
-
-class DataSetOption(StrEnum):
-    """The names of `config.SPLITS`, here for the help."""
-
-    folder = "folder"
-    faceforensics = "faceforensics"
-    sky_timelapse = "sky_timelapse"
-    ucf101 = "ucf101"
-    taichi_hd = "taichi_hd"
-
-
-class VideoFormat(StrEnum):
-    """What generated videos are written as."""
-
-    mp4 = "mp4"
-    gif = "gif"
-    mkv = "mkv"
-
-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Fields of the configuration, as a.b=c: train.steps=1000", show_default=False),
 ]
-DataSet = Annotated[DataSetOption, typer.Option(help="What the folder holds: any videos, or a data set of the paper.")]
+DataSet = Annotated[DataSetName, typer.Option(help="What the folder holds: any videos, or a data set of the paper.")]
 SplitOption = Annotated[
     str | None,
     typer.Option("--split", help="Of a named data set: train, test, all ... default: the paper's", show_default=False),

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lavita.cli.options import RecipeName, SamplerName, VideoFormat, app
+from lavita.cli.options import app
+from lavita.core.names import RecipeName, SamplerName, Spacing, VideoFormat
 
 
 @app.command()
@@ -34,7 +35,7 @@ def sample(
             help="How to sample; the options below change parts of it. default: UniPC, 25 steps; paper: DDPM, 250; "
             "fast: 8 stochastic steps."
         ),
-    ] = RecipeName.default,
+    ] = "default",
     sampler: Annotated[
         SamplerName | None, typer.Option(help="ddpm is the paper's. default: unipc", show_default=False)
     ] = None,
@@ -43,7 +44,7 @@ def sample(
         typer.Option(min=1, max=1000, help="Network evaluations. default: 25; ddpm: 250", show_default=False),
     ] = None,
     spacing: Annotated[
-        Literal["trailing", "karras"] | None,
+        Spacing | None,
         typer.Option(help="Where the steps lie. default: trailing", show_default=False),
     ] = None,
     guidance_scale: Annotated[
@@ -84,7 +85,7 @@ def sample(
         float | None, typer.Option(help="How much of the adapters. default: 1", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos at once; does not change them.")] = 8,
-    video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = VideoFormat.mp4,
+    video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = "mp4",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Generate videos: OUT/<class or prompt>/<seed>.mp4. Finished files are left alone.
@@ -97,8 +98,8 @@ def sample(
 
     if lora is None and lora_scale is not None:
         raise ValueError(f"--lora-scale is {lora_scale:g}, but has no effect without --lora")
-    chosen = find_recipe(recipe.value).changed(
-        sampler=None if sampler is None else sampler.value,
+    chosen = find_recipe(recipe).changed(
+        sampler=sampler,
         steps=steps,
         spacing=spacing,
         guidance_scale=guidance_scale,
@@ -122,7 +123,7 @@ def sample(
             adapter=lora,
             adapter_scale=1.0 if lora_scale is None else lora_scale,
             batch_size=batch_size,
-            suffix=f".{video_format.value}",
+            suffix=f".{video_format}",
             device=device,
             team=team,
         )
@@ -133,7 +134,7 @@ def sample(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Pipeline folder; the measurement is kept in it.")],
-    sampler: Annotated[SamplerName, typer.Option(help="Of the measured loops.")] = SamplerName.unipc,
+    sampler: Annotated[SamplerName, typer.Option(help="Of the measured loops.")] = "unipc",
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Of a loop.")] = 50,
     clips: Annotated[int, typer.Option(min=1, help="Loops, one clip each.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -141,7 +142,7 @@ def calibrate(
     """Measure what `sample --cache residual` may reuse of a model."""
     from lavita.sampling.calibrate import calibrate as measure
 
-    print(measure(model, sampler.value, steps, clips, device))
+    print(measure(model, sampler, steps, clips, device))
 
 
 @app.command()

@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lavita.core.config import ConfigError, StrictConfig
+from lavita.core.names import DataSetName
 
-DataSetName = Literal["folder", "faceforensics", "sky_timelapse", "ucf101", "taichi_hd"]
 SPLITS: Mapping[DataSetName, tuple[str, ...]] = {
     "folder": (),
     "faceforensics": ("train", "val", "test", "all"),

@@ -22,6 +22,7 @@ from diffusers.utils.logging import disable_progress_bar, get_logger
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
+from lavita.core.names import Spacing
 from lavita.core.precision import Precision
 from lavita.models.adapters import Adapters
 from lavita.models.autoencoder import decode
@@ -29,7 +30,7 @@ from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.schedulers import Spacing, make_scheduler, set_timesteps
+from lavita.sampling.schedulers import make_scheduler, set_timesteps
 from lavita.sampling.step_cache import StepCache
 
 logger = get_logger(__name__)

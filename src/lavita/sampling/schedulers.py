@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import (
@@ -12,11 +12,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from lavita.core.names import SamplerName, Spacing
 from lavita.models.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 
-Sampler = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
-Spacing = Literal["trailing", "karras"]
-SAMPLERS: tuple[Sampler, ...] = ("unipc", "dpm++", "sde-dpm++", "ddim", "ddpm")
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 
 def make_scheduler(
