@@ -1,4 +1,4 @@
-"""What several commands share: the groups that they belong to, and their options."""
+"""Groups of commands, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lavita.core.names import DataSetName
 
 
 class Group(TyperGroup):
-    """Commands that are listed with the whole first sentence of their help."""
+    """A group whose help lists each command with the whole first sentence of its help."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Writes the list."""
@@ -27,10 +27,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich is half the time of `--help`
+    rich_markup_mode=None,  # importing rich would double the time of `--help`
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 200},
 )
-data_app = typer.Typer(cls=Group, help="Look at data sets, and make one.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    cls=Group, help="Inspect data sets, and generate one.", no_args_is_help=True, rich_markup_mode=None
+)
 autoencoder_app = typer.Typer(
     cls=Group, help="Train and score autoencoders.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -40,12 +42,16 @@ app.add_typer(autoencoder_app, name="autoencoder")
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Fields of the configuration, as a.b=c: train.steps=1000", show_default=False),
+    typer.Argument(help="Fields of the configuration, such as train.steps=1000", show_default=False),
 ]
-DataSet = Annotated[DataSetName, typer.Option(help="What the folder holds: any videos, or a data set of the paper.")]
+DataSet = Annotated[DataSetName, typer.Option(help="Layout of the folder: any videos, or a data set of the paper.")]
 SplitOption = Annotated[
     str | None,
-    typer.Option("--split", help="Of a named data set: train, test, all ... default: the paper's", show_default=False),
+    typer.Option(
+        "--split",
+        help="Split of a named data set: train, test, all, ... default: the one that the paper trains on",
+        show_default=False,
+    ),
 ]
 ConfigFile = Annotated[
     str | None,

@@ -240,8 +240,8 @@ def _find_splits(
     # The folder may be a split itself, or a content folder of a split: .../sky_train, .../train/videos.
     own = _split_folder([here.name]) or (here.name in CONTENT_FOLDERS and _split_folder([here.parent.name])) or None
     for member in members:
-        if split := _split_folder(PurePosixPath(member.name).parts[:-1]) or own:
-            splits.setdefault(split, set()).add(member.name)
+        if found := _split_folder(PurePosixPath(member.name).parts[:-1]) or own:
+            splits.setdefault(found, set()).add(member.name)
     if not splits:
         for file in sorted(root.glob("*_list.txt")):
             if match := LIST_NAME.fullmatch(file.name):
