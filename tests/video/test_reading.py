@@ -130,25 +130,26 @@ STREAMS: dict[str, dict[str, Any]] = {
     "raw.h264": {"g": "12", "bf": "3", **X264},
     "raw.m2v": {"codec": "mpeg2video", **MPEG},
     "raw.mjpeg": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "b": "20M"},
-    "dv.dv": {"codec": "dvvideo", "height": 576, "width": 720},
+    "dv.dv": {"codec": "dvvideo", "num_frames": 6, "height": 576, "width": 720},
 }
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_every_container_is_read_to_its_last_frame(tmp_path: Path, name: str) -> None:
     settings = dict(STREAMS[name])
+    count = settings.pop("num_frames", 20)
     size = settings.pop("height", HEIGHT), settings.pop("width", WIDTH)
-    path = encode(tmp_path / name, images=[paint(i, *size) for i in range(20)], **settings)
+    path = encode(tmp_path / name, images=[paint(i, *size) for i in range(count)], **settings)
     reference = decode_all(path)
-    assert numbers(reference) == list(range(20))  # the oracle is right about itself
+    assert numbers(reference) == list(range(count))  # the oracle is right about itself
     info = probe(path)
-    assert (info.num_frames, info.height, info.width, info.fps) == (20, *size, 25)
+    assert (info.num_frames, info.height, info.width, info.fps) == (count, *size, 25)
     np.testing.assert_array_equal(np.stack(list(iter_frames(path))), reference)
-    for start, num_frames, interval in ((0, 20, 1), (3, 4, 3), (14, 2, 5), (19, 1, 1)):
+    for start, num_frames, interval in ((0, count, 1), (1, 2, 3), (count - 6, 2, 5), (count - 1, 1, 1)):
         clip = read_clip(path, start, num_frames, interval)
         np.testing.assert_array_equal(clip, reference[start : start + num_frames * interval : interval])
-    with pytest.raises(VideoError, match="has 20 frames"):
-        read_clip(path, 5)
+    with pytest.raises(VideoError, match=f"has {count} frames"):
+        read_clip(path, count, 1)
 
 
 def test_suffixes_are_those_of_videos_that_ffmpeg_reads() -> None:
@@ -215,7 +216,7 @@ def test_rotation(tmp_path: Path, degrees: int, mirrored: bool) -> None:
 
 def test_odd_rotation_is_refused(tmp_path: Path) -> None:
     path = encode(tmp_path / "tilted.mp4", setup=lambda stream: stream.set_display_rotation(30), **X264)
-    with pytest.raises(VideoError, match=r"tilted.mp4: is turned by other than quarter turns"):
+    with pytest.raises(VideoError, match=r"tilted.mp4: is rotated by an angle that is not a multiple of 90"):
         read_clip(path)
 
 
