@@ -172,7 +172,7 @@ def info(*arguments: str | Path) -> str:
 def test_the_command_prints_a_preset() -> None:
     text = " ".join(info("XL/2").split())
     assert "variant 2, 28 blocks" in text
-    assert "│ whole │ 673.68 │" in text
+    assert "│ total │ 673.68 │" in text
     assert "4,096 tokens per clip" in text
     assert "673.68 M and, for 3 clips, 5,572.69 G" in text
 
@@ -183,7 +183,7 @@ def test_the_command_prints_table_3() -> None:
     assert "│ 3 │ 23 │ 676.33 │ 6,153.15 │ 676.33 │ 6,153.15 │" in text
     assert "│ 4 │ 28 │ 676.44 │ 1,545.15 │ 673.68 │" in text
     assert "1,218 G per clip, 3,653 G for 3" in text
-    assert "with it, it has 676.36 M" in text
+    assert "with it, the model has 676.36 M" in text
     rows = json.loads(CliRunner().invoke(cli.app, ["info", "--table", "3", "--json"]).output)
     assert [row["variant"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["paper"]["macs"] == 5_572_690_000_000

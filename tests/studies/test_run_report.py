@@ -109,7 +109,7 @@ def make_run(folder: Path, *overrides: str, steps: int = 40, samples: tuple[int,
         ],
     )
     (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "step-00000020.pt").touch()
+    (folder / "checkpoints" / "step-00000020").mkdir()
     (folder / "checkpoints" / "step-00000040.partial").touch()
     (folder / "pipeline" / "transformer").mkdir(parents=True)
     weights = {"a": torch.zeros(1000, 1200), "b": torch.zeros(34)}
@@ -297,7 +297,7 @@ def test_many_sets_of_samples_are_thinned(tmp_path: Path) -> None:
     page = Page(write_report([run], tmp_path / "page"))
     steps = [int(re.findall(r"\d{8}", source)[0]) for source in page.sources]
     assert len(steps) == MAX_CONTACT_SHEETS and steps[0] == 100 and steps[-1] == 1
-    assert f"{100 - MAX_CONTACT_SHEETS} sets of samples" in page.text
+    assert f"{100 - MAX_CONTACT_SHEETS} more sets of samples" in page.text
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         ([tmp_path / "none"], "none: no such folder"),
         ([tmp_path / "empty"], r"empty: is not a training run: it has no config\.yaml"),
         ([tmp_path / "run", tmp_path / "empty" / ".." / "run"], "run: is given twice"),
-        ([], "name at least one"),
+        ([], "give the folder of at least one run"),
     ):
         with pytest.raises(ConfigError, match=message):
             write_report(folders, tmp_path / "page")
