@@ -31,7 +31,7 @@ def sample(
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="Preset for the options below, which change parts of it. default: UniPC, 25 steps; paper: DDPM, 250 steps; "
+            help="Preset, parts of which the options below change. default: UniPC, 25 steps; paper: DDPM, 250 steps; "
             "fast: 8 stochastic steps."
         ),
     ] = RecipeName.default,
