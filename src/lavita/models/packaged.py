@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 STABLE_DIFFUSION = "stabilityai/sd-vae-ft-ema"
 
@@ -23,4 +24,4 @@ def autoencoder_source(name: str, resolution: int) -> str:
     """
     if name == "auto":
         name = BUILTIN if resolution <= 128 else STABLE_DIFFUSION
-    return str(files("lavita") / "weights" / "autoencoder") if name == BUILTIN else name
+    return str(Path(model_source(BUILTIN)) / "vae") if name == BUILTIN else name
