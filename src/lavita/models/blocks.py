@@ -28,7 +28,7 @@ Vectors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Frames:
+class FrameLayout:
     """What the blocks know about the frames of a batch."""
 
     num_video: int
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, x: torch.Tensor, mixing: Literal["space", "time", "space_and_time"], frames: Frames
+        self, x: torch.Tensor, mixing: Literal["space", "time", "space_and_time"], frames: FrameLayout
     ) -> torch.Tensor:
         """Tokens (B, F, N, D) to (B, F, N, D).
 
@@ -176,7 +176,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6) if plain else None
 
     def forward(
-        self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames, vectors: torch.Tensor | None = None
+        self, x: torch.Tensor, condition: torch.Tensor | None, frames: FrameLayout, vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Tokens (B, F, N, D) to tokens (B, F, N, D).
 
@@ -193,7 +193,7 @@ class TransformerBlock(nn.Module):
         return mix(self, x, condition, frames, vectors)
 
     def _mix(
-        self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames, vectors: torch.Tensor | None
+        self, x: torch.Tensor, condition: torch.Tensor | None, frames: FrameLayout, vectors: torch.Tensor | None
     ) -> torch.Tensor:
         if self.adaLN_modulation is not None and vectors is None:
             assert condition is not None
@@ -274,7 +274,7 @@ class FinalLayer(nn.Module):
             self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
 
     def forward(
-        self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames, vectors: torch.Tensor | None = None
+        self, x: torch.Tensor, condition: torch.Tensor | None, frames: FrameLayout, vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Tokens (B, F, N, D) to patches (B, F, N, values); `vectors`, (B, R, 1, 2 D), as a block's."""
         if self.adaLN_modulation is None:

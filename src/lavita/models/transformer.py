@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from lavita.models.blocks import Conditioning, FinalLayer, Frames, TransformerBlock
+from lavita.models.blocks import Conditioning, FinalLayer, FrameLayout, TransformerBlock
 from lavita.models.embeddings import (
     LabelEmbedder,
     PatchEmbed,
@@ -31,12 +31,8 @@ from lavita.models.embeddings import (
     spatial_positions,
     temporal_positions,
 )
-from lavita.models.inputs import _check_shape
+from lavita.models.inputs import check_fields, check_inputs, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
-
-PATCH_EMBEDDINGS = ("uniform", "compression")
-CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
-TEMPORAL_POSITIONS = ("absolute", "rope")
 
 
 @dataclass
@@ -127,41 +123,10 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             ValueError: for sizes that do not fit together.
         """
         super().__init__()
-        sizes = {"sample_size": sample_size, "num_frames": num_frames, "in_channels": in_channels}
-        sizes |= {"patch_size": patch_size, "hidden_size": hidden_size, "num_heads": num_heads, "tube_size": tube_size}
-        for name, number in sizes.items():
-            if number < 1:
-                raise ValueError(f"{name} is {number}, but must be at least 1")
-        if num_classes < 0 or text_dim < 0:
-            raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but must be at least 0")
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size is {sample_size}, but must be a multiple of patch_size ({patch_size})")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(
-                f"hidden_size is {hidden_size}, but must be a multiple of 4 and of num_heads ({num_heads})"
-            )
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"class_names has {len(class_names)} names, but num_classes is {num_classes}")
-        for name, value, allowed in (
-            ("patch_embedding", patch_embedding, PATCH_EMBEDDINGS),
-            ("conditioning", conditioning, CONDITIONINGS),
-            ("temporal_position", temporal_position, TEMPORAL_POSITIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        if num_classes and text_dim:
-            raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but a model has classes or texts")
+        check_fields(self.config)
         plan = block_plan(variant, num_blocks)
-        if variant == 4 and num_heads % 2:
-            raise ValueError(f"num_heads is {num_heads}, but must be even for variant 4: half of them look along time")
-        if temporal_position == "rope" and hidden_size // num_heads % 2:
-            raise ValueError(
-                f"hidden_size / num_heads is {hidden_size // num_heads}, but must be even for rope, which turns pairs"
-            )
         compression = patch_embedding == "compression"
-        self.tube_size = tube_size if compression else 1
-        if self.tube_size < 1 or num_frames % self.tube_size:
-            raise ValueError(f"num_frames is {num_frames}, but must be a multiple of tube_size ({tube_size})")
+        self.tube_size = frames_per_tube(self.config)
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         grid = sample_size // patch_size
         self.x_embedder = (
@@ -276,7 +241,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             ValueError: for latents or conditions that this model does not take, or images where the patch embedding
                 is `compression`.
         """
-        self._check(latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
+        check_inputs(self.config, latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
         if modulation is not None and num_images:
             raise ValueError(f"modulation was given, and num_images is {num_images}, but must be 0 beside it")
         conditions: list[torch.Tensor] = []
@@ -360,19 +325,19 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         one = given.ndim == (1 if isinstance(self.y_embedder, LabelEmbedder) else 2)
         return self.y_embedder(given[:, None] if one else given)
 
-    def _frames(self, x: torch.Tensor, num_conditions: int, num_images: int, use_temporal: bool) -> Frames:
+    def _frames(self, x: torch.Tensor, num_conditions: int, num_images: int, use_temporal: bool) -> FrameLayout:
         """What the blocks are told of tokens (B, T, N, D) with `num_conditions` conditions beside the video's."""
         num_video = x.shape[1] - num_images
         rows = None
         if num_conditions:
             rows = torch.arange(1 - num_video, num_images + 1, device=x.device).clamp(min=0)  # 0 ... 0 1 ... I
         if not use_temporal:
-            return Frames(0, None, rows)
+            return FrameLayout(0, None, rows)
         rotation = None
         if self.config["temporal_position"] == "rope":
             head_size = self.config["hidden_size"] // self.config["num_heads"]
             rotation = rotary_positions(self._positions(num_video), head_size).to(x.device)
-        return Frames(num_video, rotation, rows)
+        return FrameLayout(num_video, rotation, rows)
 
     def _positions(self, num_video: int) -> np.ndarray:
         return frame_positions(num_video, self.config["num_frames"] // self.tube_size)
@@ -384,7 +349,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             table = temporal_positions(self._positions(num_video), self.config["hidden_size"]).to(table.device)
         return F.pad(table, (0, 0, 0, num_frames - num_video))[:, :, None]
 
-    def _tokens(self, conditions: list[torch.Tensor], num_frames: int, frames: Frames) -> torch.Tensor:
+    def _tokens(self, conditions: list[torch.Tensor], num_frames: int, frames: FrameLayout) -> torch.Tensor:
         """Timestep and label, (B, 1 or R, D) each, as tokens of every frame, (B, T, K, D)."""
         tokens = []
         for condition in conditions:
@@ -402,48 +367,3 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         x = x.unflatten(2, (grid, grid))  # (B, T, h, w, P, P, c)
         x = x.permute(0, 1, 6, 2, 4, 3, 5)  # (B, T, c, h, P, w, P)
         return x.flatten(-2).flatten(-3, -2)
-
-    def _check(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        text_embeds: torch.Tensor | None,
-        num_images: int,
-        use_temporal: bool,
-    ) -> None:
-        size, channels, tube = self.config["sample_size"], self.config["in_channels"], self.tube_size
-        if latents.ndim != 5 or latents.shape[2:] != (channels, size, size) or not latents.shape[1]:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}, but this model takes (B, F, {channels}, {size}, {size})"
-            )
-        if timesteps.ndim:
-            _check_shape("timesteps", timesteps, (latents.shape[0],))
-        if self.temporal_upsample is not None:
-            if num_images or not use_temporal:
-                raise ValueError(
-                    "patch_embedding is compression: its tokens hold several frames of a video, so there are no images "
-                    "among them (num_images must be 0, and use_temporal true)"
-                )
-            if latents.shape[1] % tube:
-                raise ValueError(
-                    f"latents have {latents.shape[1]} frames, but must have a multiple of {tube}, a tube's"
-                )
-        if not 0 <= num_images < latents.shape[1]:
-            raise ValueError(f"num_images is {num_images}, but must be in 0..{latents.shape[1] - 1}: fewer than frames")
-        num_classes, text_dim = self.config["num_classes"], self.config["text_dim"]
-        if class_labels is not None and not num_classes:
-            kind = "has texts" if text_dim else "is unconditional"
-            raise ValueError(f"class_labels were given, but this model {kind}")
-        if text_embeds is not None and not text_dim:
-            kind = f"has {num_classes} classes" if num_classes else "is unconditional"
-            raise ValueError(f"text_embeds were given, but this model {kind}")
-        expected: tuple[int, ...] = (latents.shape[0], 1 + num_images) if num_images else (latents.shape[0],)
-        if num_classes:
-            if class_labels is None:
-                raise ValueError(f"class_labels are missing, but this model has {num_classes} classes")
-            _check_shape("class_labels", class_labels, expected)
-        if text_dim:
-            if text_embeds is None:
-                raise ValueError("text_embeds are missing, but this model has texts")
-            _check_shape("text_embeds", text_embeds, (*expected, text_dim))
