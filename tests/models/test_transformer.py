@@ -164,7 +164,8 @@ def test_what_a_token_reaches(mixing: Mixing, num_video: int, changed_frame: int
     other = x.clone()
     other[:, changed_frame, 2] += torch.randn(32)
     with torch.no_grad():
-        changed = (block(x, condition, FrameLayout(num_video)) != block(other, condition, FrameLayout(num_video))).any(dim=-1)[0]
+        frames = FrameLayout(num_video)
+        changed = (block(x, condition, frames) != block(other, condition, frames)).any(dim=-1)[0]
 
     video = list(range(num_video)) if changed_frame < num_video else []
     expected = torch.zeros(3, 5, dtype=torch.bool)

@@ -1,6 +1,6 @@
 """Checks of the transformer's fields, when it is built, and of its inputs, when it is called.
 
-Legend: B batch, F frames, C channels, H W latent size, I images after a video, S frames per tube, D width.
+Legend: B batch, F frames, C channels, H W latent size, I images after a video, S frames per tube.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEMPORAL_POSITIONS = ("absolute", "rope")
 
 
 def frames_per_tube(config: Mapping[str, Any]) -> int:
-    """S, the frames that become one token in time: 1 for the uniform patch embedding."""
+    """S, the number of frames that become one token in time: 1 with the uniform patch embedding."""
     return int(config["tube_size"]) if config["patch_embedding"] == "compression" else 1
 
 
@@ -102,7 +102,7 @@ def check_inputs(
                 "among them (num_images must be 0, and use_temporal true)"
             )
         if latents.shape[1] % tube:
-            raise ValueError(f"latents have {latents.shape[1]} frames, but must have a multiple of {tube}, a tube's")
+            raise ValueError(f"latents have {latents.shape[1]} frames, but must have a multiple of tube_size ({tube})")
     if not 0 <= num_images < latents.shape[1]:
         raise ValueError(f"num_images is {num_images}, but must be in 0..{latents.shape[1] - 1}: fewer than frames")
     num_classes, text_dim = config["num_classes"], config["text_dim"]
