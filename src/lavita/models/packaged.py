@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 BUILTIN = "builtin"
@@ -32,4 +33,4 @@ def autoencoder_source(name: str, resolution: int) -> str:
     """
     if name == "auto":
         name = BUILTIN if resolution <= 128 else STABLE_DIFFUSION
-    return str(files("lavita") / "weights" / "autoencoder") if name == BUILTIN else name
+    return str(Path(model_source(BUILTIN)) / "vae") if name == BUILTIN else name

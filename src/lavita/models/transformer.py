@@ -8,16 +8,17 @@ one per image; 1 if they share it), K condition tokens per frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.outputs import BaseOutput
 from torch import nn
 
 from lavita.models.blocks import Conditioning, FinalLayer, FrameLayout, TransformerBlock
@@ -45,17 +46,7 @@ class TransformerOutput(BaseOutput):
     then predicted variance; else (B, F, C, H, W)."""
 
 
-@dataclass
-class Residuals:
-    """What groups of blocks added to the tokens at an earlier evaluation (see `step_cache`)."""
-
-    reuse: frozenset[int] = frozenset()
-    """Groups that are not computed: what they added then is added again."""
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By group, (B, T, K + N, D); where there are more samples than in this evaluation, the first ones count."""
-
-
-class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
+class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
     """Predicts the noise of noisy video latents, and its variance.
 
     Parameters have the names of DiT's and Latte's published weights.
@@ -222,7 +213,6 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         use_temporal: bool = True,
         return_dict: bool = True,
         modulation: Sequence[torch.Tensor] | None = None,
-        residuals: Residuals | None = None,
     ) -> TransformerOutput | tuple[torch.Tensor]:
         """Evaluates the model once.
 
@@ -237,7 +227,6 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             use_temporal: False treats every frame as an image (A.4).
             return_dict: return a `TransformerOutput` rather than a tuple.
             modulation: the output of `modulate` for these timesteps and conditions, if it is known; not with images.
-            residuals: the memory of a sampler that reuses what groups of blocks added before.
 
         Raises:
             ValueError: for latents or conditions that do not fit the model, or images if the patch embedding is
@@ -261,28 +250,15 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
                 tokens = self._condition_tokens(embedded, x.shape[1], frames)  # (B, T, K, D)
                 num_tokens = tokens.shape[2]
                 x = torch.cat([tokens, x], dim=2)  # (B, T, K + N, D)
-        for group, indices in enumerate(self.block_groups):
-            if residuals is not None and group in residuals.reuse:
-                x = x + residuals.kept[group][: x.shape[0]]
-                continue
-            before = x
-            for index in indices:
-                if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
-                    x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
-                x = self.blocks[index](x, condition, frames, vectors[index])  # (B, T, K + N, D)
-            if residuals is not None:
-                residuals.kept[group] = x - before
+        for index, block in enumerate(self.blocks):
+            if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
+                x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
+            x = block(x, condition, frames, vectors[index])  # (B, T, K + N, D)
         patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)
         sample = self.unpatchify(patches)  # (B, T, C_out S, H, W)
         if self.temporal_upsample is not None:
             sample = self.temporal_upsample(sample.transpose(1, 2)).transpose(1, 2)  # (B, F, C_out, H, W)
         return TransformerOutput(sample=sample) if return_dict else (sample,)
-
-    @property
-    def block_groups(self) -> list[range]:
-        """Numbers of blocks that follow each other: together spatial and temporal, where the variant has pairs."""
-        step = 2 if self.config["variant"] in (1, 2) else 1
-        return [range(first, first + step) for first in range(0, len(self.blocks), step)]
 
     @apply_forward_hook
     def modulate(
