@@ -41,9 +41,9 @@ from lavita.data.latent_cache.shards import (
     read_shard,
     write_shard,
 )
-from lavita.models.autoencoder import Frames, encode, latent_size
+from lavita.models.autoencoder import encode, latent_size
 from lavita.models.fingerprint import fingerprint
-from lavita.video.formats import VideoError
+from lavita.video.formats import Frames, VideoError
 from lavita.video.reading import iter_frames
 
 CHUNK = 64  # frames decoded and encoded at once
