@@ -100,8 +100,8 @@ def scores(
     result["accuracy"] = float(np.mean([recognise(clip) == label for clip, label in zip(clips, labels, strict=True)]))
     agreements = []
     for label in sorted(set(labels.tolist()) & set(real_labels.tolist())):
-        a = np.mean([motion(clip) for clip in real_clips[real_labels == label]])
-        b = np.mean([motion(clip) for clip in clips[labels == label]])
+        a = float(np.mean([motion(clip) for clip in real_clips[real_labels == label]]))
+        b = float(np.mean([motion(clip) for clip in clips[labels == label]]))
         agreements.append(min(a, b) / max(a, b) if max(a, b) else 1.0)
     result["motion agreement"] = float(np.mean(agreements))
     return result
