@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,7 @@ def make_catalog(
     min_frames: int = 1,
     broken: Literal["skip", "error"] = "skip",
     kind: Literal["video", "image"] = "video",
+    probed: Mapping[Path, VideoInfo | VideoError] | None = None,
 ) -> Catalog:
     """Reads the headers of videos.
 
@@ -141,6 +142,7 @@ def make_catalog(
         min_frames: shorter videos are broken ones.
         broken: as for `scan`.
         kind: what they are, for messages.
+        probed: what `probe_all` said of each of them, if their headers have been read already.
 
     Raises:
         ValueError: where no video is usable, or, with `error`, one is broken.
@@ -148,7 +150,8 @@ def make_catalog(
     class_of = dict(found)
     videos: list[VideoInfo] = []
     problems: list[str] = []
-    for path, result in zip(class_of, probe_all(class_of), strict=True):
+    results = probe_all(class_of) if probed is None else (probed[path] for path in class_of)
+    for path, result in zip(class_of, results, strict=True):
         if isinstance(result, VideoInfo):
             if result.num_frames >= min_frames:
                 videos.append(result)

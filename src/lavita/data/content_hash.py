@@ -36,15 +36,18 @@ def _frames(folder: Path) -> list[Path]:
 def content_hash(path: Path) -> str:
     """SHA-256 of a video file, or of the names and contents of a folder's frames."""
     if not path.is_dir():
-        status = path.stat()
-        return _file_hash(str(path.absolute()), status.st_mtime_ns, status.st_size)
+        return file_hash(path)
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
         if file.is_file() and not file.name.startswith("."):
-            status = file.stat()
-            content = _file_hash(str(file.absolute()), status.st_mtime_ns, status.st_size)
-            digest.update(repr((file.name, content)).encode())
+            digest.update(repr((file.name, file_hash(file))).encode())
     return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, which is read again only if its time or size has changed."""
+    status = file.stat()
+    return _file_hash(str(file.absolute()), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=65536)
