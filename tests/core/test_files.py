@@ -94,10 +94,9 @@ def test_durable_files_are_synced_before_and_their_folder_after_the_replacement(
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, sys; from lavita.core.files import replacing\n"
-        "for name in ('a.txt', 'model'):\n"
-        "    block = replacing(pathlib.Path(sys.argv[1]) / name); partial = block.__enter__()\n"
-        "    partial.write_text('half') if partial.suffix else (partial.mkdir(), (partial / 'w').write_text('half'))\n"
-        "os._exit(9)"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with replacing(folder / 'a.txt') as file, replacing(folder / 'model') as model:\n"
+        "    file.write_text('half'); model.mkdir(); (model / 'weights').write_text('half'); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
     (tmp_path / ".hidden").write_text("of somebody else")

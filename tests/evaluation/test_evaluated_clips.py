@@ -75,7 +75,7 @@ def test_clips_are_spread_and_distinct(source: Source) -> None:
     assert [clip.name for clip in first.clips] == ["a/0.mp4", "a/1.mp4", "a/2.mp4"]
     plain = choose_clips(source, 10, 4, 1, seed=0, random_start=False)
     assert {clip.start for clip in plain.clips} == {0}
-    taken = [(clip.sha256, -1) for clip in first.clips]
+    taken = {clip.sha256 for clip in first.clips}
     rest = choose_clips(source, 7, 4, 1, seed=0, max_clips_a_video=1, without=taken)
     assert not {clip.sha256 for clip in rest.clips} & {clip.sha256 for clip in first.clips}
 

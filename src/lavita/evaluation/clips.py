@@ -118,7 +118,7 @@ def choose_clips(
     order: Literal["random", "first"] = "random",
     max_clips_a_video: int | None = None,
     random_start: bool = True,
-    without: Collection[tuple[str, int]] = (),
+    without: Collection[str] = (),
     field: str = "num_real_clips",
 ) -> ClipSet:
     """Chooses exactly `count` clips, spread over as many videos as possible.
@@ -132,30 +132,24 @@ def choose_clips(
         order: `first` takes the videos by name instead.
         max_clips_a_video: most clips of one video, at different starts; by default as many as needed.
         random_start: False takes one clip of each video, from its first frame.
-        without: pairs (hash of a video, start) that are not to be chosen; start -1 excludes the whole video.
+        without: hashes of videos that are not to be used.
         field: field of the protocol that gives `count`, for the error message.
 
     Raises:
         ValueError: if the videos give fewer clips.
     """
     span = clip_span(num_frames, frame_interval)
-    excluded: dict[str, set[int]] = {}
-    for content, start in without:
-        excluded.setdefault(content, set()).add(start)
     queue: list[tuple[Video, list[int]]] = []
     copies: Counter[str] = Counter()
     for video in source.catalog.videos:
         content = source.folder.sha256(video)
-        not_these = excluded.get(content, set())
-        if -1 in not_these:
+        if content in without:
             continue
         num_starts = video.info.num_frames - span + 1 if random_start else 1
-        free = np.array([start for start in range(num_starts) if start not in not_these], dtype=np.int64)
         # Copies of one file are numbered, so that they draw different starts whatever their names.
         rng = numpy_generator(seed, "start", content, copies[content])
         copies[content] += 1
-        most = len(free) if max_clips_a_video is None else min(len(free), max_clips_a_video)
-        queue.append((video, [int(start) for start in rng.permutation(free)[:most]]))
+        queue.append((video, rng.permutation(np.arange(num_starts))[:max_clips_a_video].tolist()))
     if order == "random":
         queue.sort(key=lambda row: hashlib.sha256(f"{seed} {source.folder.sha256(row[0])} {row[1]}".encode()).digest())
     available = sum(len(starts) for _, starts in queue)
@@ -293,7 +287,7 @@ def choose_all(
     if "floor" in known:
         return {**sets, "floor": known["floor"]}, []
     # Without held-out videos, only real videos that no real clip is from: clips of one video are too much alike.
-    used = [] if "held_out" in sources else [(clip.sha256, -1) for clip in real.clips]
+    used = set() if "held_out" in sources else {clip.sha256 for clip in real.clips}
     try:
         sets["floor"] = choose_clips(
             sources.get("held_out", sources["real"]),

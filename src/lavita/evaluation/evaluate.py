@@ -286,7 +286,7 @@ def _evaluate_features(
     seconds["scores and neighbours"] = time.monotonic() - start
     seconds["in all"] = time.monotonic() - began
     report = feature_report(selection, extractors, networks, scores, neighbours, seconds)
-    return Evaluation(report, selection.sets["real"], selection.sets["generated"], rows, selection.resolution)
+    return Evaluation(report, selection, rows)
 
 
 def _manifest_file(options: EvaluationOptions, team: Processes) -> Path | None:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lavita.evaluation.classes.clips import ClassVideos
-from lavita.evaluation.clips import ClipSet, Selection
+from lavita.evaluation.clips import Selection
 from lavita.evaluation.features.compute import pixel_facts
 from lavita.evaluation.features.extractors import Extractor
 from lavita.evaluation.features.networks import Network
@@ -29,10 +29,10 @@ class Evaluation:
 
     report: dict[str, Any]
     """JSON-able."""
-    real: ClipSet | None = None
-    generated: ClipSet | None = None
+    selection: Selection | None = None
+    """The clips, if there are metrics of features."""
     neighbours: Sequence[Neighbour] = ()
-    resolution: int = 0
+    """Of every generated clip, nearest first."""
 
 
 def class_facts(videos: ClassVideos) -> dict[str, Any]:

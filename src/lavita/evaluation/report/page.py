@@ -9,7 +9,7 @@ from typing import Any
 
 from lavita.core.files import write_text
 from lavita.core.web_page import page, row, table, video
-from lavita.evaluation.clips import ClipSet, read_pixels
+from lavita.evaluation.clips import Selection, read_pixels
 from lavita.evaluation.nearest_clips import Neighbour
 from lavita.evaluation.report.table import feature_rows
 from lavita.evaluation.result import NUM_SHOWN, Evaluation
@@ -35,33 +35,26 @@ def write_page(evaluation: Evaluation, folder: Path) -> Path:
         The page.
     """
     sections = []
-    real, generated = evaluation.real, evaluation.generated
-    if evaluation.neighbours and real is not None and generated is not None:
+    if evaluation.neighbours and evaluation.selection is not None:
+        near, far = evaluation.neighbours[:NUM_SHOWN], evaluation.neighbours[::-1][:NUM_SHOWN]
         for title, rows, text in (
-            (
-                "Nearest",
-                evaluation.neighbours[:NUM_SHOWN],
-                "Is the model copying? If it is, both clips of a pair show the same events.",
-            ),
-            (
-                "Farthest",
-                evaluation.neighbours[::-1][:NUM_SHOWN],
-                "The worst: generated clips that are unlike any real clip.",
-            ),
+            ("Nearest", near, "Is the model copying? If it is, both clips of a pair show the same events."),
+            ("Farthest", far, "The worst: generated clips that are unlike any real clip."),
         ):
-            pairs = [_pair(pair, real, generated, evaluation.resolution, folder, title) for pair in rows]
+            pairs = [_pair(pair, evaluation.selection, folder, title) for pair in rows]
             sections.append(f"<h2>{title}</h2>\n<p>{text}</p>\n<div class=pairs>\n" + "\n".join(pairs) + "\n</div>")
     body = _body(evaluation.report, sections)
     write_text(folder / "index.html", page("LAVITA evaluation", body, _STYLE))
     return folder / "index.html"
 
 
-def _pair(pair: Neighbour, real: ClipSet, generated: ClipSet, resolution: int, folder: Path, title: str) -> str:
+def _pair(pair: Neighbour, selection: Selection, folder: Path, title: str) -> str:
     figures = []
-    for kind, clips, index in (("generated", generated, pair.generated), ("real", real, pair.real)):
+    for kind, index in (("generated", pair.generated), ("real", pair.real)):
+        clips = selection.sets[kind]
         clip = clips.clips[index]
         file = f"clips/{title.lower()}-{pair.generated}-{kind}.mp4"
-        write_video(folder / file, read_pixels(clips, clip, resolution), FPS)
+        write_video(folder / file, read_pixels(clips, clip, selection.resolution), FPS)
         caption = f"{kind}<br>{html.escape(clip.name)}, from frame {clip.start}"
         figures.append(f"<figure>{video(file)}<figcaption>{caption}</figcaption></figure>")
     return f"<div class=pair>{''.join(figures)}<p>distance {pair.distance:.4g}</p></div>"
