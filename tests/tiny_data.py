@@ -62,6 +62,13 @@ def write_frames(root: Path, names: Sequence[str], num_frames: int = 4, pattern:
     return root
 
 
+def write_numbered(folder: Path, num_frames: int, side: int = 32) -> None:
+    """Writes a folder of grey frames; frame `i` has the value `i`."""
+    folder.mkdir(parents=True)
+    for number in range(num_frames):
+        Image.new("RGB", (side, side), (number, number, number)).save(folder / f"{number}.png")
+
+
 def write_avi(root: Path, names: Sequence[str], num_frames: int = 4) -> Path:
     """Like `write_videos`, for names that end in .avi: Motion JPEG, so that every frame is decoded to be counted."""
     for seed, name in enumerate(names):

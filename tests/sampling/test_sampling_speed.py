@@ -12,6 +12,7 @@ import torch
 from conftest import MakeTransformer, Run
 from diffusers import AutoencoderKL
 from diffusers.hooks import HookRegistry
+from lavita.sampling.calibrate import calibrate
 
 from lavita.core import precision as runtime
 from lavita.core.names import RecipeName
@@ -21,7 +22,6 @@ from lavita.models.packaged import model_source
 from lavita.models.presets import VARIANTS
 from lavita.models.transformer import LavitaTransformer3DModel, Residuals
 from lavita.sampling import denoiser as denoising
-from lavita.sampling.calibrate import calibrate
 from lavita.sampling.denoiser import Guidance
 from lavita.sampling.generate import generate
 from lavita.sampling.int8 import quantize_int8

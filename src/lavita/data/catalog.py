@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +121,7 @@ def make_catalog(
     min_frames: int = 1,
     broken: Literal["skip", "error"] = "skip",
     kind: Literal["video", "image"] = "video",
+    probed: Mapping[Path, VideoInfo | VideoError] | None = None,
 ) -> Catalog:
     """Counts and measures videos, and numbers their classes by name.
 
@@ -130,6 +131,7 @@ def make_catalog(
         min_frames: shorter videos count as broken.
         broken: see `scan`.
         kind: what the videos are, for messages.
+        probed: results of `probe_all`, if the headers have been read already.
 
     Raises:
         ValueError: if no video is usable, or, with `broken="error"`, if a video is broken.
@@ -137,7 +139,8 @@ def make_catalog(
     class_of = dict(found)
     videos: list[VideoInfo] = []
     problems: list[str] = []
-    for path, result in zip(class_of, probe_all(class_of), strict=True):
+    results = probe_all(class_of) if probed is None else (probed[path] for path in class_of)
+    for path, result in zip(class_of, results, strict=True):
         if isinstance(result, VideoInfo):
             if result.num_frames >= min_frames:
                 videos.append(result)

@@ -41,12 +41,13 @@ def content_hash(path: Path) -> str:
     A file is read again only if its size or time of modification changes.
     """
     if not path.is_dir():
-        return _cached_digest(path)
-    names_and_digests = [(file.name, _cached_digest(file)) for file in _visible_files(path)]
+        return file_hash(path)
+    names_and_digests = [(file.name, file_hash(file)) for file in _visible_files(path)]
     return hashlib.sha256("".join(map(repr, names_and_digests)).encode()).hexdigest()
 
 
-def _cached_digest(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, which is read again only if its time or size has changed."""
     status = file.stat()
     return _digest_of_version(str(file.absolute()), status.st_mtime_ns, status.st_size)
 
