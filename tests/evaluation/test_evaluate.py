@@ -134,7 +134,7 @@ def test_each_folder_is_scanned_once_and_each_file_hashed_once(
     shutil.copytree(world, tmp_path / "copy")  # whose files no test has hashed
     probed: list[Path] = []
     opened: list[str] = []
-    file_hash = content_hash_module._file_hash.__wrapped__
+    file_hash = content_hash_module._digest_of_version.__wrapped__
 
     def probe(paths: list[Path]) -> Any:
         probed.extend(paths)
@@ -146,7 +146,7 @@ def test_each_folder_is_scanned_once_and_each_file_hashed_once(
         return str(file_hash(path, *facts))
 
     monkeypatch.setattr(sources_module, "probe_all", probe)
-    monkeypatch.setattr(content_hash_module, "_file_hash", hash_once)
+    monkeypatch.setattr(content_hash_module, "_digest_of_version", hash_once)
     monkeypatch.setattr(classifier_module, "train_classifier", partial(train_classifier, num_steps=1))
     copy = tmp_path / "copy"
     options = EvaluationOptions(

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lavita.cli.options import RecipeName, SamplerName, app
+from lavita.cli.options import app
+from lavita.core.names import RecipeName, SamplerName
 
 
 @app.command()
@@ -130,8 +131,8 @@ def evaluate(
             manifest=manifest,
             skip_broken=skip_broken,
             samples=samples,
-            recipe=None if recipe is None else recipe.value,
-            sampler=None if sampler is None else sampler.value,
+            recipe=recipe,
+            sampler=sampler,
             steps=steps,
             guidance_scale=guidance_scale,
             first_seed=first_seed,
