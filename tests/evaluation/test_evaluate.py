@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import lru_cache, partial
 from pathlib import Path
@@ -136,7 +136,7 @@ def test_each_folder_is_scanned_once_and_each_file_hashed_once(
     opened: list[str] = []
     file_hash = content_hash_module._digest_of_version.__wrapped__
 
-    def probe(paths: list[Path]) -> Any:
+    def probe(paths: Sequence[Path]) -> Any:
         probed.extend(paths)
         return probe_all(paths)
 
