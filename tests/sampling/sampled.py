@@ -39,7 +39,7 @@ def build_pipeline(
     transformer = make_transformer(**fields)
     with torch.no_grad():
         for parameter in transformer.blocks.parameters():
-            parameter *= scale
+            parameter.mul_(scale)
     return make_pipeline(transformer, vae)
 
 

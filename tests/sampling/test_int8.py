@@ -189,8 +189,8 @@ def test_compiled_blocks_share_a_graph(make_transformer: MakeTransformer) -> Non
     # Compiled, GELU is computed in another form: some values are rounded to the next level.
     assert relative(evaluate(model), expected) < 0.02
     assert counter.frame_count == 1
-    first, second = block(model, 0).attn.qkv, block(model, 1).attn.qkv
-    assert isinstance(first, Int8Linear) and isinstance(second, Int8Linear)
+    first: Any = block(model, 0).attn.qkv
+    second: Any = block(model, 1).attn.qkv
     assert first.weight_number != second.weight_number
 
 
