@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from conftest import MakeTransformer
 
-from lavita.cli.options import RecipeName
+from lavita.core.names import RecipeName
 from lavita.core.precision import store_linear_weights
 from lavita.core.seeds import generator
 from lavita.models.presets import VARIANTS
@@ -22,7 +22,7 @@ from lavita.video.reading import read_clip
 
 
 def test_recipes_are_those_of_the_command_line(pipeline: LavitaPipeline) -> None:
-    assert [name.value for name in RecipeName] == list(RECIPES)
+    assert get_args(RecipeName) == tuple(RECIPES)
     assert RECIPES["paper"].num_steps == 250 and RECIPES["paper"].sampler == "ddpm"
     for recipe in RECIPES.values():
         pipeline.use_sampler(recipe.sampler, recipe.spacing)

@@ -13,10 +13,11 @@ from conftest import MakeTransformer
 from diffusers import AutoencoderKL, DDIMScheduler
 from sampling.sampled import largest_error, sample, seeded
 
+from lavita.core.names import Spacing
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.transformer import TransformerOutput
 from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
-from lavita.sampling.schedulers import SAMPLERS, Spacing, make_scheduler, set_timesteps
+from lavita.sampling.schedulers import SAMPLERS, make_scheduler, set_timesteps
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 # Means of the classes, and of "no label".

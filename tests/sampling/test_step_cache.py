@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from sampling.sampled import CLASSES, TEXTS, BuildPipeline, build_pipeline, relative, sample
 from torch import nn
 
+from lavita.core.names import CacheName
 from lavita.models.blocks import Attention, TransformerBlock, compiled_mix
 from lavita.models.compilation import compile_blocks
 from lavita.models.packaged import model_source
@@ -19,7 +20,6 @@ from lavita.models.presets import VARIANTS
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Guidance
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
-from lavita.sampling.step_cache import CacheName
 
 CACHES: tuple[CacheName, ...] = get_args(CacheName)
 # Guidance starts and ends inside the range of timesteps in which every cache reuses.

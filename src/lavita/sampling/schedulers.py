@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from lavita.core.names import SamplerName, Spacing
 from lavita.models.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 
-Sampler = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
-Spacing = Literal["trailing", "karras"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 
 class SchedulerOutput(Protocol):
