@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_data import paint, write_broken, write_videos
 
@@ -25,7 +24,7 @@ from lavita.data.latent_cache import shards
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import read_manifest, write_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_shard, write_shard
-from lavita.models.autoencoder import decode, encode, to_frames, to_pixels
+from lavita.models.autoencoder import AutoencoderKL, decode, encode, to_frames, to_pixels
 from lavita.models.fingerprint import fingerprint
 
 RESOLUTION = 16

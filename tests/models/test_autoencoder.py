@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 
 from lavita.models import autoencoder_cpu
-from lavita.models.autoencoder import decode, encode, frames_at_once, load_autoencoder, to_frames, to_pixels
+from lavita.models.autoencoder import (
+    AutoencoderKL,
+    decode,
+    encode,
+    frames_at_once,
+    load_autoencoder,
+    to_frames,
+    to_pixels,
+)
 from lavita.models.autoencoder_cpu import decode_pixels, encode_moments, is_covered, upsample
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import autoencoder_source

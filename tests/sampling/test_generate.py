@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_text import BERT, save_text_encoder
 from transformers import BertModel
 
 from lavita.core.seeds import generator
 from lavita.evaluation.classes.clips import compare
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling import generate as generate_module
 from lavita.sampling.generate import generate, parse_seeds

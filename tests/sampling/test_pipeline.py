@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.transformer import LavitaTransformer3DModel, TransformerOutput
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline

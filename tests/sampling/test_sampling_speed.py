@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeTransformer, Run
-from diffusers import AutoencoderKL
-from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import HookRegistry
+from lavita.sampling.calibrate import calibrate
 
 from lavita.cli.options import RecipeName
 from lavita.core import precision as runtime
 from lavita.core.precision import store_linear_weights
 from lavita.core.seeds import generator
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.packaged import model_source
 from lavita.models.presets import VARIANTS
 from lavita.models.transformer import LavitaTransformer3DModel, Residuals
 from lavita.sampling import denoiser as denoising
-from lavita.sampling.calibrate import calibrate
 from lavita.sampling.denoiser import Guidance
 from lavita.sampling.generate import generate
 from lavita.sampling.int8 import quantize_int8
