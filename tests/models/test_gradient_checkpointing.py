@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import MakeTransformer, random_transformer
 from models.passes import (
+    CONDITIONS,
     Gradients,
     backward,
     batch,
     bf16,
-    every_condition,
     every_embedding,
     every_kind,
     gradients,
@@ -50,8 +50,11 @@ def assert_same(mine: Gradients, expected: Gradients) -> None:
         assert torch.equal(mine[name], gradient), name
 
 
-@bf16
-@every_condition
+@pytest.mark.parametrize(
+    ("given", "bf16"),
+    [*((given, False) for given in CONDITIONS.values()), (CONDITIONS["classes"], True)],
+    ids=[*(f"{name}-fp32" for name in CONDITIONS), "classes-bf16"],
+)
 @every_embedding
 @every_kind
 def test_gradients_are_the_same_to_the_bit(

@@ -84,7 +84,7 @@ def test_text_latte_is_refused(latte: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"variant": 3}, "variant is 3, but Latte's files only hold 2"),
+        ({"variant": 3}, "variant is 3, but Latte's format only holds 2"),
         ({"patch_embedding": "compression"}, "patch_embedding is 'compression'"),
         ({"conditioning": "all_tokens"}, "conditioning is 'all_tokens'"),
         ({"temporal_position": "rope"}, "temporal_position is 'rope'"),
