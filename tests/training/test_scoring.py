@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita.core.config import load_config
@@ -18,8 +17,7 @@ from lavita.evaluation.clips import choose_clips, read_pixels
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.features.extractors import EXTRACTORS
 from lavita.evaluation.features.networks import NETWORKS, load_network
-from lavita.evaluation.sources import VideoFolder
-from lavita.sampling.pipeline import LavitaPipeline
+bfrom lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.config import RunConfig
 from lavita.training.scoring import TrackingOptions, TrainingScorer
 from lavita.training.train import train
