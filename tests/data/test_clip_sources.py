@@ -25,8 +25,8 @@ from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import read_manifest, write_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_shard, write_shard
+from lavita.models.autoencoder import AutoencoderKL, encode
 
-t
 RESOLUTION = 16
 # The cache holds float16, and convolutions over other batches round differently in their last bits.
 RTOL, ATOL = 2e-3, 1e-5

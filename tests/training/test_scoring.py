@@ -17,7 +17,9 @@ from lavita.evaluation.clips import choose_clips, read_pixels
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.features.extractors import EXTRACTORS
 from lavita.evaluation.features.networks import NETWORKS, load_network
-bfrom lavita.sampling.pipeline import LavitaPipeline
+from lavita.evaluation.sources import VideoFolder
+from lavita.models.autoencoder import AutoencoderKL
+from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.config import RunConfig
 from lavita.training.scoring import TrackingOptions, TrainingScorer
 from lavita.training.train import train

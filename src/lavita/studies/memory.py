@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lavita.core.precision import store_linear_weights
-tfrom lavita.models.autoencoder_cpu import decode_pixels
+from lavita.models.autoencoder import AutoencoderKL, downsampling, frames_at_once, pieces
+from lavita.models.autoencoder_cpu import decode_pixels
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
