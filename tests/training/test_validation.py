@@ -55,7 +55,9 @@ def make_validation(folders: Path, tiny_vae: AutoencoderKL) -> MakeValidation:
     def make(*overrides: str, **others: Any) -> Validation:
         config = make_config(folders, *overrides)
         assert config.data.path is not None
-        return Validation(config, tiny_vae, scan(config.data.path, config.data.class_folders), **others)
+        return Validation(
+            config.data, config.train, tiny_vae, scan(config.data.path, config.data.class_folders), **others
+        )
 
     return make
 
@@ -166,7 +168,8 @@ def _one_of_two(rank: int, port: int, folders: Path, results: Any) -> None:
     model = LavitaTransformer3DModel.from_pretrained(folders / "model").eval()
     vae = AutoencoderKL.from_pretrained(folders / "vae")
     with processes() as team:
-        validation = Validation(make_config(folders), vae, scan(folders / "train", True), team=team)
+        config = make_config(folders)
+        validation = Validation(config.data, config.train, vae, scan(folders / "train", True), team=team)
         results.put(validation.evaluate(model, GaussianDiffusion(), CPU, "fp32"))
 
 
@@ -187,7 +190,8 @@ def test_two_processes_get_the_numbers_of_one(folders: Path, tiny_transformer: L
     vae = AutoencoderKL.from_pretrained(folders / "vae").eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = Validation(make_config(folders), vae, scan(folders / "train", True))
+    config = make_config(folders)
+    alone = Validation(config.data, config.train, vae, scan(folders / "train", True))
     expected = alone.evaluate(tiny_transformer, GaussianDiffusion(), CPU, "fp32")
     torch.set_num_threads(threads)
     assert results.get() == results.get() == expected

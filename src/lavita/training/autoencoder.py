@@ -211,12 +211,11 @@ def _train(config: AutoencoderConfig) -> Path:
     if (checkpoint := load_last_checkpoint(run_dir / "checkpoints")) is not None:
         step = checkpoint.step
         restore_training(checkpoint, vae, ema, [optimizer])
-    metrics = Metrics(run_dir / "metrics.jsonl", step)
     progress = Progress("autoencoder step", config.steps, step)
     factor = config.downsampling
     latent_shape = (config.latent_channels, config.resolution // factor, config.resolution // factor)
 
-    with ThreadPoolExecutor(1) as reader, stop_requested() as stop:
+    with Metrics(run_dir / "metrics.jsonl", step) as metrics, ThreadPoolExecutor(1) as reader, stop_requested() as stop:
         upcoming = reader.submit(draw_pairs, sources, config, step)
         while step < config.steps:
             pixels = to_pixels(upcoming.result(), device)
@@ -249,11 +248,7 @@ def _train(config: AutoencoderConfig) -> Path:
                 tensors = training_tensors(vae, ema, [optimizer])
                 save_checkpoint(run_dir / "checkpoints", step, tensors, {}, Keep(config.keep_checkpoints))
             if stopping:
-                metrics.close()
-                raise Stopped(
-                    f"stopped at step {step:,} of {config.steps:,}; the same command goes on from there", stop[0]
-                )
-    metrics.close()
+                raise Stopped(step, config.steps, stop)
 
     vae.load_state_dict(ema.weights)
     vae.eval().requires_grad_(False)

@@ -6,12 +6,13 @@ import fcntl
 import json
 import shutil
 import signal
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lavita.core.config import ConfigError, StrictConfig, load_config, read_yaml
+from lavita.core.files import write_text
 from lavita.training.checkpoint import list_checkpoints
 
 # What may differ when a run is resumed: how long it is and how it ends, what is written down, and how the work is
@@ -45,12 +46,12 @@ RESUMABLE = {
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved a checkpoint; the same command goes on from there."""
+    """The run was asked to stop and has saved a checkpoint."""
 
-    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
-        """`number` is the signal that asked; another process may have got it."""
-        super().__init__(message)
-        self.exit_code = 128 + number
+    def __init__(self, step: int, steps: int, signals: Sequence[int]) -> None:
+        """Keeps the exit code of the first signal; without one, another process has received it."""
+        super().__init__(f"stopped at step {step:,} of {steps:,}; run the same command again to resume")
+        self.exit_code = 128 + next(iter(signals), signal.SIGTERM)
 
 
 @contextmanager
@@ -85,26 +86,27 @@ class Metrics:
         self._file = None
         if not active:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if record["step"] <= resume_step:
                 kept.append(line + "\n")
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
-        self._file = path.open("a", buffering=1)
+        write_text(path, "".join(kept))
+        self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, **record: Any) -> None:
         """Appends one object."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
 
-    def close(self) -> None:
+    def __enter__(self) -> Metrics:
+        """Nothing more: the file is open."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()

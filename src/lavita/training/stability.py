@@ -12,7 +12,7 @@ import torch
 from lavita.core.processes import Processes
 from lavita.training.batches import Batch
 
-Verdict = Literal["good", "spike", "not-finite"]
+Verdict = Literal["good", "spike", "not-finite", "overflow"]
 HISTORY = 100  # gradient norms that a spike is measured against
 ENOUGH = 20  # of them, before anything counts as a spike
 MOST_SKIPPED = 10  # steps in a row
