@@ -30,11 +30,10 @@ from lavita.training import snapshots
 from lavita.training import train as module
 from lavita.training.batches import BatchMaker
 from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
-from lavita.training.config import RunConfig, TrainConfig
+from lavita.training.config import RunConfig
 from lavita.training.ema import EMA
 from lavita.training.run_folder import Stopped
 from lavita.training.setup import build_model
-from lavita.training.step import learning_rate
 from lavita.training.train import train
 from lavita.video.reading import probe
 from lavita.video.writing import write_video
@@ -84,26 +83,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int
 # --- the optimisation
 
 
-def test_micro_batches_equal_one_batch(make_config: MakeConfig) -> None:
-    runs = [
-        make_config(f"run-{parts}", f"train.accumulation={parts}", "train.clip_grad_norm=0.1", "train.steps=3")
-        for parts in (1, 2, 4)
-    ]
-    for config in runs:
-        train(config)
-    whole, whole_metrics = last_state(runs[0]), metrics_of(runs[0], "clips_per_second")
-    assert min(line["grad_norm"] for line in whole_metrics) > 0.1, "gradients are clipped"
-    for config in runs[1:]:
-        for line, expected in zip(metrics_of(config, "clips_per_second"), whole_metrics, strict=True):
-            assert line == pytest.approx(expected, rel=1e-5)
-        state = last_state(config)
-        for name, tensor in whole.items():
-            if name.startswith("model."):
-                torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-5, msg=name)
-            elif name.endswith(".exp_avg"):
-                torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-7, msg=name)
-
-
 def test_the_loss_falls_on_one_clip(make_config: MakeConfig, tmp_path: Path) -> None:
     write_videos(tmp_path / "one", ["only.mp4"], num_frames=2)
     config = make_config(
@@ -121,14 +100,6 @@ def test_the_loss_falls_on_one_clip(make_config: MakeConfig, tmp_path: Path) -> 
     losses = [line["loss"] for line in metrics_of(config)]
     assert losses[0] > 0.9, "a fresh model predicts no noise at all"
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
-
-
-def test_the_rate_rises_stays_and_falls() -> None:
-    settings = TrainConfig(steps=10, learning_rate=2.0, warmup_steps=2, decay_steps=4)
-    rates = [learning_rate(settings, step) for step in range(10)]
-    assert rates == pytest.approx([1, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4])
-    constant = TrainConfig(steps=3, learning_rate=2.0)
-    assert [learning_rate(constant, step) for step in range(3)] == [2, 2, 2]
 
 
 def test_a_run_starts_from_other_weights(make_config: MakeConfig) -> None:

@@ -10,6 +10,7 @@ from lavita.core.precision import autocast
 from lavita.core.processes import Processes, sum_over, whole
 from lavita.training.batches import Batch
 from lavita.training.config import TrainConfig
+from lavita.training.optimizers import set_learning_rate
 from lavita.training.stability import Verdict
 from lavita.training.state import TrainState
 
@@ -89,22 +90,21 @@ def update(
     state.scale.unscale([parameter.grad for parameter in state.parameters if parameter.grad is not None])
     # Reading the norm waits for the device; reading the loss right after it costs no second wait.
     norm = whole(torch.nn.utils.clip_grad_norm_(state.parameters, settings.clip_grad_norm)).item()
-    loss = clip_losses.mean().item()
+    own_loss = clip_losses.mean().item()
 
     verdict: Verdict = "overflow" if state.scale.overflowed(norm) else state.guard.judge(norm)
     taken = verdict == "good" or (verdict == "spike" and settings.bad_steps == "stop")
     if verdict != "overflow":
         state.guard.skipped = 0 if taken else state.guard.skipped + 1
+    set_learning_rate(state.optimizers, rate)
     for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         if taken:
             optimizer.step()
         optimizer.zero_grad()
     state.step += 1
     if taken:
         state.ema.update(state.step)
-    loss = sum_over(team, torch.tensor([loss], dtype=torch.float64)).item() / team.count
+    loss = sum_over(team, torch.tensor([own_loss], dtype=torch.float64)).item() / team.count
     if taken:
         state.losses.append(loss)
     return StepResult(loss, norm, rate, verdict, taken, clip_losses)

@@ -18,7 +18,7 @@ from lavita.training.config import RunConfig
 from lavita.training.run_folder import Stopped, only_run, stop_requested
 from lavita.training.setup import Run, model_facts, open_run
 from lavita.training.snapshots import averaged_model, write_samples
-from lavita.training.stability import MOST_SKIPPED, name_clips
+from lavita.training.stability import MOST_SKIPPED, name_clips, not_finite
 from lavita.training.step import StepResult, train_step
 
 TIMEOUT = timedelta(hours=2)
@@ -129,8 +129,5 @@ def _report_bad_step(config: RunConfig, run: Run, team: Processes, batch: Batch,
     run.progress.message(f"step {step:,}: gradient norm {norm:.3g} ({result.verdict}); clips: {worst}, ...")
     too_many = config.train.bad_steps == "stop" or run.state.guard.skipped > MOST_SKIPPED
     if not result.taken and too_many:
-        raise FloatingPointError(
-            f"the loss is {clips[0]['loss']} and the norm of its gradient {norm} at step {step}; lower "
-            f"train.learning_rate, or skip such steps with train.bad_steps=skip; the clips of the step are in "
-            f"{config.run_dir / 'events.jsonl'}"
-        )
+        advice = "lower train.learning_rate, or skip such steps with train.bad_steps=skip; the clips of the step are in"
+        raise not_finite(step, clips[0]["loss"], norm, f"{advice} {config.run_dir / 'events.jsonl'}")
