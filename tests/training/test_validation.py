@@ -264,8 +264,8 @@ def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValida
     ("overrides", "message"),
     [
         (["train.validate_every=5"], "train.validate_every is 5, but needs data.validation"),
-        (["data.validation=v"], "data.validation is set, but has no effect where train.validate_every is 0"),
-        (["train.validation_clips=8"], "validation_clips is 8, but has no effect where validate_every is 0"),
+        (["data.validation=v"], "data.validation is set, but has no effect with train.validate_every=0"),
+        (["train.validation_clips=8"], "validation_clips is 8, but has no effect with validate_every=0"),
         (
             ["train.validate_every=5", "data.validation=v", "data.captions=c.csv"],
             "validation_captions is missing: with captions, the held-out videos need theirs",
