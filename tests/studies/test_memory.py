@@ -16,7 +16,7 @@ from lavita.models.autoencoder import decode
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.studies.memory import (
+from lavita.studies.live_storages import (
     ACTIVATIONS,
     AUTOENCODER,
     AVERAGE,
@@ -25,11 +25,8 @@ from lavita.studies.memory import (
     GRADIENTS,
     OPTIMIZER,
     WEIGHTS,
-    Precision,
-    Setting,
-    sampling_memory,
-    training_memory,
 )
+from lavita.studies.memory import Precision, Setting, sampling_memory, training_memory
 from lavita.training.batches import random_batch
 from lavita.training.config import TrainConfig
 from lavita.training.state import TrainState

@@ -1,112 +1,95 @@
-"""How a model is sampled: sampler, steps and guidance, and what makes it faster at a price."""
+"""Recipes: sampler, steps, guidance, and what makes sampling faster at a price."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diffusers import ConfigMixin
 
+from lavita.core.names import Spacing
 from lavita.core.precision import low_precision, store_linear_weights
 from lavita.models.compilation import compile_blocks
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.sampling.schedulers import Spacing
-from lavita.sampling.step_cache import PyramidCache, ResidualCache, StepCache, load_calibration
+from lavita.sampling.step_cache import CacheName, check_cache
 
 DEFAULT_GUIDANCE = 1.5
-DEFAULT_THRESHOLD = 0.2
-CacheName = Literal["pab", "residual"]
 Quantization = Literal["int8"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a video beside model, class or prompt, length and seed."""
+    """Everything that decides a video besides the model, the class or prompt, the length and the seed."""
 
     sampler: str = "unipc"
-    """One of `pipeline.SAMPLERS`."""
+    """One of `schedulers.SAMPLERS`."""
     steps: int | None = None
-    """Network evaluations; by default 25, and 250 for ddpm."""
+    """Number of steps; by default 25, with ddpm 250."""
     spacing: Spacing = "trailing"
-    """Where the steps lie (see `pipeline.make_scheduler`)."""
+    """Positions of the steps (see `schedulers.make_scheduler`)."""
     guidance_scale: float | None = None
-    """1 for none; by default 1.5 for a model with classes or texts."""
+    """1 for none; by default 1.5 for a class- or text-conditional model."""
     guidance_interval: tuple[float, float] | None = None
-    """Timesteps between which there is guidance; by default all."""
+    """Lowest and highest timestep with guidance; by default all."""
     cache: CacheName | None = None
-    """What steps reuse of earlier ones (see `step_cache`); by default nothing."""
-    cache_threshold: float | None = None
-    """Of the residual cache: the relative change below which it is reused; by default 0.2."""
+    """Step cache that reuses parts of earlier evaluations (see `step_cache.StepCache`); by default none."""
     quantize: Quantization | None = None
-    """`int8` computes the blocks' linear layers in 8 bits (see `quantization`), on a CPU."""
+    """`int8` computes the linear layers of the blocks in 8 bits, on a CPU (see `int8`)."""
     compiled: bool = False
-    """Compile the blocks first (see `compiled`); changes videos by rounding."""
+    """Compile the blocks first (see `models.compilation`); this changes videos by rounding."""
 
     def __post_init__(self) -> None:
-        """Checks what needs no model.
+        """Checks the fields that need no model.
 
         Raises:
-            ValueError: for an unknown name, or a threshold without its cache.
+            ValueError: for an unknown name, or a cache that does not work with compiled blocks.
         """
-        for name, kind in (("cache", CacheName), ("quantize", Quantization)):
-            value = getattr(self, name)
-            if value not in (None, *get_args(kind)):
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(get_args(kind))}")
-        if self.cache_threshold is not None and self.cache != "residual":
-            raise ValueError(f"cache_threshold is {self.cache_threshold:g}, but has no effect without cache=residual")
-        if self.cache == "pab" and self.compiled:
-            raise ValueError("cache is pab, which works on models that are not compiled")
+        if self.quantize not in (None, *get_args(Quantization)):
+            raise ValueError(f"quantize is {self.quantize!r}; allowed: {', '.join(get_args(Quantization))}")
+        if self.cache is not None:
+            check_cache(self.cache, self.compiled)
 
-    def changed(self, **given: Any) -> Recipe:
-        """Another one with the values that are not None."""
-        return replace(self, **{key: value for key, value in given.items() if value is not None})
+    def changed(self, **fields: Any) -> Recipe:
+        """A copy with some fields replaced, those that are not None."""
+        return replace(self, **{name: value for name, value in fields.items() if value is not None})
 
     @property
     def num_steps(self) -> int:
-        """Network evaluations."""
+        """Number of steps, with the default filled in."""
         return self.steps if self.steps is not None else 250 if self.sampler == "ddpm" else 25
 
     def scale(self, config: ConfigMixin) -> float:
-        """The guidance scale for a transformer of that configuration."""
+        """Guidance scale for a transformer with this configuration, with the default filled in."""
         if self.guidance_scale is not None:
             return self.guidance_scale
         return DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
 
     def settings(self, config: ConfigMixin) -> dict[str, Any]:
-        """What a folder of samples records: the usual values always, the others where they are not the usual ones."""
-        threshold = self.cache_threshold
-        if self.cache == "residual" and threshold is None:
-            threshold = DEFAULT_THRESHOLD
+        """The record in a folder of samples: sampler, steps and guidance always, the rest if it is not the default."""
         optional = {
             "spacing": self.spacing if self.spacing != "trailing" else None,
             "guidance_interval": self.guidance_interval and list(self.guidance_interval),
             "cache": self.cache,
-            "cache_threshold": threshold,
             "quantize": self.quantize,
             "compiled": self.compiled or None,
         }
         always = {"sampler": self.sampler, "steps": self.num_steps, "guidance_scale": self.scale(config)}
-        return always | {key: value for key, value in optional.items() if value is not None}
+        return always | {name: value for name, value in optional.items() if value is not None}
 
-    def prepare(self, pipeline: LavitaPipeline, source: Path) -> dict[str, Any]:
-        """Makes a pipeline ready for calls of precision `auto`, and returns what each of its calls is given.
+    def prepare(self, pipeline: LavitaPipeline) -> dict[str, Any]:
+        """Prepares a pipeline for sampling with this recipe in precision `auto`.
 
         Args:
             pipeline: changed in place, for good.
-            source: its folder, where the residual cache's calibration is.
+
+        Returns:
+            Arguments for each call of the pipeline.
 
         Raises:
-            ValueError: for what does not suit the model or the machine.
+            ValueError: if a field does not suit the model or the machine.
         """
         pipeline.use_sampler(self.sampler, self.spacing)
-        cache: StepCache | None = None
-        if self.cache == "pab":
-            cache = PyramidCache()
-        elif self.cache == "residual":
-            threshold = DEFAULT_THRESHOLD if self.cache_threshold is None else self.cache_threshold
-            cache = ResidualCache(load_calibration(source), threshold)
         if self.quantize is not None:
             quantize_int8(pipeline.transformer)
         store_linear_weights(pipeline.transformer.blocks, low_precision(pipeline.transformer.device, "auto"))
@@ -116,7 +99,7 @@ class Recipe:
             "num_inference_steps": self.num_steps,
             "guidance_scale": self.scale(pipeline.transformer.config),
             "guidance_interval": self.guidance_interval,
-            "cache": cache,
+            "cache": self.cache,
         }
 
 
@@ -128,7 +111,11 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """One of `RECIPES`; ValueError for another name."""
+    """Looks up one of `RECIPES`.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     if name not in RECIPES:
         raise ValueError(f"recipe is {name!r}; allowed: {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -10,11 +10,9 @@ Legend: B batch, F frames (a clip's, then images), C channels, H W latent size.
 from __future__ import annotations
 
 import math
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +22,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lavita.core.precision import store_linear_weights
-from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER, downsampling, frames_at_once, pieces
+from lavita.models.autoencoder import downsampling, frames_at_once, pieces
 from lavita.models.autoencoder_cpu import decode_pixels
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
-from lavita.models.packaged import model_source
+from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.studies.live_storages import (
+    AUTOENCODER,
+    AVERAGE,
+    BATCH,
+    EXCHANGE,
+    GRADIENTS,
+    OPTIMIZER,
+    PARTS,
+    WEIGHTS,
+    LiveStorages,
+    Peak,
+    tensors_in,
+)
 from lavita.training.batches import Batch
 from lavita.training.config import TrainConfig
 from lavita.training.state import TrainState
@@ -42,16 +51,6 @@ Optimizer = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-WEIGHTS = "weights"
-GRADIENTS = "gradients"
-OPTIMIZER = "optimizer's state"
-AVERAGE = "moving average"
-BATCH = "batch"
-EXCHANGE = "exchange of processes"
-AUTOENCODER = "autoencoder"
-ACTIVATIONS = "activations and temporaries"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, AUTOENCODER, BATCH, EXCHANGE, ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -80,79 +79,6 @@ class Setting:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.sharded and self.processes == 1:
             raise ValueError("sharded is set, but processes is 1: there is nothing to shard over")
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The moment at which a process uses the most memory."""
-
-    phase: str
-    """What the process was doing."""
-    parts: dict[str, int]
-    """Bytes that were alive, by purpose, see `PARTS`."""
-
-    @property
-    def total(self) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """The peak as values that JSON can hold."""
-        return {**asdict(self), "total": self.total}
-
-
-class LiveStorages(TorchDispatchMode):
-    """Tracks the storages that operations allocate and how long they live, and keeps the peak."""
-
-    def __init__(self) -> None:
-        """Starts without storages; `name` registers those that exist already."""
-        super().__init__()
-        self.phase = ""
-        self.peak = Peak("", {})
-        self._alive: dict[int, tuple[str, int, Any]] = {}  # the weak reference reports when the storage is freed
-        self._bytes: Counter[str] = Counter()
-        self._highest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0  # `Tensor.item` without data: any finite value will do
-        result = func(*args, **(kwargs or {}))
-        self.name(ACTIVATIONS, _tensors(result), keep=True)
-        self._look()
-        return result
-
-    def name(self, part: str, tensors: Iterable[torch.Tensor], keep: bool = False) -> None:
-        """Assigns the storages of tensors to a part; with `keep`, those that have a part keep it."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            known = self._alive.get(key)
-            if known is not None and keep:
-                continue
-            self._forget(key)
-            size = storage.nbytes()
-            self._alive[key] = (part, size, weakref.ref(storage, lambda _, key=key: self._forget(key)))  # type: ignore[misc]
-            self._bytes[part] += size
-
-    def begin(self, phase: str) -> None:
-        """Names the phase that starts now."""
-        self.phase = phase
-
-    def restart(self) -> None:
-        """Forgets the peak so far."""
-        self._highest, self.peak = 0, Peak("", {})
-        self._look()
-
-    def _forget(self, key: int) -> None:
-        if (known := self._alive.pop(key, None)) is not None:
-            self._bytes[known[0]] -= known[1]
-
-    def _look(self) -> None:
-        total = sum(self._bytes.values())
-        if total > self._highest:
-            self._highest = total
-            phase = "backward pass" if torch._C._current_graph_task_id() >= 0 else self.phase
-            self.peak = Peak(phase, {part: self._bytes[part] for part in PARTS if self._bytes[part]})
 
 
 @contextmanager
@@ -260,7 +186,7 @@ def sampling_memory(
         live.name(AUTOENCODER, (*vae.parameters(), *vae.buffers()))
         # The state, and two earlier steps that the solver remembers.
         state = [torch.zeros_like(inputs["latents"][:batch_size]) for _ in range(3)]
-        live.name(BATCH, (*_tensors(inputs), *state))
+        live.name(BATCH, (*tensors_in(inputs), *state))
         live.restart()
         live.begin("transformer")
         with _autocast(setting.precision):
@@ -376,11 +302,11 @@ def _rehearse_training(
     waiting += [torch.zeros_like(batch.latents[:micro]) for _ in range(4 * (setting.accumulation - micro_batches))]
     live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
     live.name(AVERAGE, state.ema.weights.values())
-    live.name(OPTIMIZER, (leaf for optimizer in state.optimizers for leaf in _tensors(optimizer.state_dict())))
-    live.name(BATCH, (*_tensors(inputs), batch.noise, *waiting))
+    live.name(OPTIMIZER, (leaf for optimizer in state.optimizers for leaf in tensors_in(optimizer.state_dict())))
+    live.name(BATCH, (*tensors_in(inputs), batch.noise, *waiting))
 
     def name_gradient(parameter: torch.Tensor) -> None:
-        live.name(GRADIENTS, _tensors(parameter.grad))
+        live.name(GRADIENTS, tensors_in(parameter.grad))
         live.begin("optimizer's step")
 
     for parameter in state.parameters:
@@ -415,10 +341,6 @@ def _autocast(precision: str) -> torch.autocast:
 
 def _bytes_of(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _to_bytes(pixels: torch.Tensor) -> torch.Tensor:
