@@ -361,7 +361,8 @@ def batches(root: Path, vae: AutoencoderKL, *overrides: str) -> BatchMaker:
         "model": {"preset": "tiny/4"},
         "train": {"batch_size": 16, "precision": "fp32"},
     }
-    return BatchMaker(load_config(RunConfig, values, overrides), vae)
+    config = load_config(RunConfig, values, overrides)
+    return BatchMaker(config.data, config.train, vae, config.model.class_dropout)
 
 
 def test_a_run_has_the_classes_of_ucf101_or_none(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import MakeConfig, Run
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from run_folders import last_checkpoint
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError
@@ -25,12 +26,11 @@ from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.schedulers import make_scheduler
 from lavita.training import train as module
-from lavita.training.checkpoint import load_last_checkpoint
 from lavita.training.config import RunConfig
 from lavita.training.ema import EMA
 from lavita.training.finetune import prepare, read_fresh, trained_parameters
 from lavita.training.optimizers import make_optimizers
-from lavita.training.run_folder import Stopped
+from lavita.training.run_folder import Stopped, stop_requested
 from lavita.training.snapshots import averaged_model
 from lavita.training.train import train
 
@@ -70,8 +70,7 @@ def weights_of(source: str | Path) -> State:
 
 def last_state(config: RunConfig) -> dict[str, State]:
     """Weights, their averages and the optimizers' moments of the last checkpoint, each by parameter."""
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None
+    loaded = last_checkpoint(config)
     moments = loaded.read_all("optimizer.")
     return {
         "model": loaded.read_all("model."),
@@ -190,7 +189,7 @@ def test_adapters_change_nothing_at_first_and_merge_to_the_same(
     source = base()
     model = load_pipeline(source).transformer
     expected = output(model)
-    prepare(model, make_config("run", LORA, "train.lora_alpha=5"), set())
+    prepare(model, make_config("run", LORA, "train.lora_alpha=5").train, set())
     assert torch.equal(output(model), expected)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -259,7 +258,7 @@ def test_freezing_chooses_where_adapters_go(base: Callable[..., str], make_confi
     temporal = passed_by_videos_only(source)
     for freeze in ("spatial", "temporal"):
         model = load_pipeline(source).transformer
-        prepare(model, make_config("run", LORA, f"train.freeze={freeze}", variant=3), set())
+        prepare(model, make_config("run", LORA, f"train.freeze={freeze}", variant=3).train, set())
         adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert learning == {f"{layer}.lora_{part}.default.weight" for layer in adapted for part in "AB"}
@@ -286,7 +285,7 @@ def test_without_a_rank_nothing_changes(
     model = load_pipeline(base()).transformer.requires_grad_(True)
     monkeypatch.setitem(sys.modules, "peft", None)
     names = [name for name, _ in model.named_modules()]
-    prepare(model, make_config("run"), {TABLE})
+    prepare(model, make_config("run").train, {TABLE})
     assert [name for name, _ in model.named_modules()] == names
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert trained_parameters(model) == "0.2 M parameters"
@@ -301,7 +300,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     options = (option, f"data.path={tmp_path / 'other'}")
     whole, parts = make_config("whole", *options), make_config("parts", *options)
     train(whole)
-    real = module.stop_requested
+    real = stop_requested
 
     class Once(list[int]):
         def __bool__(self) -> bool:
@@ -331,14 +330,14 @@ def test_every_process_adds_the_same_adapters(base: Callable[..., str], make_con
     for seed in (1, 2):
         torch.manual_seed(seed)
         model = load_pipeline(source).transformer
-        prepare(model, make_config("run", LORA), set())
+        prepare(model, make_config("run", LORA).train, set())
         states.append(model.state_dict())
         drawn = torch.rand(1)
         torch.manual_seed(seed)
         assert torch.equal(torch.rand(1), drawn), "and draws nothing that others count on"
     assert moved(*states) == set()
     other = load_pipeline(source).transformer
-    prepare(other, make_config("run", LORA, "train.seed=1"), set())
+    prepare(other, make_config("run", LORA, "train.seed=1").train, set())
     assert all(".lora_A." in name for name in moved(other.state_dict(), states[0]))
     assert moved(other.state_dict(), states[0])
 
@@ -349,7 +348,7 @@ def test_muon_takes_the_matrices_of_adapters(
 ) -> None:
     source = base()
     model = load_pipeline(source).transformer
-    prepare(model, make_config("run", LORA), fresh)
+    prepare(model, make_config("run", LORA).train, fresh)
     optimizers = make_optimizers(model, "muon", 1e-3, 0.0)
     owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -487,7 +486,9 @@ def test_motion_alone_is_learned_on_an_image_model(make_config: MakeConfig, tmp_
     initialize(start, source)
     changed = moved(pipeline.transformer.state_dict(), start.state_dict())
     assert {name.split(".")[1] if "blocks" in name else name for name in changed} == {"1", TABLE}
-    with pytest.raises(ValueError, match=r"train\.freeze is 'temporal', but .*dit leaves temporal parameters to be"):
+    with pytest.raises(
+        ValueError, match=r"train\.freeze is 'temporal', but .*dit has no weights for some temporal parameters"
+    ):
         train(make_config("other", "train.freeze=temporal", f"train.init_from={source}"))
 
 
@@ -518,7 +519,9 @@ def test_settings_that_cannot_work(overrides: list[str], named: str, make_config
 def test_no_layer_to_adapt(base: Callable[..., str], make_config: MakeConfig) -> None:
     base(conditioning="all_tokens")
     config = make_config("run", LORA, "train.lora_targets=[adaLN_modulation]", "model.conditioning=all_tokens")
-    with pytest.raises(ValueError, match=r"train\.lora_targets is \['adaLN_modulation'\], but no such layer"):
+    with pytest.raises(
+        ValueError, match=r"train\.lora_targets is \['adaLN_modulation'\], but this model has no such layer"
+    ):
         train(config)
 
 

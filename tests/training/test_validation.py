@@ -54,7 +54,9 @@ def make_validation(folders: Path, tiny_vae: AutoencoderKL) -> MakeValidation:
     def make(*overrides: str, **others: Any) -> Validation:
         config = make_config(folders, *overrides)
         assert config.data.path is not None
-        return Validation(config, tiny_vae, scan(config.data.path, config.data.class_folders), **others)
+        return Validation(
+            config.data, config.train, tiny_vae, scan(config.data.path, config.data.class_folders), **others
+        )
 
     return make
 
@@ -70,7 +72,8 @@ def test_it_is_the_objective_on_held_out_clips(
 ) -> None:
     """Against a loop over single clips and timesteps, which takes noise and timesteps as the model saw them."""
     model = make_transformer(num_classes=3, class_names=["boxing", "enduro", "pong"], prediction_type=prediction_type)
-    diffusion, seen = GaussianDiffusion(prediction_type), []
+    diffusion = GaussianDiffusion(prediction_type)
+    seen: list[tuple[torch.Tensor, ...]] = []
     objective = diffusion.losses
 
     def spy(output: torch.Tensor, *inputs: torch.Tensor) -> Losses:
@@ -146,15 +149,20 @@ def test_shares_of_several_processes_make_the_whole(
     hook = tiny_transformer.register_forward_hook(lambda *_: passes.append(1))
     shares: list[Any] = []
     counts = []
+
+    def collect(team: Processes, share: Any) -> Any:
+        shares.append(share)
+        return share
+
     with monkeypatch.context() as patch:
-        patch.setattr(Processes, "collect", lambda self, mine: shares.append(mine) or mine)
+        patch.setattr(Processes, "collect", collect)
         for validation in team:
             passes.clear()
             validation.evaluate(tiny_transformer, diffusion, CPU, "fp32")
             counts.append(len(passes))
     hook.remove()
     assert len(set(counts)) == 1, "or sharded models would wait for each other"
-    monkeypatch.setattr(Processes, "gather", lambda self, mine: shares)
+    monkeypatch.setattr(Processes, "gather", lambda team, share: shares)
     for validation in team:
         assert validation.evaluate(tiny_transformer, diffusion, CPU, "fp32") == whole
 
@@ -165,7 +173,8 @@ def _one_of_two(rank: int, port: int, folders: Path, results: Any) -> None:
     model = LavitaTransformer3DModel.from_pretrained(folders / "model").eval()
     vae = AutoencoderKL.from_pretrained(folders / "vae")
     with processes() as team:
-        validation = Validation(make_config(folders), vae, scan(folders / "train", True), team=team)
+        config = make_config(folders)
+        validation = Validation(config.data, config.train, vae, scan(folders / "train", True), team=team)
         results.put(validation.evaluate(model, GaussianDiffusion(), CPU, "fp32"))
 
 
@@ -186,7 +195,8 @@ def test_two_processes_get_the_numbers_of_one(folders: Path, tiny_transformer: L
     vae = AutoencoderKL.from_pretrained(folders / "vae").eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = Validation(make_config(folders), vae, scan(folders / "train", True))
+    config = make_config(folders)
+    alone = Validation(config.data, config.train, vae, scan(folders / "train", True))
     expected = alone.evaluate(tiny_transformer, GaussianDiffusion(), CPU, "fp32")
     torch.set_num_threads(threads)
     assert results.get() == results.get() == expected
@@ -243,7 +253,9 @@ def test_without_classes_no_label_is_given(make_validation: MakeValidation, make
 
 def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValidation) -> None:
     write_videos(folders / "other", ["tennis/0.mp4"], 5)
-    with pytest.raises(ConfigError, match=r"other: has class 'tennis', which the training videos have not \(boxing, "):
+    with pytest.raises(
+        ConfigError, match=r"other: has class 'tennis', which the training videos do not have \(boxing, "
+    ):
         make_validation(f"data.validation={folders / 'other'}")
     with pytest.raises(ConfigError, match=r"data\.validation is .*train, but its boxing/0\.mp4 is a training video"):
         make_validation(f"data.validation={folders / 'train'}")
@@ -259,8 +271,8 @@ def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValida
     ("overrides", "message"),
     [
         (["train.validate_every=5"], "train.validate_every is 5, but needs data.validation"),
-        (["data.validation=v"], "data.validation is set, but has no effect where train.validate_every is 0"),
-        (["train.validation_clips=8"], "validation_clips is 8, but has no effect where validate_every is 0"),
+        (["data.validation=v"], "data.validation is set, but has no effect with train.validate_every=0"),
+        (["train.validation_clips=8"], "validation_clips is 8, but has no effect with validate_every=0"),
         (
             ["train.validate_every=5", "data.validation=v", "data.captions=c.csv"],
             "validation_captions is missing: with captions, the held-out videos need theirs",

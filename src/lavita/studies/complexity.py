@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavita.models.packaged import model_source
 from lavita.models.presets import preset_sizes
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.studies.memory import phantom
+from lavita.studies.memory import meta_model
 
 PATCH_EMBEDDING = "patch embedding"
 CONDITION_EMBEDDING = "condition embedding"
@@ -139,7 +139,7 @@ def measure(
     norm_counts = {torch.ops.aten.native_layer_norm: _norm_operations}
     counter = FlopCounterMode(display=False, custom_mapping=norm_counts)
     shapes: dict[nn.Module, torch.Size] = {}
-    with phantom(config, batch_size, num_frames, num_images) as (model, inputs):
+    with meta_model(config, batch_size, num_frames, num_images) as (model, inputs):
         for module in (*model.blocks, model.final_layer):
             module.register_forward_pre_hook(lambda module, args: shapes.update({module: args[0].shape}))
         # The counter knows the operations of the unfused attention on every device.

@@ -1,4 +1,4 @@
-"""What a run shows of its averaged model on the way: sample videos and the pipeline."""
+"""Snapshots of a run's averaged model: a plain model of it, and sample videos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lavita.models.adapters import adapter_scale, merge_state
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.batches import BatchMaker
-from lavita.training.config import RunConfig
+from lavita.training.config import TrainConfig
 from lavita.training.ema import EMA
 from lavita.video.contact_sheet import contact_sheet
 from lavita.video.writing import write_video
@@ -24,13 +24,13 @@ SAMPLE_STEPS = 20
 
 @torch.no_grad()
 def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransformer3DModel:
-    """A plain model of the averaged weights, with adapters folded in, whole in every process, in eval mode.
+    """A plain model of the averaged weights, in eval mode: with adapters folded in, unsharded in every process.
 
-    It shares memory with the averages where they are not sharded: use it before the next step.
+    Without sharding it shares memory with the averages: use it before the next step.
     """
     with torch.device("meta"):
         averaged = LavitaTransformer3DModel.from_config(dict(model.config))
-    buffers = dict(model.named_buffers())  # those that no checkpoint holds are computed from the configuration
+    buffers = dict(model.named_buffers())  # also those that no checkpoint holds
     for name in [name for name, _ in averaged.named_buffers()]:
         owner, _, last = name.rpartition(".")
         averaged.get_submodule(owner)._buffers[last] = buffers[name]
@@ -39,19 +39,27 @@ def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransform
     return averaged.eval().requires_grad_(False)
 
 
-def write_samples(config: RunConfig, pipeline: LavitaPipeline, batches: BatchMaker, step: int, team: Processes) -> Path:
-    """Writes `samples/step-<step>/<i>.mp4` and a contact sheet beside: the same seeds and conditions every time.
+def write_samples(
+    folder: Path, pipeline: LavitaPipeline, batches: BatchMaker, settings: TrainConfig, step: int, team: Processes
+) -> Path:
+    """Writes `step-<step>/<i>.mp4` and a contact sheet: the same seeds and conditions every time.
 
-    The processes share the batches.
+    Args:
+        folder: the run's folder of samples.
+        pipeline: of the averaged model.
+        batches: the source of the class names and of example captions.
+        settings: number of samples, batch size and precision.
+        step: optimizer steps done.
+        team: the processes, which share the batches of samples.
 
     Returns:
-        The contact sheet, once the first process has written it.
+        The contact sheet, `step-<step>.png`, once the first process has written it.
     """
-    num_samples, folder = config.train.num_samples, config.run_dir / "samples"
+    num_samples = settings.num_samples
     names, embeds = batches.class_names, batches.example_embeds(num_samples)
-    size = min(num_samples, config.train.batch_size)
+    size = min(num_samples, settings.batch_size)
     parts = [range(first, min(num_samples, first + size)) for first in range(0, num_samples, size)]
-    mine: list[npt.NDArray[np.uint8]] = []
+    own: list[npt.NDArray[np.uint8]] = []
     for part in team.share(parts):
         frames = pipeline(
             class_labels=[i % len(names) for i in part] if names else None,
@@ -59,11 +67,11 @@ def write_samples(config: RunConfig, pipeline: LavitaPipeline, batches: BatchMak
             num_videos=len(part),
             num_inference_steps=SAMPLE_STEPS,
             generator=[generator(seed, "sample") for seed in part],
-            precision=config.train.precision,
+            precision=settings.precision,
         ).frames
-        mine.append(np.asarray(frames))
+        own.append(np.asarray(frames))
     sheet = folder / f"step-{step:08d}.png"
-    videos = [video for batch in team.collect(mine) for video in batch]
+    videos = [video for batch in team.collect(own) for video in batch]
     if team.is_first:
         for index, video in enumerate(videos):
             write_video(folder / f"step-{step:08d}" / f"{index}.mp4", video, pipeline.transformer.config["fps"])
