@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeTransformer, Run
-from diffusers import AutoencoderKL
 
-from lavita.models.autoencoder import decode
+from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline

@@ -13,12 +13,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError, load_config
-from lavita.models.autoencoder import encode, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder
 from lavita.training import autoencoder as module
 from lavita.training.autoencoder import (
     autoencoder_loss,

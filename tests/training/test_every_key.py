@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
-from diffusers import AutoencoderKL
 from PIL import Image
 from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_broken, write_videos
@@ -22,6 +21,7 @@ from lavita.core.config import StrictConfig
 from lavita.data.catalog import scan
 from lavita.data.clip_sources import VideoSource
 from lavita.data.latent_cache.encode import encode_dataset
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.blocks import Attention, compiled_mix
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.checkpoint import list_checkpoints
@@ -233,7 +233,8 @@ def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> 
         return tmp_path / "images"
 
     def other_vae() -> Path:
-        tiny_vae.encoder.conv_out.bias.data += 0.5
+        with torch.no_grad():
+            tiny_vae.get_parameter("encoder.conv_out.bias").add_(0.5)
         tiny_vae.save_pretrained(tmp_path / "other-vae")
         return tmp_path / "other-vae"
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeConfig
-from diffusers import AutoencoderKL
 from run_folders import last_checkpoint, lines_of
 from tiny_data import write_videos
 
@@ -24,7 +23,7 @@ from lavita.core.processes import Processes
 from lavita.core.seeds import generator
 from lavita.data.catalog import scan
 from lavita.data.latent_cache.encode import encode_dataset
-from lavita.models.autoencoder import load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, load_autoencoder
 from lavita.sampling.pipeline import load_pipeline, make_pipeline
 from lavita.training import snapshots
 from lavita.training import train as module

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lavita.core.precision import store_linear_weights
-from lavita.models.autoencoder import downsampling, frames_at_once, pieces
+from lavita.models.autoencoder import AutoencoderKL, downsampling, frames_at_once, pieces
 from lavita.models.autoencoder_cpu import decode_pixels
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source

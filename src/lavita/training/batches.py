@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError
 from lavita.core.processes import Processes
@@ -19,6 +18,7 @@ from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, LatentClip, open_images, open_videos
 from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.training.config import TrainConfig
 from lavita.video.formats import VideoError

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError, save_config
 from lavita.core.files import write_text
@@ -20,7 +19,7 @@ from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.data.text_embeddings import embed_texts, texts_folder
-from lavita.models.autoencoder import latent_size, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, latent_size, load_autoencoder
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError
 from lavita.core.precision import Precision, autocast
@@ -19,6 +18,7 @@ from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, open_validation
 from lavita.data.clips import ClipSampler
 from lavita.data.config import DataConfig
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from lavita.training.config import TrainConfig
 
