@@ -233,7 +233,8 @@ def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> 
         return tmp_path / "images"
 
     def other_vae() -> Path:
-        tiny_vae.encoder.conv_out.bias.data += 0.5
+        with torch.no_grad():
+            tiny_vae.get_parameter("encoder.conv_out.bias").add_(0.5)
         tiny_vae.save_pretrained(tmp_path / "other-vae")
         return tmp_path / "other-vae"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -237,19 +236,21 @@ def test_peft_loads_the_adapters(base: Callable[..., str], make_config: MakeConf
     assert moved(again.state_dict(), ours.state_dict()) == set()
 
 
-def test_a_merged_pipeline_needs_no_peft(base: Callable[..., str], make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_merged_pipeline_needs_no_peft(
+    base: Callable[..., str], make_config: MakeConfig, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = base(fps=5.0)  # that of the videos at this interval, so that the files are the same
     config = make_config("run", LORA, "train.sample_every=2", "train.num_samples=2")
     folder = train(config)
     assert (config.run_dir / "samples" / "step-00000002" / "1.mp4").exists()
     assert set(weights_of(folder)) == set(weights_of(source))
-    script = "import sys; sys.modules['peft'] = None; from lavita.cli import main; main()"
+    monkeypatch.setitem(sys.modules, "peft", None)
     options = ("--classes", "a", "--seeds", "0", "--steps", "2")
     commands = {"merged": [str(folder)], "added": [source, "--lora", str(folder / "lora")]}
     for name, model in commands.items():
-        command = [sys.executable, "-c", script, "sample", *model, "--out", str(tmp_path / name), *options]
-        subprocess.run(command, check=True)
-    merged, added = ((tmp_path / name / "a" / "0.mp4").read_bytes() for name in commands)
+        code, _, error = run("sample", *model, "--out", name, *options)
+        assert code == 0, error
+    merged, added = (Path(name, "a", "0.mp4").read_bytes() for name in commands)
     assert merged == added
 
 

@@ -58,9 +58,9 @@ class DryRun:
     step_seconds: float | None
     """Measured time of a step; None if a step does not fit into the memory that is free."""
     read_seconds: float | None
-    """Measured time of reading a batch, which happens during the step before."""
+    """Measured time of reading a batch."""
     run_seconds: float | None
-    """Predicted time of all remaining steps."""
+    """Predicted time of all remaining steps, if reading does not overlap with them."""
     free_bytes: int | None
     """Memory of the device that is free; None if unknown."""
 
@@ -114,7 +114,7 @@ def dry_run(config: RunConfig) -> DryRun:
             train_step(state, batch, settings)  # waits for the device: it reads the loss
             step_seconds, read_seconds = time.perf_counter() - read, read - start
         assert step_seconds is not None and read_seconds is not None
-        run_seconds = (settings.steps - steps_done) * max(step_seconds, read_seconds)
+        run_seconds = (settings.steps - steps_done) * (step_seconds + read_seconds)
     catalog = batches.source.catalog
     return DryRun(
         steps_done=steps_done,
@@ -159,12 +159,12 @@ def print_dry_run(config: RunConfig, found: DryRun) -> None:
         return
     print(
         f"step        {found.step_seconds:.3g} s, measured on {found.device} in {found.precision}: the last of {STEPS} "
-        f"real steps of {settings.batch_size} clips in one process; reading a batch took {found.read_seconds:.3g} s, "
-        "which a run does during the step before"
+        f"real steps of {settings.batch_size} clips in one process; reading a batch took {found.read_seconds:.3g} s"
     )
     print(
-        f"duration    about {clock(found.run_seconds)} for the {settings.steps - found.steps_done:,} remaining steps, "
-        "without checkpoints, samples, validation and scores"
+        f"duration    at most about {clock(found.run_seconds)} for the {settings.steps - found.steps_done:,} remaining "
+        "steps, less if a batch is read while the step before it is computed; without checkpoints, samples, validation "
+        "and scores"
     )
 
 

@@ -25,7 +25,7 @@ class TrainState:
     """A model in training and everything that changes with it."""
 
     model: LavitaTransformer3DModel
-    """On its device, in training mode; what does not learn is frozen. Sharded if `parallel` shards it."""
+    """In training mode; only the parameters that require gradients are trained. Sharded if `parallel` shards it."""
     parallel: ParallelModel
     """Calls the model; its gradients are means over all processes."""
     diffusion: GaussianDiffusion
@@ -40,7 +40,7 @@ class TrainState:
     """Losses of the steps since the last line of the metrics."""
 
     def __post_init__(self) -> None:
-        """Lists the parameters that learn."""
+        """Lists the parameters that are trained."""
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @classmethod
@@ -54,8 +54,8 @@ class TrainState:
         """The state before the first step.
 
         Args:
-            model: on `device`, in training mode, with its parameters frozen or with adapters as the run asks for; all
-                processes have built the same one.
+            model: on `device`, in training mode, already with frozen parameters and adapters; all processes have built
+                the same one.
             settings: parallelism, optimizer, EMA decay, precision and spike factor.
             device: the device of the model.
             team: the processes that share each batch; by default one.
