@@ -310,6 +310,16 @@ def test_a_video_that_breaks_while_it_is_decoded_is_skipped(
     assert len(encode_all(videos, tmp_path / "cache", tiny_vae)["videos"]) == 7
 
 
+def test_broken_videos_are_known_by_name_below_a_relative_folder(
+    videos: Path, tmp_path: Path, tiny_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (videos / "a" / "cut.mp4").write_bytes((videos / SEVEN[0]).read_bytes()[:-50])
+    manifest = encode_all(Path("videos"), tmp_path / "cache", tiny_vae)
+    assert [message.split(": ")[:2] for message in manifest["broken"]] == [["a/cut.mp4", "is cut off"]]
+    CacheSource(tmp_path / "cache").check(tiny_vae, RESOLUTION, True, Path("videos"))
+
+
 def test_nothing_but_broken_videos_is_an_error(tmp_path: Path, tiny_vae: AutoencoderKL, encoded: Watched) -> None:
     root = write_videos(tmp_path / "videos", ["0.mp4"])
     encoded.failure = "0.mp4", ValueError(f"{root}/0.mp4: breaks off")

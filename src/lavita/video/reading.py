@@ -177,7 +177,7 @@ def _file_key(path: PathLike) -> tuple[str, int, int]:
         raise VideoError(path, f"is not a frame folder and has none of the suffixes of videos ({COMMON_SUFFIXES}, ...)")
     if not status.st_size:
         raise VideoError(path, "is an empty file")
-    return os.path.abspath(path), status.st_mtime_ns, status.st_size
+    return os.fspath(path), status.st_mtime_ns, status.st_size
 
 
 @contextlib.contextmanager
