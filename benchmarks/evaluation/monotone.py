@@ -22,13 +22,14 @@ from PIL import Image, ImageFilter
 from lavita.core.progress import Progress
 from lavita.evaluation.classes.classifier import cached_classifier
 from lavita.evaluation.classes.motion import motion
-from lavita.evaluation.clips import Source, choose_clips, read_source
+from lavita.evaluation.clips import choose_clips, read_pixels
 from lavita.evaluation.distances.frechet import frechet_distance
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.distances.precision_recall import neighbour_scores
-from lavita.evaluation.features.compute import BATCH_SIZE, read_pixels
+from lavita.evaluation.features.compute import BATCH_SIZE
 from lavita.evaluation.features.extractors import EXTRACTORS
 from lavita.evaluation.features.networks import NETWORKS, load_network
+from lavita.evaluation.sources import VideoFolder
 
 Clips = npt.NDArray[np.uint8]  # (N, F, S, S, 3)
 Outputs = npt.NDArray[np.float32]  # (N, F, width)
@@ -99,8 +100,8 @@ def scores(
     result["accuracy"] = float(np.mean([recognise(clip) == label for clip, label in zip(clips, labels, strict=True)]))
     agreements = []
     for label in sorted(set(labels.tolist()) & set(real_labels.tolist())):
-        a = np.mean([motion(clip) for clip in real_clips[real_labels == label]])
-        b = np.mean([motion(clip) for clip in clips[labels == label]])
+        a = float(np.mean([motion(clip) for clip in real_clips[real_labels == label]]))
+        b = float(np.mean([motion(clip) for clip in clips[labels == label]]))
         agreements.append(min(a, b) / max(a, b) if max(a, b) else 1.0)
     result["motion agreement"] = float(np.mean(agreements))
     return result
@@ -115,7 +116,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     network = load_network(NETWORKS["efficientnet_lite0"])
-    classifier = cached_classifier(arguments.data / "train", arguments.resolution, 0, arguments.classifier)
+    classifier = cached_classifier(
+        VideoFolder(arguments.data / "train").catalog(), arguments.resolution, 0, arguments.classifier
+    )
 
     def run(clips: Clips, what: str) -> Outputs:
         progress = Progress(f"{what}: clip", len(clips))
@@ -127,14 +130,13 @@ def main() -> None:
         return np.concatenate(rows)
 
     def load(folder: str, classes: Sequence[str] = (), seed: int = 0) -> tuple[Clips, Labels]:
-        source = read_source(arguments.data / folder, NUM_FRAMES, skip_broken=False)
-        catalog = source.catalog
+        source = VideoFolder(arguments.data / folder).usable(NUM_FRAMES)
         if classes:
-            kept = tuple(video for video in catalog.videos if video.info.path.parent.name in classes)
-            source = Source(replace(catalog, videos=kept), source.hashes)
-        side = choose_clips(source, arguments.num_clips, NUM_FRAMES, 1, seed)
-        clips = np.stack([read_pixels(side, clip, arguments.resolution) for clip in side.clips])
-        return clips, np.array([clip.label for clip in side.clips])
+            kept = {video.name for video in source.catalog.videos if video.info.path.parent.name in classes}
+            source = replace(source, catalog=source.catalog.only(kept))
+        chosen = choose_clips(source, arguments.num_clips, NUM_FRAMES, 1, seed)
+        clips = np.stack([read_pixels(chosen, clip, arguments.resolution) for clip in chosen.clips])
+        return clips, np.array(chosen.labels)
 
     real_clips, real_labels = load("train")
     clips, labels = load("heldout")

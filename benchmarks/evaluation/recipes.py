@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from lavita.core.seeds import generator
-from lavita.evaluation.evaluate import Options, score
-from lavita.evaluation.protocol import make_protocol
+from lavita.evaluation.evaluate import EvaluationOptions, evaluate
 from lavita.evaluation.report.table import write_scores
 from lavita.models.packaged import model_source
 from lavita.sampling.generate import generate, parse_seeds
@@ -90,10 +89,16 @@ def quality(arguments: argparse.Namespace, names: list[str]) -> None:
         generate(arguments.model, arguments.out / name, seeds=arguments.seeds, recipe=recipe, suffix=".mkv")
         count = len(list((arguments.out / name).rglob("*.mkv")))
         fields = [f"num_real_clips={arguments.num_real_clips}", f"num_generated_clips={count}", "frame_interval=1"]
-        protocol = make_protocol("offline", fields, floor=False)
-        report = score(
-            arguments.data / "train", arguments.out / name, None, METRICS, protocol, Options(arguments.cache)
-        ).report
+        options = EvaluationOptions(
+            arguments.data / "train",
+            arguments.out / name,
+            metrics=METRICS,
+            preset="offline",
+            overrides=[*fields, "floor=false"],
+            cache=arguments.cache,
+            device="cpu",
+        )
+        report = evaluate(options).report
         if recipe.sampler not in ("ddpm", "sde-dpm++"):
             solver = Recipe(steps=100, spacing="karras", guidance_scale=recipe.guidance_scale)
             if not exact:

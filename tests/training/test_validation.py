@@ -265,10 +265,10 @@ def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValida
             ["train.validate_every=5", "data.validation=v", "data.captions=c.csv"],
             "validation_captions is missing: with captions, the held-out videos need theirs",
         ),
-        (["data.captions=c.csv", "data.validation_captions=v.csv"], "validation_captions is set, but they need"),
+        (["data.captions=c.csv", "data.validation_captions=v.csv"], "validation_captions is set, but needs"),
         (
             ["train.validate_every=5", "data.validation=v", "data.validation_captions=v.csv"],
-            "validation_captions is set, but they need validation and captions",
+            "validation_captions is set, but needs validation and captions",
         ),
     ],
 )

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lavita.cli.options import RecipeName, SamplerName, VideoFormat, app
+from lavita.cli.options import app
+from lavita.core.names import RecipeName, SamplerName, Spacing, VideoFormat
 
 
 @app.command()
@@ -34,7 +35,7 @@ def sample(
             help="Preset, parts of which the options below change. default: UniPC, 25 steps; paper: DDPM, 250 steps; "
             "fast: 8 stochastic steps."
         ),
-    ] = RecipeName.default,
+    ] = "default",
     sampler: Annotated[
         SamplerName | None, typer.Option(help="Sampler; ddpm is the paper's. default: unipc", show_default=False)
     ] = None,
@@ -43,7 +44,7 @@ def sample(
         typer.Option(min=1, max=1000, help="Number of steps. default: 25; with ddpm: 250", show_default=False),
     ] = None,
     spacing: Annotated[
-        Literal["trailing", "karras"] | None,
+        Spacing | None,
         typer.Option(help="Spacing of the steps. default: trailing", show_default=False),
     ] = None,
     guidance_scale: Annotated[
@@ -87,7 +88,7 @@ def sample(
         float | None, typer.Option(help="Weight of the adapters. default: 1", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos per batch; does not change them.")] = 8,
-    video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = VideoFormat.mp4,
+    video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = "mp4",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Generate videos: OUT/<class or prompt>/<seed>.mp4. Existing files are kept.
@@ -100,8 +101,8 @@ def sample(
 
     if lora is None and lora_scale is not None:
         raise ValueError(f"--lora-scale is {lora_scale:g}, but has no effect without --lora")
-    chosen = find_recipe(recipe.value).changed(
-        sampler=None if sampler is None else sampler.value,
+    chosen = find_recipe(recipe).changed(
+        sampler=sampler,
         steps=steps,
         spacing=spacing,
         guidance_scale=guidance_scale,
@@ -124,7 +125,7 @@ def sample(
             adapter=lora,
             adapter_scale=1.0 if lora_scale is None else lora_scale,
             batch_size=batch_size,
-            suffix=f".{video_format.value}",
+            suffix=f".{video_format}",
             device=device,
             team=team,
         )

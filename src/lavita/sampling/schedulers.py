@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
+from lavita.core.names import SamplerName, Spacing
 from lavita.models.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 
-Sampler = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
-Spacing = Literal["trailing", "karras"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 
 class SchedulerOutput(Protocol):

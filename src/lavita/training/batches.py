@@ -60,7 +60,7 @@ class BatchMaker:
         self.seed, self.batch_size, self.broken = seed, config.train.batch_size, data.broken
         self._unreadable: set[Path] = set()
         self.num_images, self.dropout = data.num_images, config.model.class_dropout
-        self.source = open_videos(config, vae)
+        self.source = open_videos(data, vae, config.train.precision)
         tables = []
         if data.captions is not None:
             captions, self.source.catalog = match_captions(data.captions, self.source.catalog, data.broken)
@@ -68,7 +68,7 @@ class BatchMaker:
         catalog = self.source.catalog
         self.class_names = catalog.class_names
         self.sampler = ClipSampler(catalog, data.num_frames, data.frame_interval, data.horizontal_flip, seed)
-        self.image_source = self.source if data.images is None else open_images(config, vae)
+        self.image_source = self.source if data.images is None else open_images(data, vae, config.train.precision)
         if data.image_captions is not None:
             captions, self.image_source.catalog = match_captions(
                 data.image_captions, self.image_source.catalog, data.broken

@@ -57,7 +57,7 @@ class Validation:
         data, seed, count = config.data, config.train.seed, config.train.validation_clips
         if count < self._team.count:
             raise ConfigError(f"train.validation_clips is {count}, but each of {self._team.count} processes needs one")
-        source = open_validation(config, vae)
+        source = open_validation(data, vae, self._settings.precision)
         tables = []
         if data.validation_captions is not None:
             table, source.catalog = match_captions(data.validation_captions, source.catalog, data.broken)
