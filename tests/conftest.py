@@ -67,7 +67,7 @@ def tiny_transformer(make_transformer: MakeTransformer) -> LavitaTransformer3DMo
 
 
 def make_tiny_vae() -> AutoencoderKL:
-    """Builds an autoencoder from frames of 16 pixels to latents of 4 x 8 x 8."""
+    """An autoencoder from frames of 16 pixels to latents of 4 x 8 x 8."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         vae = AutoencoderKL(
@@ -85,7 +85,7 @@ def make_tiny_vae() -> AutoencoderKL:
 
 @pytest.fixture
 def tiny_vae() -> AutoencoderKL:
-    """See `make_tiny_vae`."""
+    """An autoencoder from frames of 16 pixels to latents of 4 x 8 x 8."""
     return make_tiny_vae()
 
 

@@ -139,9 +139,8 @@ def test_a_layout_gives_its_splits(
         assert (catalog.class_names, catalog.broken) == ((), ())
     assert names_of(open_dataset(tmp_path, dataset)) == sorted(placed["train"]), "the paper trains on the train split"
     if "test" not in placed:
-        with pytest.raises(
-            ValueError, match=rf"which of its {len(everything)} videos are in split 'test' of {dataset}"
-        ):
+        message = rf"does not show which of its {len(everything)} videos are in split 'test' of {dataset}"
+        with pytest.raises(ValueError, match=message):
             open_dataset(tmp_path, dataset, "test")
     assert guess_dataset(everything) == dataset
 

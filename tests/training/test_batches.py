@@ -205,6 +205,6 @@ def test_captions_become_embeddings(num_images: int, make_batches: MakeBatches, 
 def test_workers_decode_the_videos(make_batches: MakeBatches) -> None:
     """More of them or fewer: the same batch, to the bit."""
     one, three = make_batches("data.workers=1"), make_batches("data.workers=3")
-    pools = [source.source._pool._max_workers for source in (one, three)]  # type: ignore[attr-defined]
+    pools = [source.source.workers for source in (one, three)]  # type: ignore[attr-defined]
     assert pools == [1, 3]
     assert torch.equal(one.make(0).latents, three.make(0).latents)

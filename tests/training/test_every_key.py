@@ -100,7 +100,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def starting(self: VideoSource, *arguments: Any) -> None:
         start(self, *arguments)
-        COUNTS["threads"] = self._pool._max_workers
+        COUNTS["threads"] = self.workers
 
     mix = compiled_mix()
 
