@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from scipy.stats import norm
+from scipy.stats import norm  # type: ignore[import-untyped]
 
 from lavita.models.diffusion import GaussianDiffusion, discretized_gaussian_log_likelihood
 
