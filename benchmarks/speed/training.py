@@ -1,4 +1,4 @@
-"""One step of training: forward, loss, backward, clip, AdamW, moving average, as `train` does it."""
+"""One training step: forward, loss, backward, clipping, AdamW, moving average, as in `lavita train`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.baselines import PlainModel
 from benchmarks.speed.machine import COPY, PEAK, large_copy, square_product
-from benchmarks.speed.peaks import Case, measure_peaks
-from benchmarks.speed.plain import PlainModel
+from benchmarks.speed.peaks import Candidate, measure_peaks
 from benchmarks.speed.products import Floor, record
 from benchmarks.speed.setup import Setup, available_memory, build_model, model_inputs, set_compiled
-from benchmarks.speed.timing import Row, Section, interleave, timings
+from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from lavita.core.progress import Progress
 from lavita.models.compilation import compile_blocks
 from lavita.models.diffusion import GaussianDiffusion
@@ -151,7 +151,7 @@ def run(setup: Setup) -> Section:
     """Times and peak memory of a training step."""
     names, notes = candidates(setup)
     measured = [name for name in names if name != UPDATE] if setup.memory else []
-    progress = Progress("training: run", timings(len(names) + 3, setup.repeats) + len(measured))
+    progress = Progress("training: run", num_timings(len(names) + 3, setup.repeats) + len(measured))
     memory = measure_peaks("training", measured, setup, progress)
     trainer = Trainer(setup)
     with setup.autocast():
