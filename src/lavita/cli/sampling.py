@@ -56,16 +56,12 @@ def sample(
         ),
     ] = None,
     cache: Annotated[
-        Literal["pab", "residual"] | None,
+        Literal["pab", "fastercache", "taylorseer"] | None,
         typer.Option(
-            help="What steps reuse: pab, attentions; residual, pairs of blocks, after `lavita calibrate`. "
+            help="Reuse what earlier steps computed: attention (pab, fastercache) or everything (taylorseer). "
             "default: nothing",
             show_default=False,
         ),
-    ] = None,
-    cache_threshold: Annotated[
-        float | None,
-        typer.Option(min=0, help="Change below which a residual is reused. default: 0.2", show_default=False),
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,
@@ -104,7 +100,6 @@ def sample(
         guidance_scale=guidance_scale,
         guidance_interval=guidance_interval,
         cache=cache,
-        cache_threshold=cache_threshold,
         quantize=quantize,
         compiled=compiled or None,
     )
@@ -128,20 +123,6 @@ def sample(
         )
         if team.is_first:
             print(f"{out}: {len(written)} {'images' if images else 'videos'}")
-
-
-@app.command()
-def calibrate(
-    model: Annotated[str, typer.Argument(help="Pipeline folder; the measurement is kept in it.")],
-    sampler: Annotated[SamplerName, typer.Option(help="Of the measured loops.")] = SamplerName.unipc,
-    steps: Annotated[int, typer.Option(min=2, max=1000, help="Of a loop.")] = 50,
-    clips: Annotated[int, typer.Option(min=1, help="Loops, one clip each.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Measure what `sample --cache residual` may reuse of a model."""
-    from lavita.sampling.calibrate import calibrate as measure
-
-    print(measure(model, sampler.value, steps, clips, device))
 
 
 @app.command()

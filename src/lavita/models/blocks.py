@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from lavita.models.embeddings import rotate
@@ -54,8 +55,14 @@ def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.T
     return mixed.unflatten(0, query.shape[:-3])
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention along space, time, or, with half of the heads each, both."""
+class Attention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention along space, time, or, with half of the heads each, both.
+
+    The mixin is how diffusers' step caches recognise it; it has no processors.
+    """
+
+    processor = None
+    _supports_qkv_fusion = False
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         """`num_heads` divides `hidden_size`."""

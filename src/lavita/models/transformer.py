@@ -7,13 +7,13 @@ N = (H / P) (W / P) tokens a frame, D width, R conditions a sample (the video's,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -48,17 +48,7 @@ class TransformerOutput(BaseOutput):
     then predicted variance; else (B, F, C, H, W)."""
 
 
-@dataclass
-class Residuals:
-    """What groups of blocks added to the tokens at an earlier evaluation (see `step_cache`)."""
-
-    reuse: frozenset[int] = frozenset()
-    """Groups that are not computed: what they added then is added again."""
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By group, (B, T, K + N, D); where there are more samples than in this evaluation, the first ones count."""
-
-
-class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
+class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
     """Predicts the noise, and the variance, of noisy video latents.
 
     Parameters keep the names of DiT's and Latte's published weights.
@@ -255,7 +245,6 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         use_temporal: bool = True,
         return_dict: bool = True,
         modulation: Sequence[torch.Tensor] | None = None,
-        residuals: Residuals | None = None,
     ) -> TransformerOutput | tuple[torch.Tensor]:
         """One evaluation.
 
@@ -270,7 +259,6 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
             use_temporal: False treats every frame as an image (A.4).
             return_dict: a `TransformerOutput`, or a tuple.
             modulation: what `modulate` gives for these timesteps and conditions, computed before; not with images.
-            residuals: the memory of a sampler that reuses what groups of blocks added before.
 
         Raises:
             ValueError: for latents or conditions that this model does not take, or images where the patch embedding
@@ -298,28 +286,15 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin):
         else:
             num_tokens = len(conditions)
             x = torch.cat([self._tokens(conditions, x.shape[1], frames), x], dim=2)  # (B, T, K + N, D)
-        for group, indices in enumerate(self.block_groups):
-            if residuals is not None and group in residuals.reuse:
-                x = x + residuals.kept[group][: x.shape[0]]
-                continue
-            before = x
-            for index in indices:
-                if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
-                    x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
-                x = self.blocks[index](x, condition, frames, vectors[index])  # (B, T, K + N, D)
-            if residuals is not None:
-                residuals.kept[group] = x - before
+        for index, block in enumerate(self.blocks):
+            if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
+                x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
+            x = block(x, condition, frames, vectors[index])  # (B, T, K + N, D)
         patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)
         sample = self.unpatchify(patches)  # (B, T, C_out S, H, W)
         if self.temporal_upsample is not None:
             sample = self.temporal_upsample(sample.transpose(1, 2)).transpose(1, 2)  # (B, F, C_out, H, W)
         return TransformerOutput(sample=sample) if return_dict else (sample,)
-
-    @property
-    def block_groups(self) -> list[range]:
-        """Numbers of blocks that follow each other: together spatial and temporal, where the variant has pairs."""
-        step = 2 if self.config["variant"] in (1, 2) else 1
-        return [range(first, first + step) for first in range(0, len(self.blocks), step)]
 
     @apply_forward_hook
     def modulate(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lavita.core.precision import Precision, autocast
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.sampling.step_cache import StepCache
+from lavita.sampling.step_cache import CacheName, StepCache
 
 # Of the conditions' vectors that are computed ahead: 40 steps of two clips at XL/2.
 MODULATION_BYTES = 64 * 2**20
@@ -56,7 +57,7 @@ class Denoiser:
         guidance: Guidance,
         use_temporal: bool = True,
         precision: Precision = "auto",
-        cache: StepCache | None = None,
+        cache: CacheName | None = None,
     ) -> None:
         """Prepares a loop.
 
@@ -72,7 +73,8 @@ class Denoiser:
         """
         self._model, self._timesteps = model, timesteps
         self._labels, self._texts = class_labels, text_embeds
-        self._use_temporal, self._precision, self._cache = use_temporal, precision, cache
+        self._use_temporal, self._precision = use_temporal, precision
+        self._cache = None if cache is None else StepCache(cache, model)
         self._times = timesteps.tolist()
         self._scale = guidance.scale
         self._guided = [guidance.at(timestep) for timestep in self._times]
@@ -81,9 +83,12 @@ class Denoiser:
 
     @contextmanager
     def loop(self) -> Iterator[None]:
-        """Around the evaluations."""
-        with nullcontext() if self._cache is None else self._cache.sampling(self._model, self._times):
+        """Surrounds the evaluations; what a cache keeps is freed at the end."""
+        try:
             yield
+        finally:
+            if self._cache is not None:
+                self._cache.end()
 
     @property
     def samples(self) -> int:
@@ -96,24 +101,23 @@ class Denoiser:
         Both halves of a guided step go through the network as one batch; the variance is the conditional one's.
         """
         batch, channels, guided = latents.shape[0], latents.shape[2], self._guided[index]
+        cache, timestep = self._cache, self._times[index]
+        if cache is not None and (index == 0 or guided != self._guided[index - 1]):
+            cache.begin(timestep, guided)
         inputs = torch.cat([latents, latents]) if guided else latents
-        modulation = self._modulation_at(index)
-        options = {}
+        timesteps = self._timesteps[index].expand(len(inputs))
+        options: dict[str, Any] = {"use_temporal": self._use_temporal}
+        for name, given in (("class_labels", self._labels), ("text_embeds", self._texts)):
+            if given is not None:
+                options[name] = given[: len(inputs)]
+        modulation = None if cache is not None and cache.splits_batch else self._modulation_at(index)
         if modulation is not None:
             options["modulation"] = [vectors[: len(inputs)] for vectors in modulation]
-        if self._cache is not None:
-            fresh = index == 0 or (guided and not self._guided[index - 1])
-            options |= self._cache.step(index, fresh)
-        labels, texts = (None if given is None else given[: len(inputs)] for given in (self._labels, self._texts))
         with autocast(latents.device, self._precision):
-            output = self._model(
-                inputs,
-                self._timesteps[index].expand(len(inputs)),
-                labels,
-                texts,
-                use_temporal=self._use_temporal,
-                **options,
-            ).sample.float()
+            if cache is None:
+                output = self._model(inputs, timesteps, **options).sample.float()
+            else:
+                output = cache.evaluate(timestep, inputs, timesteps, **options).float()
         prediction, variance = output[:, :, :channels], output[:, :, channels:]
         if guided:
             conditional, unconditional = prediction.chunk(2)

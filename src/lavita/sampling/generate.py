@@ -127,7 +127,7 @@ def generate(
         "fps": config["fps"],
     }
     check_generation(out, settings)
-    options = recipe.prepare(pipeline, Path(model_source(model)))
+    options = recipe.prepare(pipeline)
     team = team or Processes()
     # Whole batches of the whole list: a file is the same to the bit whoever makes it, and when.
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]

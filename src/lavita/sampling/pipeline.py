@@ -30,7 +30,7 @@ from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
 from lavita.sampling.schedulers import Spacing, make_scheduler, set_timesteps
-from lavita.sampling.step_cache import StepCache
+from lavita.sampling.step_cache import CacheName
 
 logger = get_logger(__name__)
 
@@ -91,7 +91,7 @@ class LavitaPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: Literal["uint8", "latent"] = "uint8",
         precision: Precision = "auto",
-        cache: StepCache | None = None,
+        cache: CacheName | None = None,
     ) -> LavitaPipelineOutput:
         """Generates a batch of videos.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diffusers import ConfigMixin
@@ -13,11 +12,9 @@ from lavita.models.compilation import compile_blocks
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.schedulers import Spacing
-from lavita.sampling.step_cache import PyramidCache, ResidualCache, StepCache, load_calibration
+from lavita.sampling.step_cache import CacheName, check_cache
 
 DEFAULT_GUIDANCE = 1.5
-DEFAULT_THRESHOLD = 0.2
-CacheName = Literal["pab", "residual"]
 Quantization = Literal["int8"]
 
 
@@ -37,8 +34,6 @@ class Recipe:
     """Timesteps between which there is guidance; by default all."""
     cache: CacheName | None = None
     """What steps reuse of earlier ones (see `step_cache`); by default nothing."""
-    cache_threshold: float | None = None
-    """Of the residual cache: the relative change below which it is reused; by default 0.2."""
     quantize: Quantization | None = None
     """`int8` computes the blocks' linear layers in 8 bits (see `quantization`), on a CPU."""
     compiled: bool = False
@@ -48,16 +43,12 @@ class Recipe:
         """Checks what needs no model.
 
         Raises:
-            ValueError: for an unknown name, or a threshold without its cache.
+            ValueError: for an unknown name, or a cache that does not work with compiled blocks.
         """
-        for name, kind in (("cache", CacheName), ("quantize", Quantization)):
-            value = getattr(self, name)
-            if value not in (None, *get_args(kind)):
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(get_args(kind))}")
-        if self.cache_threshold is not None and self.cache != "residual":
-            raise ValueError(f"cache_threshold is {self.cache_threshold:g}, but has no effect without cache=residual")
-        if self.cache == "pab" and self.compiled:
-            raise ValueError("cache is pab, which works on models that are not compiled")
+        if self.quantize not in (None, *get_args(Quantization)):
+            raise ValueError(f"quantize is {self.quantize!r}; allowed: {', '.join(get_args(Quantization))}")
+        if self.cache is not None:
+            check_cache(self.cache, self.compiled)
 
     def changed(self, **given: Any) -> Recipe:
         """Another one with the values that are not None."""
@@ -76,37 +67,26 @@ class Recipe:
 
     def settings(self, config: ConfigMixin) -> dict[str, Any]:
         """What a folder of samples records: the usual values always, the others where they are not the usual ones."""
-        threshold = self.cache_threshold
-        if self.cache == "residual" and threshold is None:
-            threshold = DEFAULT_THRESHOLD
         optional = {
             "spacing": self.spacing if self.spacing != "trailing" else None,
             "guidance_interval": self.guidance_interval and list(self.guidance_interval),
             "cache": self.cache,
-            "cache_threshold": threshold,
             "quantize": self.quantize,
             "compiled": self.compiled or None,
         }
         always = {"sampler": self.sampler, "steps": self.num_steps, "guidance_scale": self.scale(config)}
         return always | {key: value for key, value in optional.items() if value is not None}
 
-    def prepare(self, pipeline: LavitaPipeline, source: Path) -> dict[str, Any]:
+    def prepare(self, pipeline: LavitaPipeline) -> dict[str, Any]:
         """Makes a pipeline ready for calls of precision `auto`, and returns what each of its calls is given.
 
         Args:
             pipeline: changed in place, for good.
-            source: its folder, where the residual cache's calibration is.
 
         Raises:
             ValueError: for what does not suit the model or the machine.
         """
         pipeline.use_sampler(self.sampler, self.spacing)
-        cache: StepCache | None = None
-        if self.cache == "pab":
-            cache = PyramidCache()
-        elif self.cache == "residual":
-            threshold = DEFAULT_THRESHOLD if self.cache_threshold is None else self.cache_threshold
-            cache = ResidualCache(load_calibration(source), threshold)
         if self.quantize is not None:
             quantize_int8(pipeline.transformer)
         store_linear_weights(pipeline.transformer.blocks, low_precision(pipeline.transformer.device, "auto"))
@@ -116,7 +96,7 @@ class Recipe:
             "num_inference_steps": self.num_steps,
             "guidance_scale": self.scale(pipeline.transformer.config),
             "guidance_interval": self.guidance_interval,
-            "cache": cache,
+            "cache": self.cache,
         }
 
 
