@@ -36,14 +36,17 @@ def speed(
     num_frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 16,
     sample_size: Annotated[int, typer.Option(min=1, help="Height and width of the latents.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 1,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16; auto is bf16 if the device is fast at it.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32 or bf16; auto is bf16 if the device is fast at it.")
+    ] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 5,
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Sampling steps.")] = 10,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Include compiled models; they take a minute each.")
     ] = True,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure peak memory as well, each candidate in its own process.")
+        bool,
+        typer.Option("--memory/--no-memory", help="Measure peak memory as well, each candidate in its own process."),
     ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[
@@ -133,7 +136,9 @@ def evaluation_speed(
     out: OutFolder,
     num_clips: Annotated[int, typer.Option(help="Clips per side.")] = 2048,
     resolution: Annotated[int, typer.Option(help="Height and width of the frames.")] = 64,
-    metrics: Annotated[str | None, typer.Option(help="Metrics, comma-separated. Default: all.", show_default=False)] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Metrics, comma-separated. Default: all.", show_default=False)
+    ] = None,
     floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Also score real clips against real ones.")] = True,
 ) -> None:
     """Time a full evaluation with the offline extractor stage by stage, without and with cached features.
@@ -149,10 +154,14 @@ def evaluation_speed(
 def recipes(
     out: OutFolder,
     model: Annotated[str, typer.Option(help="Pipeline folder, or builtin.")] = "builtin",
-    data: Annotated[Path | None, typer.Option(help="Folder with train/; needed for quality.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with train/; needed for quality.", show_default=False)
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds per class.")] = "0-19",
     num_real_clips: Annotated[int, typer.Option(help="Real clips to score against.")] = 2048,
-    cache: Annotated[Path | None, typer.Option(help="Folder of cached features. Default: OUT/cache.", show_default=False)] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of cached features. Default: OUT/cache.", show_default=False)
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing in which the recipes take turns.")] = 3,
     names: Annotated[
         str | None, typer.Option("--recipes", help="Recipes, comma-separated. Default: all.", show_default=False)
@@ -166,7 +175,9 @@ def recipes(
     """
     from benchmarks.evaluation.recipes import compare_recipes
 
-    compare_recipes(out, model, data, seeds, num_real_clips, cache, rounds, names.split(",") if names else None, quality, time)
+    compare_recipes(
+        out, model, data, seeds, num_real_clips, cache, rounds, names.split(",") if names else None, quality, time
+    )
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Do the 95% intervals cover? Repeats on Gaussians of known distance, for the Frechet and the kernel distance.
 
-The interval of a value should cover the mean value over all repeats; that of the limit, and that of the kernel distance,
-should cover the distance of the distributions. `alike` draws both sides from the same distribution.
+The interval of a value should cover the mean value over all repeats; that of the limit, and that of the kernel
+distance, should cover the distance of the distributions. `alike` draws both sides from the same distribution.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def study(dim: int, num: int, rows: int, alike: bool, repeats: int) -> list[str]
 
 
 def study_coverage(repeats: int, max_dim: int, out: Path | None) -> None:
-    """Prints a line for each case with at most `max_dim` features, and writes the table as Markdown if `out` is given."""
+    """Prints a line per case with at most `max_dim` features, and writes the table as Markdown if `out` is given."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     print("\n".join(lines), flush=True)
     for dim, num, rows in CASES:

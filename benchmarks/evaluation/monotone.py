@@ -107,7 +107,7 @@ def scores(real: Side, made: Side, recognise: Callable[[Clips], str]) -> dict[st
     result["accuracy"] = float(np.mean(recognised))
     agreements = []
     for label in sorted(set(made.labels.tolist()) & set(real.labels.tolist())):
-        a, b = (np.mean([motion(clip) for clip in side.clips[side.labels == label]]) for side in (real, made))
+        a, b = (float(np.mean([motion(clip) for clip in side.clips[side.labels == label]])) for side in (real, made))
         agreements.append(min(a, b) / max(a, b) if max(a, b) else 1.0)
     result["motion agreement"] = float(np.mean(agreements))
     return result

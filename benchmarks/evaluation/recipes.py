@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from lavita.models.packaged import model_source
 from lavita.sampling.generate import generate, parse_seeds
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
+from lavita.sampling.step_cache import CacheName
 
 METRICS = ["kernel-video", "kernel-image", "frechet-image", "prdc"]
 FEW = Recipe(steps=12)
@@ -49,14 +50,15 @@ GRID = {
     "sde8": replace(DRAWS, steps=8),
     "sde6": replace(DRAWS, steps=6),
     "sde12-interval": replace(DRAWS, guidance_interval=INTERVAL),
-    "sde12-pab": replace(DRAWS, cache="pab"),
+    **{f"sde12-{name}": replace(DRAWS, cache=name) for name in get_args(CacheName)},
     "sde12-int8": replace(DRAWS, quantize="int8"),
     "sde8-interval": RECIPES["fast"],
     "sde8-interval-int8": replace(RECIPES["fast"], quantize="int8"),
     "sde8-interval-compiled": replace(RECIPES["fast"], compiled=True),
     "sde8-interval-int8-compiled": replace(RECIPES["fast"], quantize="int8", compiled=True),
     "unipc12-interval": replace(FEW, guidance_interval=INTERVAL),
-    "unipc12-pab": replace(FEW, cache="pab"),
+    **{f"unipc12-{name}": replace(FEW, cache=name) for name in get_args(CacheName)},
+    **{f"unipc25-{name}": Recipe(cache=name) for name in get_args(CacheName)},
     "unipc12-int8": replace(FEW, quantize="int8"),
 }
 
@@ -109,13 +111,14 @@ def compare_recipes(
 def latents(pipeline: LavitaPipeline, options: dict[str, Any], numbers: Sequence[int]) -> torch.Tensor:
     """Samples one clip per number, of the classes in turn: (N, F, C, h, w)."""
     classes = pipeline.transformer.config["num_classes"]
-    result: torch.Tensor = pipeline(
+    result = pipeline(
         class_labels=[number % classes for number in numbers] if classes else None,
         num_videos=len(numbers),
         generator=[generator(number, "sample") for number in numbers],
         output_type="latent",
         **options,
     ).frames
+    assert isinstance(result, torch.Tensor)
     return result
 
 
@@ -123,12 +126,10 @@ def latents(pipeline: LavitaPipeline, options: dict[str, Any], numbers: Sequence
 def recipe_latents(recipe: Recipe, source: str) -> torch.Tensor:
     """The latents of a few clips, whose distance to the exact solution is measured."""
     pipeline = load_pipeline(source)
-    return latents(pipeline, recipe.prepare(pipeline, Path(source)), range(NUM_EXACT_CLIPS))
+    return latents(pipeline, recipe.prepare(pipeline), range(NUM_EXACT_CLIPS))
 
 
-def score_recipe(
-    name: str, out: Path, model: str, real: Path, seeds: str, num_real_clips: int, cache: Path
-) -> None:
+def score_recipe(name: str, out: Path, model: str, real: Path, seeds: str, num_real_clips: int, cache: Path) -> None:
     """Writes `NAME.json` with the scores of a recipe and its distance to the exact solution, unless it is there."""
     result = out / f"{name}.json"
     if result.exists():
@@ -148,11 +149,11 @@ def score_recipe(
 
 def time_recipes(names: Sequence[str], model: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of each recipe's loop over one clip, one value per round."""
-    source = Path(model_source(model))
+    source = model_source(model)
     ready = {}
     for name in names:
         pipeline = load_pipeline(source)
-        options = GRID[name].prepare(pipeline, source)
+        options = GRID[name].prepare(pipeline)
         latents(pipeline, options if GRID[name].compiled else {**options, "num_inference_steps": 2}, [0])
         ready[name] = pipeline, options
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -1,9 +1,9 @@
 """Kills `lavita encode` and `lavita train` with SIGKILL at random moments and compares the end with quiet runs.
 
 Every kill is followed by the same command. The moments: while the command starts, while frames are encoded, within a
-step, while a checkpoint is written, while samples or the pipeline are written. At the end the latent cache, the weights,
-their moving averages, the optimizer's moments, the losses and the sample videos must equal those of an uninterrupted run,
-bit for bit.
+step, while a checkpoint is written, while samples or the pipeline are written. At the end the latent cache, the
+weights, their moving averages, the optimizer's moments, the losses and the sample videos must equal those of an
+uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def differences(one: Path, other: Path) -> list[str]:
             found.append(name)
     lines = []
     for root in (one, other):
-        records = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        records = [
+            json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         lines.append([{key: value for key, value in r.items() if key != "clips_per_second"} for r in records])
     if lines[0] != lines[1]:
         found.append("metrics.jsonl")

@@ -69,7 +69,9 @@ def run(setup: Setup) -> Section:
         "multiply-accumulates than its formula says (Winograd), so that its share of the peak can exceed 100%.",
     ]
     if differences:
-        notes.append(f"The largest difference between our passes and those of diffusers is {max(differences.values()):.1g}.")
+        notes.append(
+            f"The largest difference between our passes and those of diffusers is {max(differences.values()):.1g}."
+        )
     facts = {"sides": {STABLE_DIFFUSION: side, PACKAGED: PACKAGED_SIDE}, "largest_difference": differences}
     return Section("autoencoder", "The autoencoder", "one frame", result, facts, notes, PEAK)
 

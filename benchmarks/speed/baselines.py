@@ -23,12 +23,12 @@ from torch import nn
 CAPTION_WIDTH = 8
 LATTE_NOTE = (
     "LatteTransformer3DModel is the text model, whose forward pass needs a caption: it is built without "
-    "cross-attention and given a caption of one token, which it projects and then ignores. Its S-AdaLN is one layer and "
-    "a table per block, where ours is a layer per block; q, k and v are three products."
+    "cross-attention and given a caption of one token, which it projects and then ignores. Its S-AdaLN is one layer "
+    "and a table per block, where ours is a layer per block; q, k and v are three products."
 )
 DIT_NOTE = (
-    "DiTTransformer2DModel takes the frames as a batch of images: all of its blocks attend in space, none in time. Each "
-    "frame has its own condition, and each block its own timestep and label embedding."
+    "DiTTransformer2DModel takes the frames as a batch of images: all of its blocks attend in space, none in time. "
+    "Each frame has its own condition, and each block its own timestep and label embedding."
 )
 
 
@@ -52,7 +52,7 @@ class PlainModel:
     def __call__(
         self, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Maps noisy latents (B, F, C, H, W), timesteps (B,) and labels (B,) to the model's output (B, F, 2 C, H, W)."""
+        """Maps noisy latents (B, F, C, H, W), timesteps (B,), labels (B,) to the model's output (B, F, 2 C, H, W)."""
         batch, frames, _, height, width = latents.shape
         images = latents.reshape(batch * frames, *latents.shape[2:])  # (B F, C, H, W)
         weight, bias = self.weights["x_embedder.proj.weight"], self.weights["x_embedder.proj.bias"]

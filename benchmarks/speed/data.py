@@ -145,9 +145,7 @@ def run(setup: Setup) -> Section:
         videos = VideoSource(
             scan(folder / "videos"), narrow_autoencoder(setup.torch_device), resolution, setup.precision
         )
-        cached, decoded = (
-            ClipSampler(source.catalog, frames, INTERVAL, True, seed=0) for source in (cache, videos)
-        )
+        cached, decoded = (ClipSampler(source.catalog, frames, INTERVAL, True, seed=0) for source in (cache, videos))
         cached_draws = [cached.draw(0, index) for index in range(CACHED_CLIPS)]
         video_draws = [decoded.draw(0, index) for index in range(VIDEO_CLIPS)]
 
@@ -174,7 +172,9 @@ def run(setup: Setup) -> Section:
             return cache.read_many(draws, frames, INTERVAL)
 
         waits = waiting_share(read_batch, step, max(2, setup.repeats))
-        memory = memory_growth(lambda number: cache.read(cached.draw(1, number), frames, INTERVAL)) if setup.memory else {}
+        memory = (
+            memory_growth(lambda number: cache.read(cached.draw(1, number), frames, INTERVAL)) if setup.memory else {}
+        )
         progress.update(progress.done + 1, "waiting")
     each = {name: [value / runs[name][0] for value in values] for name, values in seconds.items()}
     rows = [Row(name, each[name], floor=STEP if name != STEP else None) for name in runs]

@@ -58,7 +58,9 @@ def timed(command: Sequence[str]) -> tuple[float, float]:
 
 def help_times(repeats: int) -> list[dict[str, Any]]:
     """One row per command with the times of its `--help`."""
-    calls = {" ".join(["lavita", *name.split(), "--help"]): ["-m", "lavita", *name.split(), "--help"] for name in COMMANDS}
+    calls = {
+        " ".join(["lavita", *name.split(), "--help"]): ["-m", "lavita", *name.split(), "--help"] for name in COMMANDS
+    }
     calls["python -c pass"] = ["-c", "pass"]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(1 + repeats):

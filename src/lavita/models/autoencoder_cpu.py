@@ -1,6 +1,6 @@
 """Stable Diffusion's autoencoder in float32 on a CPU: the same weights, fewer products and fewer copies.
 
-Measured against diffusers' own forward passes by `benchmarks/autoencoder.py`. B frames, C channels, H x W pixels.
+Measured against diffusers' own forward passes by `benchmarks/speed/autoencoder.py`. B frames, C channels, H x W pixels.
 """
 
 from __future__ import annotations
