@@ -54,9 +54,10 @@ def speed(
         typer.Option(help="Folder to write result.json, table.md and plots into.", show_default=False),
     ] = None,
 ) -> None:
-    """Measure how close everything runs to the machine's limits, next to other implementations.
+    """Measure speed against the machine's limits.
 
-    Each figure is a ratio of candidates that took turns; the floor is the matrix products of the same pass alone.
+    Each figure is a ratio of candidates that took turns, other implementations among them; the floor is the matrix
+    products of the same pass alone.
     """
     from benchmarks.speed.command import run_sections
     from benchmarks.speed.setup import Setup, resolve_precision
@@ -83,7 +84,10 @@ def memory(
     only: Annotated[str, typer.Option(help="Only configurations whose title contains this.")] = "",
     out: JsonFile = None,
 ) -> None:
-    """Compare the predicted peak memory of training and sampling with the measured one, on a CPU."""
+    """Compare predicted and measured peak memory.
+
+    Training and sampling on a CPU, each configuration in its own process.
+    """
     from benchmarks.speed.memory import compare
 
     compare(only, out)
@@ -95,7 +99,10 @@ def startup(
     repeats: Annotated[int, typer.Option(min=1, help="Processes per command.")] = 7,
     out: JsonFile = None,
 ) -> None:
-    """Measure how long `--help` takes, and what loading a model takes in time and memory."""
+    """Time --help and the loading of models.
+
+    Also measures the memory that loading takes.
+    """
     from benchmarks.speed.startup import measure_startup
 
     measure_startup(preset, repeats, out)
@@ -107,7 +114,10 @@ def coverage(
     max_dim: Annotated[int, typer.Option(help="Leave out cases with more features.")] = 400,
     out: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.", show_default=False)] = None,
 ) -> None:
-    """Count how often the 95% intervals of the scores cover the true value, on Gaussians of known distance."""
+    """Check what the 95% intervals of scores cover.
+
+    Counts how often they cover the true value, on Gaussians of known distance.
+    """
     from benchmarks.evaluation.coverage import study_coverage
 
     study_coverage(repeats, max_dim, out)
@@ -124,7 +134,10 @@ def monotone(
         typer.Option(help="Cache folder of trained classifiers, as in lavita evaluate --cache.", show_default=False),
     ] = None,
 ) -> None:
-    """Score real clips that are degraded more and more: does each score worsen, and which one is blind to what?"""
+    """Check that scores worsen on degraded clips.
+
+    Real clips are degraded more and more in six ways; says which score is blind to what.
+    """
     from benchmarks.evaluation.monotone import study_degradations
 
     study_degradations(data, out, num_clips, resolution, classifier)
@@ -141,9 +154,10 @@ def evaluation_speed(
     ] = None,
     floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Also score real clips against real ones.")] = True,
 ) -> None:
-    """Time a full evaluation with the offline extractor stage by stage, without and with cached features.
+    """Time a full evaluation stage by stage.
 
-    Processes share the work under `torchrun --nproc-per-node 2 -m benchmarks evaluation-speed ...`.
+    Uses the offline extractor, without and with cached features. Processes share the work under
+    `torchrun --nproc-per-node 2 -m benchmarks evaluation-speed ...`.
     """
     from benchmarks.evaluation.evaluation_speed import time_evaluation
 
@@ -169,9 +183,10 @@ def recipes(
     quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Sample and score.")] = True,
     time: Annotated[bool, typer.Option("--time/--no-time", help="Time the sampling loops.")] = True,
 ) -> None:
-    """Compare recipes for faster sampling with the paper's 250 DDPM steps, in quality and in time.
+    """Compare sampling recipes in quality and time.
 
-    Videos and scores of an earlier run in the same folder are kept, so that a stopped run resumes.
+    The reference is the paper's 250 DDPM steps. Videos and scores of an earlier run in the same folder are kept, so
+    that a stopped run resumes.
     """
     from benchmarks.evaluation.recipes import compare_recipes
 
@@ -190,7 +205,10 @@ def crash(
     autoencoder: Annotated[str, typer.Option(help="Autoencoder folder, or builtin.")] = "builtin",
     resolution: Annotated[int, typer.Option(help="Height and width of the frames.")] = 64,
 ) -> None:
-    """Kill `lavita encode` and `lavita train` at random moments and compare the end with uninterrupted runs."""
+    """Kill and restart commands and compare the end.
+
+    Kills `lavita encode` and `lavita train` at random moments; the end must equal that of uninterrupted runs.
+    """
     from benchmarks.robustness.crash import run_crashes
 
     sys.exit(run_crashes(data, out, kills, steps, seed, autoencoder, resolution))

@@ -99,7 +99,7 @@ def compare_recipes(
     parse_seeds(seeds)
     if quality:
         if data is None:
-            raise ValueError("data is not given, but the quality needs it")
+            raise ValueError("data is not given, but --quality needs it")
         for name in chosen:
             score_recipe(name, out, model, data / "train", seeds, num_real_clips, cache or out / "cache")
     times = out / "times.json"
