@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ NOTES = {
 }
 
 
+@lru_cache
 def predicted_memory(setup: Setup, kind: Checkpointing = False) -> int:
     """Peak bytes of a step, predicted by a rehearsal on meta tensors."""
     setting = Setting(gradient_checkpointing=kind, precision=setup.precision)
@@ -55,16 +56,14 @@ def candidates(setup: Setup) -> tuple[list[str], list[str]]:
     """Names of the candidates that fit into the free memory, and notes on the others."""
     free = available_memory(setup.torch_device)
     names = [OURS, *([COMPILED] if setup.compiled else []), CHECKPOINTED, CHEAP, PLAIN, UPDATE]
-    chosen, notes, needs = [], [], {}
+    if free is None:
+        return names, []
+    chosen, notes = [], []
     for name in names:
-        kind = True if name == UPDATE else _KINDS.get(name, False)
-        if kind not in needs:
-            needs[kind] = predicted_memory(setup, kind)
-        need = needs[kind] * _HEADROOM.get(name, 1.0)
-        if free is not None and need > 0.9 * free:
-            notes.append(
-                f"{name} was left out: it needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free."
-            )
+        need = predicted_memory(setup, True if name == UPDATE else _KINDS.get(name, False)) * _HEADROOM.get(name, 1.0)
+        if need > 0.9 * free:
+            needed, left = need / 2**30, free / 2**30
+            notes.append(f"{name} was left out: it needs about {needed:.1f} GiB, but {left:.1f} GiB are free.")
         else:
             chosen.append(name)
     if not set(chosen) & {OURS, CHECKPOINTED, CHEAP}:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.evaluation import coverage, monotone, recipes
 from benchmarks.speed import startup
@@ -66,12 +65,6 @@ def test_recipes_are_timed_in_turn(
     assert lines[0] == "| recipe | steps | time | exact | kernel-video |"
     assert lines[2] == "| slow | 4 | 1.0000 | 0.250 | 1 (0.5 to 2) |"
     assert lines[3].startswith("| taylor | 4 | ") and lines[3].endswith(" |  |  |")
-
-
-def test_latents_of_a_recipe_depend_on_the_seed_alone(pipeline: LavitaPipeline) -> None:
-    options = {"num_inference_steps": 2}
-    together = recipes.latents(pipeline, options, [0, 1])
-    assert torch.equal(recipes.latents(pipeline, options, [1])[0], together[1])
 
 
 def test_times_of_help_and_of_loading(

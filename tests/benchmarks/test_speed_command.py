@@ -14,7 +14,19 @@ import torch
 from conftest import MakeTransformer
 
 from benchmarks.__main__ import main
-from benchmarks.speed import autoencoder, command, data, forward, machine, plots, sampling, scaling, timing, training
+from benchmarks.speed import (
+    autoencoder,
+    command,
+    data,
+    evaluation,
+    forward,
+    machine,
+    plots,
+    sampling,
+    scaling,
+    timing,
+    training,
+)
 from benchmarks.speed.setup import Setup, resolve_precision, set_compiled
 from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER
 
@@ -52,6 +64,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "MIN_SECONDS", 0.001)
     monkeypatch.setitem(STABLE_DIFFUSION_AUTOENCODER, "block_out_channels", (32, 32, 32, 32))
     monkeypatch.setattr(autoencoder, "AT_ONCE", (1, 2))
+    monkeypatch.setattr(autoencoder, "PACKAGED_SIDE", 16)
+    monkeypatch.setattr(evaluation, "COUNT", 2)
+    for section in (training, data):  # no rehearsal of memory
+        monkeypatch.setattr(section, "available_memory", lambda device: None)
     sizes = {"NUM_SHARDS": 2, "SHARD_VIDEOS": 2, "LENGTH": 60, "CACHED_CLIPS": 4, "VIDEO_CLIPS": 2, "MANY_READS": 3}
     for name, value in (sizes | {"EARLY_READS": 2}).items():
         monkeypatch.setattr(data, name, value)
@@ -63,6 +79,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "width": [point, replace(point, hidden_size=128)],
     }
     monkeypatch.setattr(scaling, "AXES", axes)
+    monkeypatch.setattr(scaling, "BLOCKS", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

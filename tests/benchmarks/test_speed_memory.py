@@ -55,11 +55,11 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_measured_peak_is_the_predicted_one(sampling: bool) -> None:
     fields = {"num_frames": 4, "sample_size": 16, "num_classes": 0 if sampling else 8}
     setting = {} if sampling else {"accumulation": 2}
-    case = memory.Case("mini/2", fields, 1, 0 if sampling else 2, setting, sampling)
+    case = memory.Case("tiny/2", fields, 1, 0 if sampling else 2, setting, sampling)
     predicted, measured = memory.predict(case).total, memory.measure(case, Processes())
     assert measured["allocated"] == pytest.approx(predicted, rel=0.02)
     assert measured["resident"] > 0
-    assert case.title.startswith("mini/2 sampling num_frames=4" if sampling else "mini/2 num_frames=4")
+    assert case.title.startswith("tiny/2 sampling num_frames=4" if sampling else "tiny/2 num_frames=4")
 
 
 def test_unknown_cases() -> None:
