@@ -104,7 +104,7 @@ def crash(data: Path, out: Path, kills: int, steps: int, seed: int, autoencoder:
     kinds = {
         "start": lambda: (lambda: True, rng.uniform(0, 8)),
         "step": lambda: (growing(run / "metrics.jsonl", rng.randint(2, 8)), rng.uniform(0, 0.1)),
-        "checkpoint": lambda: (appearing(run / "checkpoints", "*step-*partial*"), rng.uniform(0, 0.02)),
+        "checkpoint": lambda: (appearing(run / "checkpoints", ".step-*.partial-*"), rng.uniform(0, 0.02)),
         "samples": lambda: (appearing(run / "samples", "step-*"), rng.uniform(0, 0.02)),
         "pipeline": lambda: (appearing(run, "*pipeline.*"), rng.uniform(0, 0.02)),
     }

@@ -139,11 +139,13 @@ def test_a_run_trains_on_the_videos_with_captions(tmp_path: Path, tiny_vae: Auto
         "data": {"path": str(tmp_path / "v"), "captions": str(file), "num_frames": 2, "resolution": 16},
         "train": {"batch_size": 16, "precision": "fp32"},
     }
-    maker = BatchMaker(load_config(RunConfig, values), tiny_vae)
+    config = load_config(RunConfig, values)
+    maker = BatchMaker(config.data, config.train, tiny_vae, config.model.class_dropout)
     assert {maker.sampler.draw(step, 0).video.name for step in range(40)} == {"0.mp4", "2.mp4"}
     assert maker.captions is not None and maker.captions.texts == ["", "number 0", "number 2"]
     with pytest.raises(ValueError, match=r"has no caption for 1\.mp4"):
-        BatchMaker(load_config(RunConfig, values, ["data.broken=error"]), tiny_vae)
+        strict = load_config(RunConfig, values, ["data.broken=error"])
+        BatchMaker(strict.data, strict.train, tiny_vae, 0.1)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

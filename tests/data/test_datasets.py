@@ -14,7 +14,7 @@ from tiny_data import write_avi, write_broken, write_frames, write_videos
 from lavita.core.config import ConfigError, load_config
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clip_sources import open_validation
-from lavita.data.config import DataSetName
+from lavita.data.config import DataConfig, DataSetName
 from lavita.data.datasets import guess_dataset, list_dataset, open_dataset
 from lavita.data.ucf101 import CLASSES
 from lavita.training.batches import BatchMaker
@@ -357,7 +357,8 @@ def batches(root: Path, vae: AutoencoderKL, *overrides: str) -> BatchMaker:
         "model": {"preset": "tiny/4"},
         "train": {"batch_size": 16, "precision": "fp32"},
     }
-    return BatchMaker(load_config(RunConfig, values, overrides), vae)
+    config = load_config(RunConfig, values, overrides)
+    return BatchMaker(config.data, config.train, vae, config.model.class_dropout)
 
 
 def test_a_run_has_the_classes_of_ucf101_or_none(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
@@ -416,15 +417,7 @@ def test_scores_need_a_plain_folder() -> None:
 
 def test_held_out_videos_have_the_layout_of_the_training_videos(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
     sky_original(tmp_path)
-    values = {
-        "data": {
-            "path": str(tmp_path),
-            "dataset": "sky_timelapse",
-            "validation": str(tmp_path / "sky_test"),
-            "num_frames": 2,
-            "resolution": 16,
-        },
-        "train": {"validate_every": 1},
-    }
-    source = open_validation(load_config(RunConfig, values), tiny_vae)
-    assert names_of(source.catalog) == SKY["test"]
+    data = DataConfig(
+        path=tmp_path, dataset="sky_timelapse", validation=tmp_path / "sky_test", num_frames=2, resolution=16
+    )
+    assert names_of(open_validation(data, tiny_vae, "fp32").catalog) == SKY["test"]

@@ -172,8 +172,8 @@ def info(*arguments: str | Path) -> str:
 def test_the_command_prints_a_preset() -> None:
     text = " ".join(info("XL/2").split())
     assert "variant 2, 28 blocks" in text
-    assert "│ whole │ 673.68 │" in text
-    assert "4,096 tokens a clip" in text
+    assert "│ total │ 673.68 │" in text
+    assert "4,096 tokens per clip" in text
     assert "673.68 M and, for 3 clips, 5,572.69 G" in text
 
 
@@ -182,8 +182,8 @@ def test_the_command_prints_table_3() -> None:
     assert "│ 1 │ 28 │ 673.68 │ 5,572.69 │ 673.68 │ 5,572.69 │" in text
     assert "│ 3 │ 23 │ 676.33 │ 6,153.15 │ 676.33 │ 6,153.15 │" in text
     assert "│ 4 │ 28 │ 676.44 │ 1,545.15 │ 673.68 │" in text
-    assert "1,218 G a clip, 3,653 G for 3" in text
-    assert "with it, it has 676.36 M" in text
+    assert "1,218 G per clip, 3,653 G for 3" in text
+    assert "with it, the model has 676.36 M" in text
     rows = json.loads(CliRunner().invoke(cli.app, ["info", "--table", "3", "--json"]).output)
     assert [row["variant"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["paper"]["macs"] == 5_572_690_000_000
@@ -238,8 +238,8 @@ def test_the_packaged_model() -> None:
         (["tiny/8", "--sample-size", "12"], "sample_size is 12, but must be a multiple of patch_size (8)"),
         (["tiny/2", "--patch-embedding", "compression", "--num-images", "1"], "num_images must be 0"),
         (["tiny/2", "--patch-embedding", "compression", "--num-frames", "5"], "must be a multiple of tube_size (2)"),
-        (["empty"], "empty has no model"),
-        (["run/vae"], "run/vae has no model"),
+        (["empty"], "empty holds no model"),
+        (["run/vae"], "run/vae holds no model"),
         (["run", "--variant", "1"], "variant is 1, but run has its own"),
     ],
 )

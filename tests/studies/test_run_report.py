@@ -21,7 +21,7 @@ from tiny_data import paint
 
 from lavita.core.config import ConfigError, load_config, save_config
 from lavita.studies.run_report.curves import Curve, draw_panel, smooth, thin
-from lavita.studies.run_report.page import MOST_SHEETS, write_report
+from lavita.studies.run_report.page import MAX_CONTACT_SHEETS, write_report
 from lavita.studies.run_report.reading import clock, read_runs
 from lavita.training.config import RunConfig
 from lavita.video.writing import write_video
@@ -109,7 +109,7 @@ def make_run(folder: Path, *overrides: str, steps: int = 40, samples: tuple[int,
         ],
     )
     (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "step-00000020.pt").touch()
+    (folder / "checkpoints" / "step-00000020").mkdir()
     (folder / "checkpoints" / "step-00000040.partial").touch()
     (folder / "pipeline" / "transformer").mkdir(parents=True)
     weights = {"a": torch.zeros(1000, 1200), "b": torch.zeros(34)}
@@ -143,7 +143,7 @@ def test_the_page_of_one_run_says_what_its_lines_say(tmp_path: Path) -> None:
         "spike",
         "6.25",
         "99.5",
-        "this step was left out; a/<b>.mp4 from frame 17, mirrored: loss 7.5",
+        "this step was skipped; a/<b>.mp4 from frame 17, mirrored: loss 7.5",
     ]
     assert start == ["0", "start", "", "", "2 processes, parallel=ddp"]
     assert [label for label in page.svg if "noise" not in label] == [
@@ -233,9 +233,9 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     save_config(load_config(RunConfig, {}, []), tmp_path / "run" / "config.yaml")
     page = Page(write_report([tmp_path / "run"], tmp_path / "page"))
     facts = dict(row for row in page.rows if len(row) == 2)
-    assert facts["steps"] == "0 of 100,000" and facts["loss"] == "no line yet"
+    assert facts["steps"] == "0 of 100,000" and facts["loss"] == "nothing logged yet"
     assert facts["last checkpoint"] == "none yet"
-    assert "just begun" in page.text and "No lines yet" in page.text and not page.svg
+    assert "just started" in page.text and "Nothing has been logged yet" in page.text and not page.svg
 
 
 def test_damaged_and_repeated_lines(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_damaged_and_repeated_lines(tmp_path: Path) -> None:
     (parsed,) = read_runs([run])
     assert [row["step"] for row in parsed.metrics] == [1, 2, 3, 4, *range(6, 42)]
     assert np.isnan(parsed.metrics[-2]["loss"])
-    assert parsed.damaged == ["metrics.jsonl: 2 damaged lines are left out"]
+    assert parsed.damaged == ["metrics.jsonl: 2 damaged lines are ignored"]
     assert parsed.validation == [] and parsed.samples == []
     page = Page(write_report([run], tmp_path / "page"))
     assert ["steps", "41 of 80"] in page.rows and "2 damaged lines" in page.text and not page.sources
@@ -286,7 +286,7 @@ def test_a_silent_run_is_not_called_running(tmp_path: Path) -> None:
     for file in run.glob("*.jsonl"):
         os.utime(file, (1e9, 1e9))
     assert read_runs([run])[0].state(1e9 + 60) == "running"
-    assert read_runs([run])[0].state(1e9 + 7200) == "silent for 2 h 00 min: stopped, or between two lines"
+    assert read_runs([run])[0].state(1e9 + 7200) == "nothing logged for 2 h 00 min: stopped, or a long step"
 
 
 def test_many_sets_of_samples_are_thinned(tmp_path: Path) -> None:
@@ -296,8 +296,8 @@ def test_many_sets_of_samples_are_thinned(tmp_path: Path) -> None:
         Image.fromarray(paint(1)[0]).save(run / "samples" / f"step-{step:08d}.png")
     page = Page(write_report([run], tmp_path / "page"))
     steps = [int(re.findall(r"\d{8}", source)[0]) for source in page.sources]
-    assert len(steps) == MOST_SHEETS and steps[0] == 100 and steps[-1] == 1
-    assert f"{100 - MOST_SHEETS} sets of samples" in page.text
+    assert len(steps) == MAX_CONTACT_SHEETS and steps[0] == 100 and steps[-1] == 1
+    assert f"{100 - MAX_CONTACT_SHEETS} more sets of samples" in page.text
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folders, message in (
         ([tmp_path / "none"], "none: no such folder"),
-        ([tmp_path / "empty"], r"empty: is no training run: it has no config\.yaml"),
-        ([tmp_path / "run", tmp_path / "empty" / ".." / "run"], "run: is named twice"),
-        ([], "name at least one"),
+        ([tmp_path / "empty"], r"empty: is not a training run: it has no config\.yaml"),
+        ([tmp_path / "run", tmp_path / "empty" / ".." / "run"], "run: is given twice"),
+        ([], "give the folder of at least one run"),
     ):
         with pytest.raises(ConfigError, match=message):
             write_report(folders, tmp_path / "page")

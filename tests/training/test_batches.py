@@ -28,7 +28,12 @@ MakeBatches = Callable[..., BatchMaker]
 @pytest.fixture
 def make_batches(make_config: MakeConfig, tiny_vae: AutoencoderKL) -> MakeBatches:
     """Batches of three tiny videos in two classes."""
-    return lambda *overrides: BatchMaker(make_config("run", *overrides), tiny_vae)
+
+    def make(*overrides: str) -> BatchMaker:
+        config = make_config("run", *overrides)
+        return BatchMaker(config.data, config.train, tiny_vae, config.model.class_dropout)
+
+    return make
 
 
 def write_images(root: Path, names: tuple[str, ...] = ("a/0.png", "b/1.png", "b/2.png")) -> Path:

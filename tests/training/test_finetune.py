@@ -189,7 +189,7 @@ def test_adapters_change_nothing_at_first_and_merge_to_the_same(
     source = base()
     model = load_pipeline(source).transformer
     expected = output(model)
-    prepare(model, make_config("run", LORA, "train.lora_alpha=5"), set())
+    prepare(model, make_config("run", LORA, "train.lora_alpha=5").train, set())
     assert torch.equal(output(model), expected)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -258,7 +258,7 @@ def test_freezing_chooses_where_adapters_go(base: Callable[..., str], make_confi
     temporal = passed_by_videos_only(source)
     for freeze in ("spatial", "temporal"):
         model = load_pipeline(source).transformer
-        prepare(model, make_config("run", LORA, f"train.freeze={freeze}", variant=3), set())
+        prepare(model, make_config("run", LORA, f"train.freeze={freeze}", variant=3).train, set())
         adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert learning == {f"{layer}.lora_{part}.default.weight" for layer in adapted for part in "AB"}
@@ -285,7 +285,7 @@ def test_without_a_rank_nothing_changes(
     model = load_pipeline(base()).transformer.requires_grad_(True)
     monkeypatch.setitem(sys.modules, "peft", None)
     names = [name for name, _ in model.named_modules()]
-    prepare(model, make_config("run"), {TABLE})
+    prepare(model, make_config("run").train, {TABLE})
     assert [name for name, _ in model.named_modules()] == names
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert trained_parameters(model) == "0.2 M parameters"
@@ -330,14 +330,14 @@ def test_every_process_adds_the_same_adapters(base: Callable[..., str], make_con
     for seed in (1, 2):
         torch.manual_seed(seed)
         model = load_pipeline(source).transformer
-        prepare(model, make_config("run", LORA), set())
+        prepare(model, make_config("run", LORA).train, set())
         states.append(model.state_dict())
         drawn = torch.rand(1)
         torch.manual_seed(seed)
         assert torch.equal(torch.rand(1), drawn), "and draws nothing that others count on"
     assert moved(*states) == set()
     other = load_pipeline(source).transformer
-    prepare(other, make_config("run", LORA, "train.seed=1"), set())
+    prepare(other, make_config("run", LORA, "train.seed=1").train, set())
     assert all(".lora_A." in name for name in moved(other.state_dict(), states[0]))
     assert moved(other.state_dict(), states[0])
 
@@ -348,7 +348,7 @@ def test_muon_takes_the_matrices_of_adapters(
 ) -> None:
     source = base()
     model = load_pipeline(source).transformer
-    prepare(model, make_config("run", LORA), fresh)
+    prepare(model, make_config("run", LORA).train, fresh)
     optimizers = make_optimizers(model, "muon", 1e-3, 0.0)
     owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters() if p.requires_grad)

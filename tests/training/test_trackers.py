@@ -20,6 +20,10 @@ def make_config(run_dir: Path, *names: str) -> RunConfig:
     return load_config(RunConfig, {"run_dir": str(run_dir), "train": {"trackers": list(names)}})
 
 
+def open_trackers(config: RunConfig, resume_step: int = 0) -> Trackers:
+    return Trackers(config.train.trackers, config.run_dir, config.model_dump(mode="json"), resume_step)
+
+
 def read_events(run_dir: Path) -> Any:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulators.EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0, "images": 0})
@@ -32,7 +36,7 @@ def curve(events: Any, name: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_shows_numbers_and_pictures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    trackers = Trackers(make_config(tmp_path, "tensorboard"), 0)
+    trackers = open_trackers(make_config(tmp_path, "tensorboard"))
     trackers.log(10, {"loss": 0.5, "lr": 1e-3, "step": 10})
     trackers.log(20, {"loss": 0.25, "lr": 1e-3})
     trackers.log(20, {"loss": 0.75, "by_noise": [1.0, 2.0]}, "validation")
@@ -57,10 +61,10 @@ def test_tensorboard_shows_numbers_and_pictures(tmp_path: Path) -> None:
 def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path, resume_step: int) -> None:
     pytest.importorskip("tensorboard")
     config = make_config(tmp_path, "tensorboard")
-    trackers = Trackers(config, 0)
+    trackers = open_trackers(config)
     for step in (10, 20, 30, 40):
         trackers.log(step, {"loss": float(step)})
-    trackers = Trackers(config, resume_step)  # the first was killed, and had a checkpoint at this step
+    trackers = open_trackers(config, resume_step)  # the first was killed, and had a checkpoint at this step
     for step in range(resume_step + 10, 60, 10):
         trackers.log(step, {"loss": step + 0.5})
     trackers.close()
@@ -98,7 +102,7 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     config = make_config(tmp_path / "run", "wandb")
     for resume_step in (0, 20, 0):
-        trackers = Trackers(config, resume_step)
+        trackers = open_trackers(config, resume_step)
         trackers.log(resume_step + 10, {"loss": 0.5, "by_noise": [1.0]}, "validation")
         trackers.image(resume_step + 10, tmp_path / "sheet.png")
         trackers.close()
@@ -122,7 +126,7 @@ def test_wandb_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fake, "init", refuse)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(ConfigError, match=r"train\.trackers names wandb, which does not start: no API key"):
-        Trackers(make_config(tmp_path, "wandb"), 0)
+        open_trackers(make_config(tmp_path, "wandb"))
 
 
 @pytest.mark.parametrize(
@@ -133,12 +137,12 @@ def test_a_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError) as caught:
-        Trackers(make_config(tmp_path, name), 0)
+        open_trackers(make_config(tmp_path, name))
     assert str(caught.value) == (f'train.trackers names {name}, which is not installed; pip install "lavita[{extra}]"')
 
 
 def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
-    trackers = Trackers(make_config(tmp_path / "run"), 0)
+    trackers = open_trackers(make_config(tmp_path / "run"))
     trackers.log(1, {"loss": 1.0})
     trackers.image(1, tmp_path / "none.png")
     trackers.close()

@@ -55,7 +55,9 @@ def make_validation(folders: Path, tiny_vae: AutoencoderKL) -> MakeValidation:
     def make(*overrides: str, **others: Any) -> Validation:
         config = make_config(folders, *overrides)
         assert config.data.path is not None
-        return Validation(config, tiny_vae, scan(config.data.path, config.data.class_folders), **others)
+        return Validation(
+            config.data, config.train, tiny_vae, scan(config.data.path, config.data.class_folders), **others
+        )
 
     return make
 
@@ -166,7 +168,8 @@ def _one_of_two(rank: int, port: int, folders: Path, results: Any) -> None:
     model = LavitaTransformer3DModel.from_pretrained(folders / "model").eval()
     vae = AutoencoderKL.from_pretrained(folders / "vae")
     with processes() as team:
-        validation = Validation(make_config(folders), vae, scan(folders / "train", True), team=team)
+        config = make_config(folders)
+        validation = Validation(config.data, config.train, vae, scan(folders / "train", True), team=team)
         results.put(validation.evaluate(model, GaussianDiffusion(), CPU, "fp32"))
 
 
@@ -187,7 +190,8 @@ def test_two_processes_get_the_numbers_of_one(folders: Path, tiny_transformer: L
     vae = AutoencoderKL.from_pretrained(folders / "vae").eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = Validation(make_config(folders), vae, scan(folders / "train", True))
+    config = make_config(folders)
+    alone = Validation(config.data, config.train, vae, scan(folders / "train", True))
     expected = alone.evaluate(tiny_transformer, GaussianDiffusion(), CPU, "fp32")
     torch.set_num_threads(threads)
     assert results.get() == results.get() == expected
@@ -260,8 +264,8 @@ def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValida
     ("overrides", "message"),
     [
         (["train.validate_every=5"], "train.validate_every is 5, but needs data.validation"),
-        (["data.validation=v"], "data.validation is set, but has no effect where train.validate_every is 0"),
-        (["train.validation_clips=8"], "validation_clips is 8, but has no effect where validate_every is 0"),
+        (["data.validation=v"], "data.validation is set, but has no effect with train.validate_every=0"),
+        (["train.validation_clips=8"], "validation_clips is 8, but has no effect with validate_every=0"),
         (
             ["train.validate_every=5", "data.validation=v", "data.captions=c.csv"],
             "validation_captions is missing: with captions, the held-out videos need theirs",

@@ -14,6 +14,7 @@ from lavita.cli import training as training
 from lavita.cli import sampling as sampling
 from lavita.cli import evaluation as evaluation
 from lavita.cli import studies as studies
+from lavita.cli import config as config
 # isort: on
 
 __all__ = ["app", "main"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -86,3 +88,12 @@ ConfigFile = Annotated[
     str | None,
     typer.Option("--config", help="YAML file, or the name of a packaged one: demo", show_default=False),
 ]
+
+
+def find_config(source: str) -> Path:
+    """The YAML file that a name stands for: a packaged configuration, a file, or the one in a run's folder."""
+    packaged = Path(str(files("lavita") / "configs" / f"{source}.yaml"))
+    if "/" not in source and packaged.exists():
+        return packaged
+    path = Path(source)
+    return path / "config.yaml" if path.is_dir() else path

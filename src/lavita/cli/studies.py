@@ -17,7 +17,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Preset, S/2 to XL/8, tiny, mini, small; or folder of a transformer, pipeline or run; or builtin.",
+            help="A preset (S/2 to XL/8; tiny, mini, small); the folder of a transformer, pipeline or run; or builtin.",
             show_default=False,
         ),
     ] = None,
@@ -36,17 +36,20 @@ def info(
         int | None, typer.Option(min=0, help="Width of text embeddings. Default: 0.", show_default=False)
     ] = None,
     sample_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the latents. Default: 32.", show_default=False)
+        int | None, typer.Option(min=1, help="Height and width of the latents. Default: 32.", show_default=False)
     ] = None,
     num_frames: Annotated[
-        int | None, typer.Option(min=1, help="Of a clip. Default: 16, or the folder's.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Frames per clip. Default: 16, or what the folder says.", show_default=False),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Clips. Default: 1.", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Clips per batch. Default: 1.", show_default=False)
+    ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=0, help="Images after a clip. Default: 0.", show_default=False)
+        int | None, typer.Option(min=0, help="Images after each clip. Default: 0.", show_default=False)
     ] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="Of training: adamw or muon. Default: adamw.", show_default=False)
+        str | None, typer.Option(help="Optimizer of the training: adamw or muon. Default: adamw.", show_default=False)
     ] = None,
     gradient_checkpointing: Annotated[
         Literal["true", "cheap"] | None, typer.Option(help="Of training. Default: none.", show_default=False)
@@ -59,17 +62,17 @@ def info(
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option(help="Of training, each with the batch. Default: 1.", show_default=False),
+        typer.Option(help="Training processes, each with this batch. Default: 1.", show_default=False),
     ] = None,
-    sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 over the processes instead of DDP.")] = False,
+    sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 instead of DDP for several processes.")] = False,
     table: Annotated[
-        int | None, typer.Option(help="3: instead, the paper's Table 3 beside our count.", show_default=False)
+        int | None, typer.Option(help="3: print the paper's Table 3 next to our count instead.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count a model's parameters and multiply-accumulates, and predict the memory of training and sampling.
 
-    Options from --variant to --sample-size are for presets: a folder has its own.
+    The options from --variant to --sample-size are for presets; a folder has its own values.
     """
     fields: dict[str, Any] = {
         "variant": variant,
@@ -126,10 +129,10 @@ def info(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are shown side by side.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
     out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("runs/report"),
 ) -> None:
-    """Write a page of training runs: configuration, curves, samples over time. Works while they run."""
+    """Write a page about training runs: configuration, curves, samples over time. Works while they run, too."""
     from lavita.studies.run_report.page import write_report
 
     print(write_report(runs, out))
@@ -144,34 +147,34 @@ def study(
             "pretraining, or combinations: every variant with every embedding, conditioning and position."
         ),
     ],
-    config: Annotated[str, typer.Option(help="Of all arms: YAML file, or the name of a packaged one.")],
+    config: Annotated[str, typer.Option(help="Configuration of all arms: a YAML file, or the name of a packaged one.")],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
     overrides: Overrides = None,
     steps: Annotated[
-        str, typer.Option(help="Length of each arm; several, rising: it is sampled and scored at each.")
+        str, typer.Option(help="Training steps of each arm; several increasing numbers: sample and score at each.")
     ] = "1000",
     real: Annotated[
         Path | None, typer.Option(help="Class folders of real videos to score against.", show_default=False)
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Of `lavita evaluate`; with --real.")] = "accuracy,motion",
+    metrics: Annotated[str, typer.Option(help="Metrics of `lavita evaluate`; needs --real.")] = "accuracy,motion",
     protocol: Annotated[
         list[str] | None,
-        typer.Option(help="Field of its protocol, as num_real_clips=256; may be given several times."),
+        typer.Option(help="Field of the evaluation protocol, as num_real_clips=256; may be given several times."),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Of the samples, one a class for each seed.")] = "0-3",
-    sample_steps: Annotated[int, typer.Option(min=1, max=1000, help="Network evaluations of a sample.")] = 20,
+    seeds: Annotated[str, typer.Option(help="Seeds of the samples: one sample per seed and class.")] = "0-3",
+    sample_steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
     weights: Annotated[
-        str | None, typer.Option(help="Of the image model, for pretraining.", show_default=False)
+        str | None, typer.Option(help="Weights of the image model, for pretraining.", show_default=False)
     ] = None,
 ) -> None:
-    """Train configurations that differ in one field alike, and compare them. Run it again to go on."""
+    """Compare configurations that differ in one field. Run the same command again to continue an interrupted study."""
     from lavita.core.commands import CommandFailed
     from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
 
     if name not in (*STUDIES, "pretraining"):
         raise ValueError(f"name is {name!r}; allowed: {', '.join((*STUDIES, 'pretraining'))}")
     if (weights is None) == (name == "pretraining"):
-        raise ValueError("--weights goes with the study pretraining, which needs it")
+        raise ValueError("the study pretraining needs --weights, and only that one takes it")
     if protocol and real is None:
         raise ValueError(f"protocol is {protocol}, but has no effect without --real")
     if not all(part.strip().isdigit() for part in steps.split(",")):

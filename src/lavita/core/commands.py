@@ -1,4 +1,4 @@
-"""Runs commands of `lavita` one after the other, each in a process of its own, as a user would."""
+"""Runs `lavita` commands one after the other, each in its own process, as a user would."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 
 class CommandFailed(Exception):
-    """A command ended with an error, which it has printed itself."""
+    """A command failed; it has already printed its error."""
 
     def __init__(self, code: int) -> None:
-        """Keeps the exit code of the command."""
+        """Stores the exit code of the command."""
         super().__init__(f"exit code {code}")
         self.code = code
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Runs `lavita ARGUMENTS`; Ctrl-C reaches it too, and here only waits for it to save what it has.
+    """Runs `lavita ARGUMENTS` and waits; Ctrl-C also reaches that process, which saves its work before it exits.
 
     Raises:
-        CommandFailed: where its exit code is not 0.
+        CommandFailed: if the exit code is not 0.
     """
     previous = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
@@ -29,5 +29,5 @@ def run_command(arguments: Sequence[str]) -> None:
     finally:
         signal.signal(signal.SIGINT, previous)
     if code:
-        print("stopped here; the same command goes on from there", file=sys.stderr)
+        print("stopped; run the same command again to continue from here", file=sys.stderr)
         raise CommandFailed(code)

@@ -1,6 +1,6 @@
 """Strict configurations: defaults in one place, then a YAML file, then `a.b=c` on the command line.
 
-An unknown key is an error, everywhere. The resolved configuration of a run is saved in its folder.
+An unknown key is an error at every level. The resolved configuration of a run is saved in its folder.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lavita.core.files import write_text
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, its value and what is allowed."""
 
 
 class StrictConfig(BaseModel):
-    """Base of all configuration sections: immutable, and unknown keys are refused."""
+    """Base of all configuration sections: immutable, and unknown keys are refused.
+
+    The docstring under a field is its description (`Section.model_fields[name].description`), from which `lavita config`
+    and the documentation are generated.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -28,7 +34,7 @@ Config = TypeVar("Config", bound=StrictConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, like YAML 1.2; PyYAML's 1.1 reads a string."""
+    """Reads 1e-4 as a number, as YAML 1.2 does; PyYAML follows YAML 1.1 and reads a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -39,13 +45,13 @@ _Loader.add_implicit_resolver(
 def load_config(
     cls: type[Config], values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = ""
 ) -> Config:
-    """Builds a configuration from values and dotted overrides; what neither names has its default.
+    """Builds a configuration from values and dotted overrides; all other fields have their defaults.
 
     Args:
         cls: the configuration class.
         values: nested fields, as `read_yaml` gives them.
-        overrides: `a.b=c` strings, which win; the right side is parsed as YAML.
-        source: where the values come from, for messages.
+        overrides: `a.b=c` strings, which win over the values; the right side is parsed as YAML.
+        source: where the values come from, for error messages.
 
     Raises:
         ConfigError: for an unknown key, or a value that does not fit.
@@ -74,9 +80,9 @@ def load_config(
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML mapping; ConfigError where the file is missing or is not one."""
+    """Reads a YAML mapping; ConfigError if the file is missing or is not one."""
     try:
-        values = yaml.load(Path(file).read_text(), _Loader)
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: no such file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -88,8 +94,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def save_config(config: StrictConfig, file: Path) -> None:
     """Writes every field of a configuration as YAML."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_text(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

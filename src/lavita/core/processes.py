@@ -53,6 +53,10 @@ class Processes:
         dist.broadcast_object_list(said, src=0)
         return said[0]
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in at least one process; the same answer in each of them."""
+        return bool(sum_over(self, torch.tensor([float(flag)])).item())
+
     def wait(self) -> None:
         """Returns once every process is here."""
         if self.count > 1:

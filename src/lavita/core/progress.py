@@ -7,10 +7,10 @@ import time
 
 
 class Progress:
-    """One live line with an ETA on a terminal; one line every 30 seconds elsewhere, as in a log file."""
+    """A live line with an ETA on a terminal; elsewhere, such as in a log file, one line every 30 seconds."""
 
     def __init__(self, what: str, total: int, done: int = 0, active: bool = True) -> None:
-        """Starts at `done` of `total` units of work called `what`; one that is not `active` prints nothing."""
+        """Starts at `done` of `total` units of work called `what`; prints nothing unless `active`."""
         self.what, self.total, self.done = what, total, done
         self._first, self._start = done, time.monotonic()
         self._active, self._live = active, sys.stderr.isatty()
@@ -18,7 +18,7 @@ class Progress:
         self._width = 0
 
     def update(self, done: int, note: str = "") -> None:
-        """Shows that `done` units are finished, and a note such as the loss."""
+        """Reports that `done` units are finished, with a note such as the loss."""
         self.done = done
         if not self._active:
             return
@@ -40,7 +40,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def message(self, text: str) -> None:
-        """Prints a line of its own without tearing the live one."""
+        """Prints a separate line without breaking the live one."""
         if not self._active:
             return
         print(f"\r{text.ljust(self._width)}" if self._live else text, file=sys.stderr, flush=True)

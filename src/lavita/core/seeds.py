@@ -9,14 +9,14 @@ import torch
 
 
 def generator(seed: int, *stream: int | str) -> torch.Generator:
-    """A CPU generator that is a pure function of a seed and the stream's names and numbers.
+    """A CPU generator seeded by a pure function of `seed` and the names and numbers of a stream.
 
-    Nothing random here has any other state, so a resumed run draws what the uninterrupted one would have drawn.
+    There is no other random state, so a resumed run draws exactly what an uninterrupted one would have drawn.
     """
     return torch.Generator().manual_seed(int(numpy_generator(seed, *stream).integers(2**63)))
 
 
 def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
-    """Like `generator`, for numpy."""
+    """The numpy counterpart of `generator`."""
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))

@@ -20,14 +20,13 @@ from lavita.core.config import ConfigError
 from lavita.core.precision import Precision
 from lavita.data.catalog import Catalog, Video, find_videos, scan
 from lavita.data.clips import ClipDraw, clip_span, read_pixels
-from lavita.data.config import SPLITS
+from lavita.data.config import SPLITS, DataConfig
 from lavita.data.content_hash import source_bytes
 from lavita.data.datasets import list_dataset, open_dataset
 from lavita.data.latent_cache.manifest import MANIFEST, read_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
 from lavita.models.autoencoder import encode, latent_size
 from lavita.models.fingerprint import fingerprint
-from lavita.training.config import RunConfig
 from lavita.video.formats import VideoInfo
 
 LatentClip = tuple[torch.Tensor, torch.Tensor]
@@ -228,9 +227,8 @@ def _class_of(row: dict[str, Any], folder: Path) -> str:
     return Path(row["name"]).parent.name
 
 
-def open_videos(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
+def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
     """The latent cache if the configuration names one, else the videos."""
-    data = config.data
     span = clip_span(data.num_frames, data.frame_interval)
     latent_size(vae, data.resolution)
     if data.latent_cache is not None:
@@ -250,28 +248,26 @@ def open_videos(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
     catalog = open_dataset(
         data.path, data.dataset, data.split, data.class_folders, span, data.broken, use_classes=data.use_classes
     )
-    return VideoSource(catalog, vae, data.resolution, config.train.precision, data.workers)
+    return VideoSource(catalog, vae, data.resolution, precision, data.workers)
 
 
-def open_images(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
+def open_images(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
     """The image files of `data.images`, or the cache of them that it names."""
-    data = config.data
     assert data.images is not None
     if (data.images / MANIFEST).exists():
         cache = CacheSource(data.images, data.has_classes, broken=data.broken)
         cache.check(vae, data.resolution, data.horizontal_flip, None)
         return cache
     catalog = scan(data.images, data.has_classes, broken=data.broken, images=True)
-    return VideoSource(catalog, vae, data.resolution, config.train.precision, data.workers)
+    return VideoSource(catalog, vae, data.resolution, precision, data.workers)
 
 
-def open_validation(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
+def open_validation(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
     """The held-out videos of a run, or the cache of them that `data.validation` names.
 
     Raises:
         ValueError: where there are no usable ones, or the cache was made in another way than the run asks for.
     """
-    data = config.data
     assert data.validation is not None
     span = clip_span(data.num_frames, data.frame_interval)
     latent_size(vae, data.resolution)
@@ -284,4 +280,4 @@ def open_validation(config: RunConfig, vae: AutoencoderKL) -> ClipSource:
     catalog = open_dataset(
         data.validation, data.dataset, split, data.class_folders, span, data.broken, use_classes=data.use_classes
     )
-    return VideoSource(catalog, vae, data.resolution, config.train.precision, data.workers)
+    return VideoSource(catalog, vae, data.resolution, precision, data.workers)

@@ -1,4 +1,4 @@
-"""Captions of the arcade data set: those to train on, and others, of other words, to test with."""
+"""Captions of the arcade data set: one list for training, and one in different words for testing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-# What each game shows, said in several ways; no caption for tests is one of training word for word.
+from lavita.core.files import replacing
+
+# Several captions per game; no test caption equals a training caption.
 TRAIN_CAPTIONS: Mapping[str, tuple[str, ...]] = {
     "boxing": (
         "a game of boxing",
@@ -158,9 +160,10 @@ TEST_CAPTIONS: Mapping[str, tuple[str, ...]] = {
 
 
 def write_captions(out: Path) -> None:
-    """Writes `out/train/captions.csv`, all training captions for every video, and `out/heldout/captions.csv`.
+    """Writes `out/train/captions.csv` and `out/heldout/captions.csv`.
 
-    A held-out video has one of the captions for tests, each in turn. A split without videos gets no table.
+    A training video gets all training captions of its game; held-out videos get one test caption each, in turn. A split
+    without videos gets no table.
     """
     for split, captions in (("train", TRAIN_CAPTIONS), ("heldout", TEST_CAPTIONS)):
         rows = []
@@ -169,7 +172,8 @@ def write_captions(out: Path) -> None:
                 chosen = texts if split == "train" else texts[index % len(texts) : index % len(texts) + 1]
                 rows += [(f"{game}/{path.name}", text) for text in chosen]
         if rows:
-            partial = out / split / ".captions.csv"
-            with partial.open("w", newline="") as file:
+            with (
+                replacing(out / split / "captions.csv") as partial,
+                partial.open("w", newline="", encoding="utf-8") as file,
+            ):
                 csv.writer(file).writerows([("file", "caption"), *rows])
-            partial.replace(out / split / "captions.csv")

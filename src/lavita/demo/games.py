@@ -1,8 +1,8 @@
-"""The demo data set: eight arcade games, played by scripted random players, as 64 x 64 H.264 videos.
+"""The arcade data set: eight games played by random scripted players, as 64 x 64 H.264 videos.
 
-The games run in the Arcade Learning Environment (Bellemare et al. 2013), whose wheel holds the cartridges, so
-nothing is downloaded. Every video is one stretch of unbroken play: no title screens, no lost lives, no
-flashes, and motion in every 16-frame window, so that any clip of it is worth training on.
+The games run in the Arcade Learning Environment (Bellemare et al. 2013), whose wheel includes the cartridges, so
+nothing is downloaded. Each video is one uninterrupted stretch of play: no title screens, no lost lives, no flashes, and
+motion in every 16-frame window, so any clip of it is worth training on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lavita.core.files import write_text
 from lavita.video.writing import write_video
 
 Frame = npt.NDArray[np.uint8]
@@ -32,36 +33,34 @@ SPLITS = ("train", "heldout")
 
 # The console draws 60 frames a second; four of them make one frame of a 15 fps video.
 _CONSOLE_FRAMES = 4
-# Frames over which motion is measured, and which are played on past the end of a video: a lost life shows on
+# Frames over which motion is measured. As many frames are played past the end of a video, because a lost life shows on
 # screen before the console counts it.
 _WINDOW = 16
-# How many times its own length an attempt may play, mistakes included, before it starts over with another
-# seed.
+# An attempt may play this many times its own length, mistakes included, before it starts over with another seed.
 _PATIENCE = 6
 _ATTEMPTS = 20
 
 
 class DemoDataError(ValueError):
-    """The demo data cannot be rendered as asked; the message says why."""
+    """The arcade data set cannot be rendered; the message says why."""
 
 
 @dataclass(frozen=True)
 class Game:
-    """How one game is played and what of its screen is filmed.
+    """How one game is played, and which part of its screen is recorded.
 
     Attributes:
-        name: Name of the class, and of its folder.
+        name: Name of the class and of its folder.
         rom: Name of the cartridge in ``ale_py.roms``.
-        crop: (left, top, right, bottom) in console pixels, out of 160 x 210: the playing field without the
-            score.
-        actions: Names of ``ale_py.Action`` that the player draws from, evenly; one named twice is drawn twice
+        crop: (left, top, right, bottom) in console pixels, out of 160 x 210: the playing field without the score.
+        actions: Names of ``ale_py.Action`` that the player draws from uniformly; a name listed twice is drawn twice
             as often.
-        hold: Fewest and most video frames for which an action is held.
-        warmup: Fewest and most video frames played before the first that is filmed.
-        min_motion: Least mean absolute difference of successive frames over any 16 frames, in 1/255.
-        max_jump: Largest mean absolute difference of any two successive frames, in 1/255; above it is a flash
-            or a cut.
-        mode: Game mode of the cartridge; None is its own default.
+        hold: Minimum and maximum number of video frames for which an action is held.
+        warmup: Minimum and maximum number of video frames played before recording starts.
+        min_motion: Minimum mean absolute difference of successive frames over any 16 frames, in 1/255.
+        max_jump: Maximum mean absolute difference of two successive frames, in 1/255; anything above is a flash or a
+            cut.
+        mode: Game mode of the cartridge; None for its default.
     """
 
     name: str
@@ -141,7 +140,7 @@ GAMES: tuple[Game, ...] = (
 
 def _require(name: str, value: int, least: int) -> None:
     if value < least:
-        raise DemoDataError(f"{name} is {value}, must be >= {least}")
+        raise DemoDataError(f"{name} is {value}, but must be at least {least}")
 
 
 def _load_ale() -> Any:
@@ -154,7 +153,7 @@ def _load_ale() -> Any:
 
 
 class _Console:
-    """One cartridge running; plays actions and films the crop."""
+    """A running cartridge: plays actions and records the cropped screen."""
 
     def __init__(self, game: Game) -> None:
         ale_py = _load_ale()
@@ -182,7 +181,7 @@ class _Console:
         return -1 if self._ale.game_over() else int(self._ale.lives())
 
     def play(self, action: str) -> Frame:
-        """Play one video frame and film it: uint8 (64, 64, 3)."""
+        """Plays and records one video frame: uint8 (64, 64, 3)."""
         for _ in range(_CONSOLE_FRAMES - 1):
             self._ale.act(self._actions[action])
         previous = self._ale.getScreenRGB()
@@ -194,10 +193,10 @@ class _Console:
 
 
 def _attempt(console: _Console, game: Game, rng: np.random.Generator, num_frames: int) -> list[Frame] | None:
-    """Play until ``num_frames`` good frames are filmed; None if the patience runs out.
+    """Plays until ``num_frames`` good frames are recorded; None if that takes too long.
 
-    A mistake (a life lost, a standstill, a flash) is undone by going back some choices, further at every
-    mistake that follows without progress.
+    After a mistake (a life lost, a standstill, a flash) the last choices are undone: more of them with each further
+    mistake without progress in between.
     """
     console.reset()
     for _ in range(8):
@@ -243,19 +242,19 @@ def _attempt(console: _Console, game: Game, rng: np.random.Generator, num_frames
 
 
 def render_episode(game: Game, seed: int, num_frames: int) -> npt.NDArray[np.uint8]:
-    """Play one video of a game.
+    """Plays and records one video of a game.
 
     Args:
         game: One of ``GAMES``.
         seed: Any integer >= 0; the same seed gives the same video.
-        num_frames: Length of the video, >= 1, at 15 frames a second.
+        num_frames: Length of the video, >= 1, at 15 frames per second.
 
     Returns:
         uint8 (F, 64, 64, 3), RGB.
 
     Raises:
-        DemoDataError: If ``ale_py`` is missing, or no seed-derived attempt gave a video without a mistake.
-            Also if ``num_frames`` or ``seed`` is out of its range.
+        DemoDataError: If ``ale_py`` is missing, ``num_frames`` or ``seed`` is out of range, or no attempt gave a video
+            without a mistake.
     """
     _require("num_frames", num_frames, 1)
     _require("seed", seed, 0)
@@ -268,7 +267,7 @@ def render_episode(game: Game, seed: int, num_frames: int) -> npt.NDArray[np.uin
 
 
 def _episode_seed(game: Game, seed: int, split: str, episode: int) -> int:
-    # By name, so that a game's videos do not depend on which other games there are.
+    # From the game's name, so that its videos do not depend on the other games.
     entropy = [seed, zlib.crc32(f"{game.name}/{split}".encode()), episode]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
@@ -278,17 +277,16 @@ def _render_file(path: Path, game: Game, seed: int, num_frames: int) -> None:
 
 
 def _claim(out: Path, settings: dict[str, int]) -> None:
-    """Note in the folder what is rendered there, so that a later call cannot mix two kinds of videos."""
+    """Records the settings in the folder, so that a later call cannot mix videos of different settings."""
     note = out / "demo.json"
     if note.exists():
-        found = json.loads(note.read_text())
+        found = json.loads(note.read_text(encoding="utf-8"))
         if found != settings:
-            raise DemoDataError(f"{out} holds demo data of {found}, asked for {settings}: choose another folder")
+            raise DemoDataError(
+                f"{out} holds data rendered with {found}, but {settings} was asked for; choose another folder"
+            )
         return
-    out.mkdir(parents=True, exist_ok=True)
-    partial = note.with_name(f".{note.name}-{os.getpid()}")
-    partial.write_text(json.dumps(settings))
-    partial.replace(note)
+    write_text(note, json.dumps(settings))
 
 
 def render_dataset(
@@ -299,23 +297,23 @@ def render_dataset(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Render ``out/train/<game>/<episode>.mp4`` and ``out/heldout/<game>/<episode>.mp4`` for every game.
+    """Renders ``out/train/<game>/<episode>.mp4`` and ``out/heldout/<game>/<episode>.mp4`` for every game.
 
-    Files that are there already are left alone, so a render that was stopped goes on where it was, and a
-    larger number of episodes adds to the smaller. A file depends only on its name, ``num_frames`` and
-    ``seed``. Worker processes are spawned: a script calls this under ``if __name__ == "__main__":``.
+    Existing files are kept, so an interrupted call can be repeated, and a larger number of episodes adds to a smaller
+    one. A file depends only on its name, ``num_frames`` and ``seed``. Worker processes are spawned: call this under
+    ``if __name__ == "__main__":`` in a script.
 
     Args:
-        out: Folder to write to; made if missing.
-        train_episodes: Videos a game in ``train``, >= 0.
-        heldout_episodes: Videos a game in ``heldout``, >= 0; other play than in ``train``.
-        num_frames: Length of every video, >= 1, at 15 frames a second.
+        out: Folder to write to; created if missing.
+        train_episodes: Videos per game in ``train``, >= 0.
+        heldout_episodes: Videos per game in ``heldout``, >= 0; different play from ``train``.
+        num_frames: Length of every video, >= 1, at 15 frames per second.
         seed: Seed of the whole set, >= 0.
-        progress: Called with (files finished, files in all), first for what was there already.
+        progress: Called with (finished files, total files), first with the number of files that existed already.
 
     Raises:
-        DemoDataError: If ``ale_py`` is missing, a number is out of its range, or ``out`` holds demo data of
-            another ``num_frames`` or ``seed``.
+        DemoDataError: If ``ale_py`` is missing, a number is out of range, or ``out`` holds data rendered with another
+            ``num_frames`` or ``seed``.
     """
     counts = dict(zip(SPLITS, (train_episodes, heldout_episodes), strict=True))
     _require("train_episodes", train_episodes, 0)
@@ -338,7 +336,7 @@ def render_dataset(
     if not missing:
         return
     workers = min(os.cpu_count() or 1, len(missing))
-    # Spawned, not forked: the caller may hold torch's threads, which do not survive a fork.
+    # Spawned, not forked: torch's threads in the calling process do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(_render_file, path, *files[path], num_frames) for path in missing]
         try:

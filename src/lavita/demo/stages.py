@@ -1,6 +1,7 @@
-"""The demo: every stage is a command that a user would run on their own data; this strings them together.
+"""The demo: a series of stages, each of them a command that users would run on their own data.
 
-A stopped demo goes on where it was: finished stages are noted in `stages.json`, and each command resumes by itself.
+An interrupted demo continues where it stopped: finished stages are recorded in `stages.json`, and each command resumes
+by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import safe_open
 
 from lavita.core.commands import run_command
 from lavita.core.config import load_config, read_yaml
+from lavita.core.files import write_json
 from lavita.demo.page import write_page
 from lavita.training.config import RunConfig
 
@@ -25,7 +27,7 @@ SEEDS = "0-5"
 SAMPLE_STEPS = "20"
 TRAIN_EPISODES, HELDOUT_EPISODES = "12", "4"
 PROBE_STEPS = 40
-DECAY_SHARE = 0.3  # of the steps, over which the learning rate falls to 0
+DECAY_SHARE = 0.3  # of the steps: the learning rate falls to 0 over them
 NUM_STAGES = 8
 
 
@@ -38,39 +40,39 @@ class Stage:
 
     @property
     def command(self) -> str:
-        """As a user would type it."""
+        """The command line, as a user would type it."""
         return " ".join(("lavita", *self.arguments))
 
 
 def first_stages(out: Path) -> list[Stage]:
-    """The commands up to the one that shows how fast this computer trains."""
+    """The stages up to the one that measures how fast this computer trains."""
     data = out / "data"
     episodes = ("--train-episodes", TRAIN_EPISODES, "--heldout-episodes", HELDOUT_EPISODES)
     encode = ("encode", "--data", f"{data}/train", "--out", f"{out}/latents", "--resolution", "64", "--no-flip")
     probe = (f"train.steps={PROBE_STEPS}", "train.sample_every=0")
     return [
         Stage("Render an arcade data set", ("data", "arcade", f"{data}", *episodes)),
-        Stage("Encode every frame with the autoencoder of the package", encode),
-        Stage("See how fast this computer trains", (*_train(out, "probe"), *probe)),
+        Stage("Encode every frame with the packaged autoencoder", encode),
+        Stage("Measure how fast this computer trains", (*_train(out, "probe"), *probe)),
     ]
 
 
 def later_stages(out: Path, steps: int) -> list[Stage]:
-    """The commands from a training of so many steps on."""
+    """The remaining stages, from the training of `steps` steps on."""
     data = out / "data"
     sample = ("--seeds", SEEDS, "--steps", SAMPLE_STEPS)
     length = (f"train.steps={steps}", f"train.decay_steps={round(DECAY_SHARE * steps)}")
     evaluate = ("evaluate", "--real", f"{data}/train", "--held-out", f"{data}/heldout", "--cache", f"{out}/classifier")
     return [
         Stage("Train a small LAVITA", (*_train(out, "train"), *length)),
-        Stage("Generate with it", ("sample", f"{out}/train/pipeline", "--out", f"{out}/samples", *sample)),
-        Stage("Generate with the model of the package", ("sample", "--out", f"{out}/samples-shipped", *sample)),
+        Stage("Generate videos with it", ("sample", f"{out}/train/pipeline", "--out", f"{out}/samples", *sample)),
+        Stage("Generate with the packaged model", ("sample", "--out", f"{out}/samples-shipped", *sample)),
         Stage(
             "Score the model trained here",
             (*evaluate, "--generated", f"{out}/samples", "--out", f"{out}/scores.json"),
         ),
         Stage(
-            "Score the model of the package",
+            "Score the packaged model",
             (*evaluate, "--generated", f"{out}/samples-shipped", "--out", f"{out}/scores-shipped.json"),
         ),
     ]
@@ -81,22 +83,22 @@ def _train(out: Path, name: str) -> tuple[str, ...]:
 
 
 def training_steps(out: Path, minutes: float) -> int:
-    """How many steps fit into some minutes, by the speed at the end of the probe."""
-    last = json.loads((out / "probe" / "metrics.jsonl").read_text().splitlines()[-1])
+    """The number of training steps that fit into `minutes`, at the speed measured by the probe."""
+    last = json.loads((out / "probe" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     config = load_config(RunConfig, read_yaml(out / "probe" / "config.yaml"))
     steps = int(60 * minutes * last["clips_per_second"] / config.train.batch_size)
     return max(10, round(steps, -1 if steps < 1000 else -2))
 
 
 def run_demo(out: Path, minutes: float) -> None:
-    """Runs all stages that are not finished, then writes `summary.json`, the pictures and `index.html`.
+    """Runs all unfinished stages, then writes `summary.json`, the pictures and `index.html`.
 
     Args:
-        out: the demo's folder; made if missing.
-        minutes: about how long to train.
+        out: the demo's folder; created if missing.
+        minutes: approximate training time.
 
     Raises:
-        CommandFailed: where a command failed; running the demo again goes on with that stage.
+        CommandFailed: if a command failed; running the demo again continues with that stage.
     """
     out.mkdir(parents=True, exist_ok=True)
     plan = first_stages(out)
@@ -104,7 +106,7 @@ def run_demo(out: Path, minutes: float) -> None:
     later = later_stages(out, training_steps(out, minutes))
     seconds += [_run_stage(out, number, stage) for number, stage in enumerate(later, start=len(plan) + 1)]
     summary = summarize(out, list(zip([*plan, *later], seconds, strict=True)))
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_json(out / "summary.json", summary)
     write_page(out, summary)
     print()
     for name, row in summary["models"].items():
@@ -116,38 +118,36 @@ def run_demo(out: Path, minutes: float) -> None:
 
 
 def _run_stage(out: Path, number: int, stage: Stage) -> float:
-    """Runs a stage unless `stages.json` says that it is finished; the seconds it took."""
+    """Runs a stage unless `stages.json` says that it is finished, and returns the seconds that it took."""
     notes = out / "stages.json"
-    seconds: dict[str, float] = json.loads(notes.read_text()) if notes.exists() else {}
+    seconds: dict[str, float] = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     print(f"\n[{number}/{NUM_STAGES}] {stage.title}\n$ {stage.command}", flush=True)
     if stage.command in seconds:
-        print(f"finished before, in {seconds[stage.command]:.0f} s", flush=True)
+        print(f"already finished, in {seconds[stage.command]:.0f} s", flush=True)
         return seconds[stage.command]
     start = time.monotonic()
     run_command(stage.arguments)
     seconds[stage.command] = round(time.monotonic() - start, 1)
-    partial = notes.with_suffix(".partial")
-    partial.write_text(json.dumps(seconds, indent=1))
-    partial.replace(notes)
+    write_json(notes, seconds)
     return seconds[stage.command]
 
 
 def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
-    """All that `summary.json` holds: the commands with their run times, and both models' scores."""
-    records = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text().splitlines()]
+    """The content of `summary.json`: the commands with their run times, and the scores of both models."""
+    records = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     batch_size = read_yaml(out / "train" / "config.yaml")["train"]["batch_size"]
     steps = records[-1]["step"]
-    # Not the stage's time, which is that of its last part where the demo was stopped in between.
+    # Not the time of the stage: if the demo was interrupted, that covers the last part of the training only.
     training_seconds = sum(
         (record["step"] - before) * batch_size / record["clips_per_second"]
         for before, record in zip([0, *(record["step"] for record in records)], records, strict=False)
     )
     package = Path(str(files("lavita") / "weights" / "arcade"))
-    runs = json.loads((package / "training.json").read_text())
+    runs = json.loads((package / "training.json").read_text(encoding="utf-8"))
     once = f"{sum(run['steps'] for run in runs):,} steps in {sum(run['minutes'] for run in runs):.0f} minutes"
     sizes = [_parameters(folder) for folder in (out / "train" / "pipeline", package)]
-    trained = json.loads((out / "scores.json").read_text())
-    shipped = json.loads((out / "scores-shipped.json").read_text())
+    trained = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    shipped = json.loads((out / "scores-shipped.json").read_text(encoding="utf-8"))
     return {
         "models": {
             "trained here": _model_row(f"{sizes[0]}, {steps:,} steps in {training_seconds / 60:.1f} minutes", trained),
@@ -162,7 +162,7 @@ def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
 
 
 def _parameters(pipeline: Path) -> str:
-    """The size of a pipeline's transformer, in words."""
+    """The size of a pipeline's transformer, as text."""
     with safe_open(pipeline / "transformer" / "diffusion_pytorch_model.safetensors", framework="numpy") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.endswith("_embed")]  # noqa: SIM118
     return f"{sum(map(math.prod, shapes)) / 1e6:.1f} M parameters"

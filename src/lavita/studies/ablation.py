@@ -1,8 +1,8 @@
-"""The paper's ablations (Fig. 5, Table 4) as runnable studies: configurations that differ in one field, trained alike.
+"""The paper's ablations (Fig. 5, Table 4) as runnable studies of configurations that differ in one field.
 
-An arm of a study is a configuration; everything else, seeds and so the clips and noise of every step included, is
-the same for all arms. Each arm goes through the public commands: train, sample, evaluate. What is finished stays, so a
-study that was stopped goes on with the same command.
+Each arm of a study is a configuration. Everything else is the same for all arms, including the seeds and therefore the
+clips and the noise of every step. Each arm goes through the public commands: train, sample, evaluate. Finished parts
+are kept, so an interrupted study continues when the same command is run again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lavita.core.commands import run_command
+from lavita.core.files import write_json
 from lavita.video.contact_sheet import contact_sheet
 from lavita.video.reading import iter_frames
 
 Arms = Mapping[str, tuple[str, ...]]
-"""Name of an arm to the fields of the configuration in which it differs, as `a.b=c`."""
+"""For the name of each arm, the fields in which it differs, as `a.b=c`."""
 
 VARIANTS = (1, 2, 3, 4)
 PATCH_EMBEDDINGS = ("uniform", "compression")
@@ -58,54 +59,54 @@ STUDIES: dict[str, Arms] = {
     "joint-training": _one_field("data.num_images", (0, 8)),  # Tables 1 and 2: LAVITA, LAVITA+IMG
     "combinations": _combinations(),
 }
-"""Every study by name. Fig. 5 (c), learning from an image model, needs its weights: see `pretraining_arms`."""
+"""All studies by name. Fig. 5 (c), learning from an image model, needs weights: see `pretraining_arms`."""
 
 
 def pretraining_arms(weights: str) -> Arms:
-    """Fig. 5 (c): from random weights, and from an image model's (`train.init_from`)."""
+    """Fig. 5 (c): training from random weights, and from an image model (`train.init_from`)."""
     return {"from-scratch": (), "pretrained": (f"train.init_from={weights}",)}
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """How the arms of a study are trained and looked at."""
+    """How the arms of a study are trained, sampled and scored."""
 
     out: Path
-    """Folder of the study: a folder an arm, `results.json`, `curves.png` and `contact_sheet.png`."""
+    """Folder of the study: one folder per arm, `results.json`, `curves.png` and `contact_sheet.png`."""
     config: str
-    """Configuration of all arms: a YAML file, or the name of a packaged one."""
+    """Configuration shared by all arms: a YAML file, or the name of a packaged one."""
     overrides: tuple[str, ...] = ()
-    """Fields of all arms, as `a.b=c`."""
+    """Fields to change in all arms, as `a.b=c`."""
     steps: tuple[int, ...] = (1000,)
-    """Rising numbers of steps at which an arm is sampled and scored, the last being its length."""
+    """Increasing numbers of training steps at which each arm is sampled and scored; the last one is its length."""
     seeds: str = "0-3"
-    """Of the samples, see `generate.parse_seeds`."""
+    """Seeds of the samples, see `generate.parse_seeds`."""
     sample_steps: int = 20
-    """Network evaluations of a sample."""
+    """Sampling steps."""
     real: Path | None = None
-    """Class folders of real videos to score against; None scores nothing."""
+    """Class folders of real videos to score against; None for no scores."""
     metrics: str = "accuracy,motion"
-    """Of `lavita evaluate`."""
+    """Metrics of `lavita evaluate`, separated by commas."""
     protocol: tuple[str, ...] = ()
-    """Fields of its protocol, as `a=b`."""
+    """Fields of the evaluation protocol, as `a=b`."""
 
 
 def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
-    """Trains, samples and scores all arms, then writes and prints what came out.
+    """Trains, samples and scores all arms, then writes and prints the results.
 
     Args:
-        arms: of `STUDIES`, or others.
-        plan: the rest.
+        arms: one of `STUDIES`, or your own.
+        plan: everything else.
 
     Returns:
-        A row an arm: see `summarize_arm`.
+        One row per arm: see `summarize_arm`.
 
     Raises:
-        ValueError: for steps that do not rise.
-        CommandFailed: where a command failed; the same call goes on from there.
+        ValueError: if the steps do not increase.
+        CommandFailed: if a command failed; the same call continues from there.
     """
     if not plan.steps or list(plan.steps) != sorted(set(plan.steps)) or plan.steps[0] < 1:
-        raise ValueError(f"steps is {plan.steps}; they must rise, from 1 at least")
+        raise ValueError(f"steps is {plan.steps}, but must be increasing numbers of at least 1")
     rows = []
     for number, (name, fields) in enumerate(arms.items(), start=1):
         print(f"\n[{number}/{len(arms)}] {name}", flush=True)
@@ -117,17 +118,15 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
                     result.parent.mkdir(parents=True, exist_ok=True)
                     result.touch()
         rows.append(summarize_arm(name, plan))
-    partial = plan.out / "results.json.partial"
-    partial.write_text(json.dumps({"steps": plan.steps, "config": plan.config, "arms": rows}, indent=1))
-    partial.replace(plan.out / "results.json")
+    write_json(plan.out / "results.json", {"steps": plan.steps, "config": plan.config, "arms": rows})
     write_curves(rows, plan)
-    _write_sheet(rows, plan)
+    _write_contact_sheet(rows, plan)
     print_study(rows)
     return rows
 
 
 def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> list[tuple[list[str], Path]]:
-    """What brings an arm to a number of steps: each command of `lavita` with the file that says it is done."""
+    """The `lavita` commands that bring an arm to a number of steps, each with the file that marks it as done."""
     arm = plan.out / name
     point = arm / f"step-{steps:08d}"
     run, samples = arm / "train", point / "samples"
@@ -147,19 +146,19 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
 
 
 def summarize_arm(name: str, plan: StudyPlan) -> dict[str, Any]:
-    """What became of an arm.
+    """The results of one arm.
 
     Returns:
         `name`; `loss_first` and `loss_last`, means over the first and the last tenth of its steps; `curve`,
         [[step, loss], ...]; `clips_per_second`, the median; and `scores` {steps: {metric: number}}.
     """
-    lines = (plan.out / name / "train" / "metrics.jsonl").read_text().splitlines()
+    lines = (plan.out / name / "train" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     losses = [record["loss"] for record in records]
     tenth = max(1, len(losses) // 10)
     scores = {}
     for steps in plan.steps if plan.real is not None else ():
-        report = json.loads((plan.out / name / f"step-{steps:08d}" / "scores.json").read_text())
+        report = json.loads((plan.out / name / f"step-{steps:08d}" / "scores.json").read_text(encoding="utf-8"))
         scores[str(steps)] = headline(report)
     return {
         "name": name,
@@ -172,20 +171,20 @@ def summarize_arm(name: str, plan: StudyPlan) -> dict[str, Any]:
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that stand for the metrics in a report of `lavita evaluate`; of motion ratios the geometric mean."""
+    """One number per metric in a report of `lavita evaluate`; for the motion ratios it is their geometric mean."""
     numbers = {name: row["value"] for name, row in report.get("scores", {}).items() if "value" in row}
     if "accuracy" in report:
         numbers["accuracy"] = report["accuracy"]["accuracy"]
     if "motion" in report:
         numbers["motion within 2x"] = report["motion"]["num_within_factor_two"] / report["motion"]["num_classes"]
         ratios = [row["ratio"] for row in report["motion"]["per_class"].values() if row["ratio"]]
-        if ratios:  # there is none where nothing moves
+        if ratios:  # there are none if nothing moves
             numbers["motion ratio"] = float(np.exp(np.mean(np.log(ratios))))
     return numbers
 
 
 def write_curves(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
-    """Plots losses, and each score where there are several, over the steps: `curves.png`."""
+    """Writes `curves.png`: the losses, and the scores if there are several per arm, over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -208,8 +207,8 @@ def write_curves(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
     figure.savefig(plan.out / "curves.png", dpi=110)
 
 
-def _write_sheet(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
-    """Samples of every arm at the end, the same seeds and conditions: `contact_sheet.png`."""
+def _write_contact_sheet(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
+    """Writes `contact_sheet.png`: final samples of every arm with the same seeds and conditions."""
     pictures, labels = [], []
     for row in rows:
         samples = sorted((plan.out / row["name"] / f"step-{plan.steps[-1]:08d}" / "samples").rglob("*.mp4"))
@@ -220,7 +219,7 @@ def _write_sheet(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
 
 
 def print_study(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Prints a row an arm: its losses, its speed and its scores at the end."""
+    """Prints one row per arm: losses, speed, and final scores."""
     last = list(rows[0]["scores"].values())[-1] if rows[0]["scores"] else {}
     table = Table(Column("arm", no_wrap=True), "loss, first tenth", "loss, last tenth", "clips/s", *last)
     for row in rows:

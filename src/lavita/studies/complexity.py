@@ -1,9 +1,9 @@
-"""What a model costs: parameters and multiply-accumulates; and the paper's Table 3 beside our own count.
+"""Parameters and multiply-accumulates of a model.
 
-Everything is counted on a model that runs without numbers (`FakeTensorMode`): its tensors have shapes and storages, and
-the layers are those that really execute, so that XL/2 takes a second and no memory.
+They are counted while the real model runs on fake tensors (`FakeTensorMode`), which have shapes and storages but no
+values, so XL/2 takes one second and no memory.
 
-Legend: B batch, F frames (a clip's, then images), C channels, H W latent size, N tokens a frame, D width.
+Legend: B batch, F frames (of the clip, then images), C channels, H W latent size, N tokens per frame, D width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavita.models.packaged import model_source
 from lavita.models.presets import preset_sizes
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.studies.memory import phantom
+from lavita.studies.memory import meta_model
 
 PATCH_EMBEDDING = "patch embedding"
 CONDITION_EMBEDDING = "condition embedding"
@@ -38,12 +38,12 @@ NORMS = "norms"
 DECODER = "decoder"
 
 TABLE3_BATCH = 3
-"""Clips that they are counted on, each (16, 4, 32, 32)."""
+"""Batch size of Table 3: clips of (16, 4, 32, 32) each."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one kind of layer has and does."""
+    """Parameters and work of one kind of layer."""
 
     num_parameters: int
     macs: int
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Complexity:
-    """Size of a model, and work of one forward pass."""
+    """Size of a model, and the work of one forward pass."""
 
     config: dict[str, Any]
     """The model's configuration."""
@@ -60,59 +60,59 @@ class Complexity:
     """Frames of the clip, without the images."""
     num_images: int
     num_tokens: int
-    """Tokens a clip and its images, conditions among them where they are tokens."""
+    """Tokens per clip with its images, including conditions if they are tokens."""
     parts: dict[str, Part]
-    """The model, part by part; they add up to all of it. Attention's multiply-accumulates include its products."""
+    """The parts of the model; they add up to the whole. Attention includes its products."""
     attention_products: int
-    """Multiply-accumulates of all q k^T and of all products with the values."""
+    """Multiply-accumulates of the attention products, q k^T and the product with the values."""
     table3_parameters: int
-    """As Table 3 counts, see `measure`."""
+    """Parameters by the convention of Table 3, see `measure`."""
     table3_macs: int
-    """As Table 3 counts, for `TABLE3_BATCH` clips."""
+    """Multiply-accumulates by the convention of Table 3, for `TABLE3_BATCH` clips."""
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return sum(part.num_parameters for part in self.parts.values())
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one forward pass of the batch, as executed; FLOPs are twice as many."""
+        """Executed multiply-accumulates of one forward pass of the batch; FLOPs are twice as many."""
         return sum(part.macs for part in self.parts.values())
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON-able values."""
+        """All values, ready for JSON."""
         return {**dataclasses.asdict(self), "num_parameters": self.num_parameters, "macs": self.macs}
 
 
 def model_config(name: str, fields: Mapping[str, Any], num_frames: int | None = None) -> dict[str, Any]:
-    """The configuration of what `lavita info` is asked about.
+    """The configuration of the model that `lavita info` describes.
 
     Args:
-        name: a preset such as `XL/2`; a folder of a transformer, a pipeline or a training run; or `builtin`.
+        name: a preset such as `XL/2`; the folder of a transformer, a pipeline or a training run; or `builtin`.
         fields: for a preset, further fields of the model's constructor.
-        num_frames: for a preset, the length of the training clips, 16 by default; a folder's model has its own.
+        num_frames: for a preset, the length of the training clips, 16 by default; ignored for a folder.
 
     Raises:
-        ValueError: for neither a preset nor a folder with a model, or fields beside a folder.
+        ValueError: if `name` is neither a preset nor a folder with a model, or if fields are given with a folder.
     """
     try:
         return {**preset_sizes(name, fields.get("variant", 2)), "num_frames": num_frames or 16, **fields}
     except ValueError as unknown:
         folder = Path(model_source(name))
         if not folder.is_dir():
-            raise ValueError(f"{unknown}; and there is no folder of that name") from None
+            raise ValueError(f"{unknown}; and no folder has that name") from None
     if fields:
         field, value = next(iter(fields.items()))
-        raise ValueError(f"{field} is {value!r}, but {folder} has its own: only a preset takes it")
+        raise ValueError(f"{field} is {value!r}, but {folder} has its own; it can be set for a preset only")
     for place in (folder, folder / "transformer", folder / "pipeline" / "transformer"):
         if (place / "config.json").is_file():
             config = LavitaTransformer3DModel.load_config(place)
             if config.get("_class_name") == LavitaTransformer3DModel.__name__:
                 return config
     raise ValueError(
-        f"{folder} has no model: no config.json of a {LavitaTransformer3DModel.__name__} in it, in transformer/ or in "
-        "pipeline/transformer/"
+        f"{folder} holds no model: there is no config.json of a {LavitaTransformer3DModel.__name__} in it, in "
+        "transformer/ or in pipeline/transformer/"
     )
 
 
@@ -121,28 +121,28 @@ def measure(
 ) -> Complexity:
     """Counts a model's parameters and the multiply-accumulates of one forward pass.
 
-    As executed, these are the products of all linear and convolution layers, S-AdaLN's once a condition, and of the
-    attentions by the shapes that they meet. As Table 3 counts (the profiler thop on the authors' code), they are
-    those of linear and convolution layers only, S-AdaLN's repeated for every frame in front of attention in space and
-    for every patch in front of attention in time, and 2 more for each element of a LayerNorm. Table 3 leaves the patch
-    embedding of Variant 3 out, weights and work.
+    The executed ones are the products of all linear and convolution layers, with S-AdaLN computed once per condition,
+    and the products of all attentions. Table 3 counts as the profiler thop does on the authors' code: linear and
+    convolution layers only, S-AdaLN repeated for every frame before spatial attention and for every patch before
+    temporal attention, and 2 per element of a LayerNorm. It also leaves out the weights and the work of Variant 3's
+    patch embedding.
 
     Args:
         config: fields of the model's constructor, for example `model.config`.
         batch_size: B.
-        num_frames: of the clip; the configuration's by default.
-        num_images: images that follow it, each with a condition of its own in a conditional model.
+        num_frames: frames of the clip; by default those of the configuration.
+        num_images: images after the clip, each with its own condition if the model is conditional.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: if the sizes do not fit together.
     """
     norm_counts = {torch.ops.aten.native_layer_norm: _norm_operations}
     counter = FlopCounterMode(display=False, custom_mapping=norm_counts)
     shapes: dict[nn.Module, torch.Size] = {}
-    with phantom(config, batch_size, num_frames, num_images) as (model, inputs):
+    with meta_model(config, batch_size, num_frames, num_images) as (model, inputs):
         for module in (*model.blocks, model.final_layer):
             module.register_forward_pre_hook(lambda module, args: shapes.update({module: args[0].shape}))
-        # The unfused attention consists of operations that the counter knows, on any device.
+        # The counter knows the operations of the unfused attention on every device.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(**inputs)
         counts = counter.get_flop_counts()
@@ -159,7 +159,7 @@ def measure(
         for path in (path for path in part_of if path.endswith("attn")):
             whole, qkv, proj = (_macs(counts.get(f"{root}.{path}{child}", {})) for child in ("", ".qkv", ".proj"))
             products += whole - qkv - proj
-        assert sum(macs.values()) == _macs(counts["Global"]), "a layer belongs to no part"
+        assert sum(macs.values()) == _macs(counts["Global"]), "a layer does not belong to any part"
 
         paper_macs = sum(macs.values()) - products + counts["Global"].get(torch.ops.aten.native_layer_norm, 0)
         paper_macs += _repeated_modulation(shapes) - macs[MODULATION]
@@ -182,11 +182,11 @@ def measure(
 
 
 def print_complexity(name: str, cost: Complexity, console: Console | None = None) -> None:
-    """Prints what a model costs as a table and what the numbers mean.
+    """Prints a table of a model's parts, and what the numbers mean.
 
     Args:
-        name: what the table is titled with.
-        cost: of `measure`.
+        name: title of the table.
+        cost: result of `measure`.
         console: where to print; standard output by default.
     """
     console = console or Console()
@@ -198,13 +198,13 @@ def print_complexity(name: str, cost: Complexity, console: Console | None = None
         shares = (f"{part.num_parameters / cost.num_parameters:.1%}", f"{part.macs / cost.macs:.1%}")
         table.add_row(label, f"{part.num_parameters / 1e6:,.2f}", shares[0], f"{part.macs / 1e9:,.2f}", shares[1])
     table.add_section()
-    table.add_row("whole", f"{cost.num_parameters / 1e6:,.2f}", "", f"{cost.macs / 1e9:,.2f}", "")
+    table.add_row("total", f"{cost.num_parameters / 1e6:,.2f}", "", f"{cost.macs / 1e9:,.2f}", "")
     console.print(table)
     images = f" and {cost.num_images} images" if cost.num_images else ""
     size = config["sample_size"]
     console.print(
         f"A batch of {cost.batch_size}: {cost.num_frames} frames{images} of {size} x {size} latents, "
-        f"{cost.num_tokens:,} tokens a clip. MACs are the multiply-accumulates of one forward pass as executed "
+        f"{cost.num_tokens:,} tokens per clip. MACs are the multiply-accumulates of one forward pass as executed "
         f"(FLOPs: twice as many), {cost.attention_products / 1e9:,.2f} G of them attention's products q k^T and with "
         f"the values. By the convention of Table 3: {truncated(cost.table3_parameters, 10**6)} M and, for "
         f"{TABLE3_BATCH} clips, {truncated(cost.table3_macs, 10**9)} G (lavita info --table 3 explains it).\n",
@@ -213,12 +213,12 @@ def print_complexity(name: str, cost: Complexity, console: Console | None = None
 
 
 def truncated(count: int, unit: int) -> str:
-    """A count in a unit with two decimals, the others cut off, as Table 3 has them: `5,572.69`."""
+    """A count in a unit, truncated to two decimals as in Table 3: `5,572.69`."""
     return f"{count * 100 // unit / 100:,.2f}"
 
 
 def _parts(model: LavitaTransformer3DModel) -> dict[str, str]:
-    """Which part a module is of, by its path; every layer is in exactly one of these modules."""
+    """The part that each module belongs to, by its path; every layer is in exactly one of these modules."""
     parts = {"x_embedder": PATCH_EMBEDDING, "t_embedder": CONDITION_EMBEDDING, "y_embedder": CONDITION_EMBEDDING}
     attention = {"space": SPATIAL_ATTENTION, "time": TEMPORAL_ATTENTION, "space_and_time": JOINT_ATTENTION}
     for index, block in enumerate(model.blocks):
@@ -236,17 +236,17 @@ def _parts(model: LavitaTransformer3DModel) -> dict[str, str]:
 
 
 def _macs(counts: Mapping[Any, int]) -> int:
-    """Multiply-accumulates among a module's counts by operation, which are of FLOPs, but for the norms."""
+    """Multiply-accumulates from the FLOPs that are counted per operation, without the norms."""
     return sum(flops for operation, flops in counts.items() if operation is not torch.ops.aten.native_layer_norm) // 2
 
 
 def _norm_operations(shape: torch.Size, *_: Any, **__: Any) -> int:
-    """What thop takes a LayerNorm without weights for."""
+    """The operations that thop counts for a LayerNorm without weights."""
     return 2 * math.prod(shape)
 
 
 def _repeated_modulation(shapes: Mapping[nn.Module, torch.Size]) -> int:
-    """Multiply-accumulates of S-AdaLN's layers if repeated as in Table 3, by the tokens (B, F, N, D) of each module."""
+    """Multiply-accumulates of the S-AdaLN layers repeated as in Table 3, from the shape (B, F, N, D) of each module."""
     macs = 0
     for module, (batch, frames, tokens, _) in shapes.items():
         if isinstance(module.adaLN_modulation, nn.Sequential):

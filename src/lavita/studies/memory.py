@@ -30,12 +30,13 @@ from torch.utils._pytree import tree_leaves
 from lavita.core.precision import store_linear_weights
 from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER, downsampling, frames_at_once, pieces
 from lavita.models.autoencoder_cpu import decode_pixels
-from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import model_source
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.training.ema import EMA
-from lavita.training.optimizers import make_optimizers
+from lavita.training.batches import Batch
+from lavita.training.config import TrainConfig
+from lavita.training.state import TrainState
+from lavita.training.step import train_step, update
 
 Optimizer = Literal["adamw", "muon"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -113,6 +114,8 @@ class LiveStorages(TorchDispatchMode):
         self._highest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # read by `Tensor.item`; without numbers, any finite value will do
         result = func(*args, **(kwargs or {}))
         self.name(ACTIVATIONS, _tensors(result), keep=True)
         self._look()
@@ -148,11 +151,12 @@ class LiveStorages(TorchDispatchMode):
         total = sum(self._bytes.values())
         if total > self._highest:
             self._highest = total
-            self.peak = Peak(self.phase, {part: self._bytes[part] for part in PARTS if self._bytes[part]})
+            phase = "backward pass" if torch._C._current_graph_task_id() >= 0 else self.phase
+            self.peak = Peak(phase, {part: self._bytes[part] for part in PARTS if self._bytes[part]})
 
 
 @contextmanager
-def phantom(
+def meta_model(
     config: Mapping[str, Any], batch_size: int, num_frames: int | None, num_images: int
 ) -> Iterator[tuple[LavitaTransformer3DModel, dict[str, Any]]]:
     """A model in training mode and arguments of its forward pass, all without numbers while the context lasts.
@@ -208,7 +212,9 @@ def training_memory(
         ValueError: for sizes that do not fit together.
     """
     setting = setting or Setting()
-    with phantom(config, batch_size, num_frames, num_images) as (model, inputs), LiveStorages() as live:
+    # Two micro-batches are as many as it takes: the second one finds the gradients of the first.
+    clips = batch_size * min(setting.accumulation, 2)
+    with meta_model(config, clips, num_frames, num_images) as (model, inputs), LiveStorages() as live:
         peak = _rehearse_training(model, inputs, setting, live)
     if setting.sharded:
         return _share(peak, model, setting.processes)
@@ -241,7 +247,7 @@ def sampling_memory(
     """
     setting = Setting(precision=precision)
     samples = batch_size * (2 if guidance else 1)
-    with phantom(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
+    with meta_model(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
         vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
         store_linear_weights(model.eval().blocks, PRECISIONS[precision])
         live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
@@ -321,42 +327,47 @@ def _gib(num_bytes: int) -> str:
 def _rehearse_training(
     model: LavitaTransformer3DModel, inputs: dict[str, Any], setting: Setting, live: LiveStorages
 ) -> Peak:
-    """One step as `train` does it, after what it finds in place."""
+    """The second step of a run: the optimizers have their state."""
+    micro_batches = min(setting.accumulation, 2)
+    settings = TrainConfig(
+        optimizer=setting.optimizer,
+        precision=setting.precision,
+        batch_size=len(inputs["latents"]),
+        accumulation=micro_batches,
+    )
     checkpoint_blocks(model, setting.gradient_checkpointing)
-    diffusion, ema = GaussianDiffusion(), EMA(model, 0.9999)
-    parameters = list(model.parameters())
-    optimizers = make_optimizers(model, setting.optimizer, 1e-4, 0.0)
-    for parameter in parameters:
+    state = TrainState.build(model, settings, torch.device("cpu"))
+    for parameter in state.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda leaf: live.name(GRADIENTS, [leaf.grad]))
-    # The clips of all micro-batches, their noise, and those of the next step, which are read meanwhile.
-    copies = 2 * 2 * setting.accumulation - 1
-    waiting = [torch.zeros_like(inputs["latents"]) for _ in range(copies)]
-    live.name(WEIGHTS, (*parameters, *model.buffers()))
-    live.name(AVERAGE, ema.weights.values())
-    live.name(OPTIMIZER, (leaf for optimizer in optimizers for leaf in _tensors(optimizer.state_dict())))
-    live.name(BATCH, (*_tensors(inputs), *waiting))
-    live.restart()
+    update(state, torch.zeros(len(inputs["latents"])), settings)
 
-    latents, timesteps, noise = inputs["latents"], inputs["timesteps"], waiting[0]
-    for _ in range(min(setting.accumulation, 2)):  # the second finds the gradients of the first
-        live.begin("forward pass")
-        noisy = diffusion.q_sample(latents, timesteps, noise)
-        with _autocast(setting.precision):
-            output = model(**{**inputs, "latents": noisy}).sample
-        loss = diffusion.losses(output, latents, timesteps, noise).total.mean()
-        live.begin("backward pass")
-        loss.backward()
-    live.begin("optimizer's step")
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    ema.update(1)
+    batch = Batch(
+        latents=inputs["latents"],
+        noise=torch.zeros_like(inputs["latents"]),
+        timesteps=inputs["timesteps"],
+        class_labels=inputs.get("class_labels"),
+        text_embeds=inputs.get("text_embeds"),
+        num_images=inputs["num_images"],
+    )
+    # The clips of the other micro-batches and of the next step, which is read meanwhile, and their noise.
+    waiting = [torch.zeros_like(batch.latents) for _ in range(2)]
+    micro = len(batch.latents) // micro_batches
+    waiting += [torch.zeros_like(batch.latents[:micro]) for _ in range(4 * (setting.accumulation - micro_batches))]
+    live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
+    live.name(AVERAGE, state.ema.weights.values())
+    live.name(OPTIMIZER, (leaf for optimizer in state.optimizers for leaf in _tensors(optimizer.state_dict())))
+    live.name(BATCH, (*_tensors(inputs), batch.noise, *waiting))
+
+    def name_gradient(parameter: torch.Tensor) -> None:
+        live.name(GRADIENTS, _tensors(parameter.grad))
+        live.begin("optimizer's step")
+
+    for parameter in state.parameters:
+        parameter.register_post_accumulate_grad_hook(name_gradient)
+    model.register_forward_pre_hook(lambda *_: live.begin("forward pass"))
+    live.restart()
+    live.begin("forward pass")
+    train_step(state, batch, settings)
     return live.peak
 
 

@@ -13,23 +13,23 @@ from lavita.models.presets import preset_sizes
 from lavita.studies.complexity import MLP, TABLE3_BATCH, Complexity, measure, truncated
 
 TABLE3_PAPER = {1: (673.68, 5572.69), 2: (673.68, 5572.69), 3: (676.33, 6153.15), 4: (676.44, 1545.15)}
-"""A variant's parameters in millions and FLOPs in billions, as the paper prints them."""
+"""Parameters in millions and FLOPs in billions of each variant, as printed in the paper."""
 
 
 @dataclass(frozen=True)
 class Table3Row:
-    """A variant in Table 3: the paper's figures and our count."""
+    """One row of Table 3: the paper's figures and our count."""
 
     variant: int
     paper_parameters: float
-    """In millions."""
+    """Parameters in millions."""
     paper_flops: float
-    """In billions."""
+    """FLOPs in billions."""
     counted: Complexity
 
 
 def table3() -> list[Table3Row]:
-    """Table 3 of the paper: the four variants at XL/2, unconditional, on (3, 16, 4, 32, 32)."""
+    """Counts the four variants at XL/2, unconditional, on a batch of (3, 16, 4, 32, 32)."""
     return [
         Table3Row(variant, *paper, measure({**preset_sizes("XL/2", variant), "variant": variant}, TABLE3_BATCH))
         for variant, paper in TABLE3_PAPER.items()
@@ -37,7 +37,7 @@ def table3() -> list[Table3Row]:
 
 
 def table3_to_json(rows: Sequence[Table3Row]) -> list[dict[str, Any]]:
-    """The rows as JSON-able values, in numbers, not millions."""
+    """The rows ready for JSON, as plain counts instead of millions."""
     return [
         {
             "variant": row.variant,
@@ -50,7 +50,7 @@ def table3_to_json(rows: Sequence[Table3Row]) -> list[dict[str, Any]]:
 
 
 def print_table3(rows: Sequence[Table3Row], console: Console | None = None) -> None:
-    """Prints the paper's Table 3 beside our count, and why they differ where they do."""
+    """Prints the paper's Table 3 next to our count, and explains the differences."""
     console = console or Console()
     table = Table(title=f"Table 3: XL/2, unconditional, {TABLE3_BATCH} clips of 16 x 4 x 32 x 32", title_justify="left")
     for heading in (
@@ -78,16 +78,16 @@ def print_table3(rows: Sequence[Table3Row], console: Console | None = None) -> N
     third, fourth = rows[2].counted, rows[3].counted
     mlp = fourth.parts[MLP].macs
     for note in (
-        "FLOPs: the paper's are multiply-accumulates as the profiler thop counts them, and ours are counted alike: "
-        "linear and convolution layers, 2 for each element of a LayerNorm, no attention products, S-AdaLN's layers "
-        "repeated for every frame and every patch, decimals cut off.",
-        "executed: the true multiply-accumulates of the model here, with attention's products, and with S-AdaLN's "
-        "vectors made once a sample.",
-        "Variant 3: counted without its patch embedding, in the paper's figures too; with it, it has "
+        "FLOPs: the paper counts multiply-accumulates as the profiler thop does, and so do we here: linear and "
+        "convolution layers, 2 per element of a LayerNorm, no attention products, S-AdaLN layers repeated for every "
+        "frame and every patch, truncated decimals.",
+        "executed: the multiply-accumulates that our model really executes, with the attention products, and with the "
+        "S-AdaLN vectors computed once per sample.",
+        "Variant 3: counted without its patch embedding, as in the paper; with it, the model has "
         f"{third.num_parameters / 1e6:.2f} M parameters.",
         f"Variant 4: {rows[3].paper_flops:,.2f} G cannot follow from the text. The MLPs alone of its "
         f"{fourth.config['num_blocks']} blocks over {fourth.num_tokens:,} tokens are "
-        f"{mlp / fourth.batch_size / 1e9:,.0f} G a clip, {mlp / 1e9:,.0f} G for {fourth.batch_size}. Ours is built as "
-        "the text describes it.",
+        f"{mlp / fourth.batch_size / 1e9:,.0f} G per clip, {mlp / 1e9:,.0f} G for {fourth.batch_size}. Ours is built "
+        "as the text describes it.",
     ):
         console.print(note, highlight=False)

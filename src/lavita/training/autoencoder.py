@@ -7,7 +7,8 @@ background is most of the picture and a few moving pixels are what it is about.
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 from lavita.core.config import save_config
 from lavita.core.precision import autocast, pick_device, without_fp16
+from lavita.core.prefetch import parallel_map, prefetch
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator, numpy_generator
 from lavita.data.catalog import scan
@@ -27,7 +29,9 @@ from lavita.models.autoencoder import encode, load_autoencoder, to_pixels
 from lavita.training.checkpoint import Keep, load_last_checkpoint, save_checkpoint
 from lavita.training.config import AutoencoderConfig
 from lavita.training.ema import EMA
+from lavita.training.optimizers import set_learning_rate
 from lavita.training.run_folder import Metrics, Stopped, check_resumable, only_run, stop_requested
+from lavita.training.stability import not_finite
 from lavita.training.state import restore_training, training_tensors
 from lavita.video.reading import iter_frames
 
@@ -81,12 +85,11 @@ def load_frames(root: Path, resolution: int, memory_gib: float, seed: int) -> li
                 break
         return np.stack(kept)
 
-    with ThreadPoolExecutor() as pool:
-        videos = []
-        progress = Progress(f"reading {root}", len(sizes))
-        for frames in pool.map(read, range(len(sizes))):
-            videos.append(frames)
-            progress.update(len(videos))
+    videos = []
+    progress = Progress(f"reading {root}", len(sizes))
+    for frames in parallel_map(read, range(len(sizes)), workers=os.cpu_count() or 1):
+        videos.append(frames)
+        progress.update(len(videos))
     return videos
 
 
@@ -198,44 +201,63 @@ def _train(config: AutoencoderConfig) -> Path:
     check_resumable(run_dir, config, RESUMABLE)
     save_config(config, run_dir / "config.yaml")
     device = pick_device(config.device)
-    precision = without_fp16(device, config.precision)
-    sources = [
-        load_frames(root, config.resolution, config.memory_gib / len(config.data), config.seed) for root in config.data
-    ]
+    memory = config.memory_gib / len(config.data)
+    sources = [load_frames(root, config.resolution, memory, config.seed) for root in config.data]
     torch.manual_seed(config.seed)
     vae = build_autoencoder(config).to(device)
     ema = EMA(vae, EMA_DECAY)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-
     step = 0
     if (checkpoint := load_last_checkpoint(run_dir / "checkpoints")) is not None:
         step = checkpoint.step
         restore_training(checkpoint, vae, ema, [optimizer])
-    metrics = Metrics(run_dir / "metrics.jsonl", step)
-    progress = Progress("autoencoder step", config.steps, step)
-    factor = config.downsampling
-    latent_shape = (config.latent_channels, config.resolution // factor, config.resolution // factor)
+    _optimize(config, vae, ema, optimizer, sources, step, device)
 
-    with ThreadPoolExecutor(1) as reader, stop_requested() as stop:
-        upcoming = reader.submit(draw_pairs, sources, config, step)
-        while step < config.steps:
-            pixels = to_pixels(upcoming.result(), device)
-            upcoming = reader.submit(draw_pairs, sources, config, step + 1)
-            noise = torch.randn(config.batch_size, *latent_shape, generator=generator(config.seed, "noise", step)).to(
-                device
-            )
+    vae.load_state_dict(ema.weights)
+    vae.eval().requires_grad_(False)
+    measure_scaling(vae, sources, config)
+    folder = run_dir / "autoencoder"
+    vae.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
+    if config.held_out:
+        saved = load_autoencoder(str(folder), device)
+        quality = {str(root): reconstruction_quality(saved, root, config.resolution) for root in config.held_out}
+        show_quality(quality, folder / "reconstruction.json")
+    return folder
+
+
+def _optimize(
+    config: AutoencoderConfig,
+    vae: AutoencoderKL,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    sources: list[list[Frames]],
+    step: int,
+    device: torch.device,
+) -> None:
+    """The steps from `step` on, with their checkpoints."""
+    run_dir = config.run_dir
+    precision = without_fp16(device, config.precision)
+    side = config.resolution // config.downsampling
+    latent_shape = (config.batch_size, config.latent_channels, side, side)
+    progress = Progress("autoencoder step", config.steps, step)
+    batches = (draw_pairs(sources, config, number) for number in range(step, config.steps))
+    with (
+        Metrics(run_dir / "metrics.jsonl", step) as metrics,
+        stop_requested() as stop,
+        closing(prefetch(batches)) as upcoming,
+    ):
+        for pairs in upcoming:
+            pixels = to_pixels(pairs, device)
+            noise = torch.randn(latent_shape, generator=generator(config.seed, "noise", step)).to(device)
             rate = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate([optimizer], rate)
             with autocast(device, precision):
                 loss, parts = autoencoder_loss(vae, pixels, noise, config)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             value, norm = loss.item(), grad_norm.item()
             if not math.isfinite(value) or not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"the loss is {value} and its gradient's norm {norm} at step {step + 1}; lower learning_rate"
-                )
+                raise not_finite(step + 1, value, norm, "lower learning_rate")
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -249,22 +271,7 @@ def _train(config: AutoencoderConfig) -> Path:
                 tensors = training_tensors(vae, ema, [optimizer])
                 save_checkpoint(run_dir / "checkpoints", step, tensors, {}, Keep(config.keep_checkpoints))
             if stopping:
-                metrics.close()
-                raise Stopped(
-                    f"stopped at step {step:,} of {config.steps:,}; the same command goes on from there", stop[0]
-                )
-    metrics.close()
-
-    vae.load_state_dict(ema.weights)
-    vae.eval().requires_grad_(False)
-    measure_scaling(vae, sources, config)
-    folder = run_dir / "autoencoder"
-    vae.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
-    if config.held_out:
-        saved = load_autoencoder(str(folder), device)
-        quality = {str(root): reconstruction_quality(saved, root, config.resolution) for root in config.held_out}
-        show_quality(quality, folder / "reconstruction.json")
-    return folder
+                raise Stopped(step, config.steps, stop)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:

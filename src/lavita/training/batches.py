@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError
+from lavita.core.processes import Processes
 from lavita.core.seeds import generator
 from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, LatentClip, open_images, open_videos
 from lavita.data.clips import ClipDraw, ClipSampler
+from lavita.data.config import DataConfig
 from lavita.models.diffusion import NUM_TIMESTEPS
-from lavita.training.config import RunConfig
+from lavita.training.config import TrainConfig
 from lavita.video.formats import VideoError
 
 MOST_ATTEMPTS = 20  # clips drawn for a place, before the data set itself is at fault
@@ -36,31 +39,83 @@ class Batch:
     """int64 (B,) or, with images, (B, 1 + I), the null class where a label was dropped; None without classes."""
     text_embeds: torch.Tensor | None
     """float32 (B, text_dim) or (B, 1 + I, text_dim), the empty text's where a caption was dropped; None without."""
-    draws: list[ClipDraw]
-    """Where the clips come from."""
+    num_images: int = 0
+    """I, images that follow each clip."""
+    draws: Sequence[ClipDraw] = ()
+    """Where the clips come from; empty in a random batch."""
 
     def part(self, first: int, size: int, device: torch.device) -> Batch:
         """`size` clips from `first` on, on a device."""
         chosen = slice(first, first + size)
-        parts = (self.latents, self.noise, self.timesteps, self.class_labels, self.text_embeds)
-        tensors = [None if t is None else t[chosen].to(device, non_blocking=True) for t in parts]
-        return Batch(*tensors, self.draws[chosen])  # type: ignore[call-arg, arg-type]
+        # Pinned memory is copied while the device works; other memory must not change before the copy is done.
+        return self._with(lambda tensor: tensor[chosen].to(device, non_blocking=tensor.is_pinned()), self.draws[chosen])
+
+    def pin_memory(self) -> Batch:
+        """A copy in pinned memory, from which a GPU copies without waiting."""
+        return self._with(lambda tensor: tensor.pin_memory(), self.draws)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor], draws: Sequence[ClipDraw]) -> Batch:
+        return Batch(
+            latents=change(self.latents),
+            noise=change(self.noise),
+            timesteps=change(self.timesteps),
+            class_labels=None if self.class_labels is None else change(self.class_labels),
+            text_embeds=None if self.text_embeds is None else change(self.text_embeds),
+            num_images=self.num_images,
+            draws=draws,
+        )
+
+
+def random_batch(
+    config: Mapping[str, Any], batch_size: int, num_frames: int | None = None, num_images: int = 0, seed: int = 0
+) -> Batch:
+    """A batch of random numbers for a model, to measure or rehearse a training step without data.
+
+    Args:
+        config: the model's configuration: its sizes and conditions.
+        batch_size: B.
+        num_frames: F; by default that of the configuration.
+        num_images: I.
+        seed: of the numbers.
+
+    Returns:
+        The batch, on torch's default device.
+    """
+    random, size = torch.Generator().manual_seed(seed), config["sample_size"]
+    length = (num_frames or config["num_frames"]) + num_images
+    shape = (batch_size, length, config.get("in_channels", 4), size, size)
+    conditions = (batch_size, 1 + num_images) if num_images else (batch_size,)
+    num_classes, text_dim = config.get("num_classes", 0), config.get("text_dim", 0)
+    return Batch(
+        latents=torch.randn(shape, generator=random),
+        noise=torch.randn(shape, generator=random),
+        timesteps=torch.randint(0, NUM_TIMESTEPS, (batch_size,), generator=random),
+        class_labels=torch.randint(0, num_classes, conditions, generator=random) if num_classes else None,
+        text_embeds=torch.randn(*conditions, text_dim, generator=random) if text_dim else None,
+        num_images=num_images,
+    )
 
 
 class BatchMaker:
     """Reads the clips of a step and draws all that is random in it."""
 
-    def __init__(self, config: RunConfig, vae: AutoencoderKL) -> None:
+    def __init__(self, data: DataConfig, settings: TrainConfig, vae: AutoencoderKL, class_dropout: float) -> None:
         """Opens the videos or the cache, the images, and the tables of captions.
 
+        Args:
+            data: the configuration of the data.
+            settings: batch size, seed, and the precision of the autoencoder.
+            vae: the autoencoder of the run.
+            class_dropout: probability of dropping a clip's label or caption.
+
         Raises:
-            ValueError: where data, configuration and autoencoder do not fit together.
+            ValueError: if data, configuration and autoencoder do not fit together.
         """
-        data, seed = config.data, config.train.seed
-        self.seed, self.batch_size, self.broken = seed, config.train.batch_size, data.broken
+        seed = settings.seed
+        self.seed, self.batch_size, self.broken = seed, settings.batch_size, data.broken
         self._unreadable: set[Path] = set()
-        self.num_images, self.dropout = data.num_images, config.model.class_dropout
-        self.source = open_videos(config, vae)
+        self.num_images, self.dropout = data.num_images, class_dropout
+        self.source = open_videos(data, vae, settings.precision)
         tables = []
         if data.captions is not None:
             captions, self.source.catalog = match_captions(data.captions, self.source.catalog, data.broken)
@@ -68,7 +123,7 @@ class BatchMaker:
         catalog = self.source.catalog
         self.class_names = catalog.class_names
         self.sampler = ClipSampler(catalog, data.num_frames, data.frame_interval, data.horizontal_flip, seed)
-        self.image_source = self.source if data.images is None else open_images(config, vae)
+        self.image_source = self.source if data.images is None else open_images(data, vae, settings.precision)
         if data.image_captions is not None:
             captions, self.image_source.catalog = match_captions(
                 data.image_captions, self.image_source.catalog, data.broken
@@ -93,6 +148,13 @@ class BatchMaker:
             return None
         return self.text_table[torch.linspace(1, len(self.text_table) - 1, count).round().long()]
 
+    def make_all(self, steps: range, team: Processes, device: torch.device) -> Iterator[Batch]:
+        """This process's share of the batches of several steps, in pinned memory if the device is a GPU."""
+        share = self.batch_size // team.count
+        for step in steps:
+            batch = self.make(step, range(team.rank * share, (team.rank + 1) * share))
+            yield batch.pin_memory() if device.type == "cuda" else batch
+
     def make(self, step: int, places: range | None = None) -> Batch:
         """The clips at some places of a step's batch (from 0), by default at all.
 
@@ -113,7 +175,7 @@ class BatchMaker:
             noises.append(torch.randn(mean.shape, generator=random))
             timesteps.append(torch.randint(0, NUM_TIMESTEPS, (), generator=random))
             drops.append(torch.rand(1 + count, generator=random) < self.dropout)
-        batch = Batch(torch.stack(latents), torch.stack(noises), torch.stack(timesteps), None, None, clips)
+        batch = Batch(torch.stack(latents), torch.stack(noises), torch.stack(timesteps), None, None, count, clips)
         if not self.class_names and self.captions is None:
             return batch
         dropped = torch.stack(drops) if count else torch.stack(drops)[:, 0]

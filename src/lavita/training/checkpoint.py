@@ -1,22 +1,22 @@
-"""Save and resume: a checkpoint is a folder, written beside and renamed, and checked when it is read.
+"""Checkpoints: folders that are complete or absent, and that are checked when they are read.
 
-`step-<step>/` holds torch's distributed checkpoint of the run's tensors, a file for each process that wrote some, and
-`state.json` with everything else and the checksums of those files. Any number of processes, sharded or not, can read
-what any other number wrote.
+`step-<step>/` holds torch's distributed checkpoint of the run's tensors, with a file for each process that wrote some,
+and `state.json` with everything else and the checksums of those files. Any number of processes, sharded or not, can
+read a checkpoint that any other number wrote.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import pickle
 import re
 import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,42 +27,43 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lavita.core.files import remove_partial, replacing, write_text
 from lavita.core.processes import Processes
 
 VERSION = 1
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d+)")
-_OLD_NAME = re.compile(r"step-\d+\.pt")
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay."""
+    """Which checkpoints are kept."""
 
     last: int = 2
-    """The newest ones."""
+    """Number of the newest ones."""
     every: int = 0
-    """Those of steps that this divides; 0 for none."""
+    """Checkpoints whose step is a multiple of this are kept as well; 0 for none."""
     best: bool = False
-    """The one with the lowest `validation_loss` among its facts."""
+    """The checkpoint with the lowest `validation_loss` among its facts is kept as well."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found whole."""
+    """A checkpoint whose files have passed their checks."""
 
     folder: Path
     step: int
+    """Optimizer steps done."""
     facts: dict[str, Any]
-    """What is no tensor: numbers, strings, and lists and dicts of them."""
+    """Everything that is not a tensor: numbers, strings, and lists and dicts of them."""
     outlines: dict[str, torch.Tensor]
-    """Its tensors by name, without values (on the meta device)."""
+    """The tensors by name, on the meta device: shapes and dtypes without values."""
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fills tensors, plain or sharded in any way, with those of the same names.
+        """Fills tensors, plain or sharded in any way, with the values saved under their names.
 
         Raises:
-            ValueError: where the checkpoint has no such tensor, or one of another shape.
+            ValueError: if the checkpoint lacks one of the tensors or holds it in another shape.
         """
         for name, tensor in tensors.items():
             outline = self.outlines.get(name)
@@ -74,9 +75,11 @@ class Checkpoint:
             load(dict(tensors), storage_reader=_Reader(self.folder))
 
     def read_all(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """All tensors, or those whose names begin with `prefix`, which is cut off, whole, on the CPU."""
+        """The tensors whose names begin with `prefix`, by the rest of their names: unsharded, on the CPU."""
         found = {
-            name: torch.empty_like(o, device="cpu") for name, o in self.outlines.items() if name.startswith(prefix)
+            name: torch.empty_like(outline, device="cpu")
+            for name, outline in self.outlines.items()
+            if name.startswith(prefix)
         }
         self.read(found)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
@@ -92,92 +95,72 @@ def save_checkpoint(
 ) -> Path:
     """Writes `step-<step>` in `folder` and deletes the checkpoints that `keep` does not name.
 
-    All processes call it together; each writes its own share.
+    All processes call this together; each writes its own share.
 
     Args:
         folder: made if missing.
         step: optimizer steps done.
-        tensors: plain ones, the same everywhere, or sharded ones (DTensor).
-        facts: what JSON can hold.
-        keep: which stay; the one written always does.
-        team: the processes.
+        tensors: plain ones, equal in all processes, or sharded ones (DTensor).
+        facts: values that JSON can hold.
+        keep: which checkpoints are kept; the one written always is.
+        team: the processes; by default one.
 
     Returns:
         The checkpoint. It is complete or absent: a kill at any moment leaves the one before it.
 
     Raises:
-        OSError: where the disk is full, say; what was begun is removed.
+        OSError: if it cannot be written, for example because the disk is full; unfinished files are removed.
     """
     team = team or Processes()
     target = folder / f"step-{step:08d}"
-    partial = target.with_name(f"{target.name}.partial")
-    problem: OSError | None = None
-    try:
-        if team.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in [*folder.glob("step-*.partial"), *folder.glob("step-*.deleted")]:
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir()
-    except OSError as error:
-        problem = error
-    _raise_together(problem, team)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            save(dict(tensors), storage_writer=FileSystemWriter(partial))
-        mine = {
-            file.name: [file.stat().st_size, _checksum(file)]
-            for file in sorted(partial.glob(f"__{team.rank}_*.distcp"))
-        }
-    except OSError as error:
-        problem, mine = error, {}
-    except Exception as error:  # what a process raised comes back from DCP wrapped in its own kinds
-        problem, mine = _disk_error(error, partial), {}
-    if (problem := next(filter(None, team.gather(problem)), None)) is None:
-        files = {name: facts for share in team.gather(mine) for name, facts in share.items()}
-        try:
+    with ExitStack() as replacement:
+        partial: Path | None = None
+        with _raised_everywhere(team):
+            if team.is_first:
+                remove_partial(folder)
+                for left in folder.glob("step-*.deleted"):
+                    shutil.rmtree(left, ignore_errors=True)
+                partial = replacement.enter_context(replacing(target, durable=True))
+                partial.mkdir()
+        partial = Path(team.first_says(partial))
+        own_files: dict[str, list[int]] = {}
+        with _raised_everywhere(team):
+            _save_tensors(tensors, partial)
+            own_files = {file.name: _size_and_checksum(file) for file in partial.glob(f"__{team.rank}_*.distcp")}
+        files = {name: facts for share in team.gather(own_files) for name, facts in sorted(share.items())}
+        with _raised_everywhere(team):
             if team.is_first:
                 if unseen := [name for name in files if not (partial / name).exists()]:
-                    raise OSError(
-                        errno.ENOENT,
-                        "written by another process, but not seen by the first one: all of "
-                        "them must share the run's folder",
-                        str(partial / unseen[0]),
+                    message = (
+                        "written by another process, but the first one does not see it: all processes must share the "
+                        "run's folder"
                     )
-                files[".metadata"] = [(partial / ".metadata").stat().st_size, _checksum(partial / ".metadata")]
+                    raise OSError(errno.ENOENT, message, str(partial / unseen[0]))
+                files[".metadata"] = _size_and_checksum(partial / ".metadata")
                 state = {"version": VERSION, "step": step, "files": files, "facts": dict(facts)}
-                with (partial / STATE).open("w") as stream:
-                    json.dump(state, stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                write_text(partial / STATE, json.dumps(state), durable=True)
                 if target.exists():
-                    _remove(target)  # a damaged one that this run resumed before
-                partial.rename(target)
-                _sync(folder)
+                    _remove(target)  # a damaged one: this run resumed from one before it
+                replacement.close()
                 _remove_old(folder, target, keep)
-        except OSError as error:
-            problem = error
-    if problem is not None and team.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-    _raise_together(problem, team)
     return target
 
 
 def load_last_checkpoint(folder: Path, team: Processes | None = None) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is none.
+    """The newest checkpoint that passes its checks; None if the folder has no checkpoints.
 
-    A damaged one is named on the console and passed over for the one before it.
+    A damaged one is named on the console and skipped in favour of the one before it.
 
     Raises:
-        ValueError: where there are checkpoints, and none can be read.
+        ValueError: if there are checkpoints and none can be read.
     """
     team = team or Processes()
     found: list[Path] = team.first_says(list_checkpoints(folder))
     for path in reversed(found):
-        # All check a share of the files; all of them must be whole.
+        # Each process checks its share of the files.
         problem = next(filter(None, team.gather(_damage(path, team))), None)
         if problem is None:
-            state = json.loads((path / STATE).read_text())
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
             metadata = _Reader(path).read_metadata()
             outlines = {
                 name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -193,21 +176,14 @@ def load_last_checkpoint(folder: Path, team: Processes | None = None) -> Checkpo
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first.
-
-    Raises:
-        ValueError: where there are those of an earlier version only.
-    """
+    """Checkpoints, oldest first; none if the folder does not exist."""
     if not folder.is_dir():
         return []
-    found = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
-    if not found and any(_OLD_NAME.fullmatch(path.name) for path in folder.iterdir()):
-        raise ValueError(f"{folder}: holds checkpoints of an earlier version, which cannot go on; use another run_dir")
-    return found
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader, whose index is a pickle: only the classes of an index are made from it."""
+    """Torch's reader; its index is a pickle, from which only the classes of an index are built."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as stream:
@@ -225,22 +201,22 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if module in _INDEX_MODULES or (module, name) in plain or is_dtype:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
 
 
 _INDEX_MODULES = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
 
 
 def _damage(path: Path, team: Processes) -> str | None:
-    """What is wrong with this process's share of a checkpoint's files; None where nothing is."""
+    """What is wrong with this process's share of a checkpoint's files; None if they are intact."""
     try:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["version"] != VERSION:
             return f"version {state['version']}, not {VERSION}"
         for name, (size, checksum) in list(state["files"].items())[team.rank :: team.count]:
             if (found := (path / name).stat().st_size) != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
-            if _checksum(path / name) != checksum:
+            if _size_and_checksum(path / name)[1] != checksum:
                 return f"{name} has changed"
         _Reader(path).read_metadata()
     except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
@@ -248,38 +224,50 @@ def _damage(path: Path, team: Processes) -> str | None:
     return None
 
 
-def _checksum(file: Path) -> int:
+def _save_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes this process's share; any failure is an OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            save(dict(tensors), storage_writer=FileSystemWriter(folder))
+    except OSError:
+        raise
+    except Exception as error:  # torch wraps the errors of the processes in kinds of its own
+        raise _disk_error(error, folder) from error
+
+
+def _size_and_checksum(file: Path) -> list[int]:
     value = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
-    return value
+    return [file.stat().st_size, value]
 
 
 def _remove_old(folder: Path, newest: Path, keep: Keep) -> None:
-    # A later one is damaged, as this run resumed before it: it must not count as one of those kept.
+    # Later ones are damaged, because this run resumed from one before them: they must not count as kept.
     past = [path for path in list_checkpoints(folder) if path <= newest]
-    stay = set(past[-keep.last :])
+    kept = set(past[-keep.last :])
     if keep.every:
-        stay |= {path for path in past if _step(path) % keep.every == 0}
+        kept |= {path for path in past if _step(path) % keep.every == 0}
     if keep.best:
         losses = {path: loss for path in past if (loss := _validation_loss(path)) is not None}
-        stay |= set(sorted(losses, key=lambda path: (losses[path], path))[:1])
+        kept |= set(sorted(losses, key=lambda path: (losses[path], path))[:1])
     for path in past:
-        if path not in stay:
+        if path not in kept:
             _remove(path)
 
 
 def _validation_loss(path: Path) -> float | None:
     try:
-        loss = json.loads((path / STATE).read_text())["facts"].get("validation_loss")
+        loss = json.loads((path / STATE).read_text(encoding="utf-8"))["facts"].get("validation_loss")
     except (OSError, ValueError, KeyError):
         return None
     return None if loss is None else float(loss)
 
 
 def _remove(path: Path) -> None:
-    """Deletes a folder; killed in between, no half of it looks like a checkpoint."""
+    """Deletes a checkpoint; it is renamed first, so that a kill leaves nothing that looks like one."""
     doomed = path.with_name(f"{path.name}.deleted")
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -291,23 +279,21 @@ def _step(path: Path) -> int:
     return int(match.group(1))
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _raised_everywhere(team: Processes) -> Iterator[None]:
+    """Raises in every process the first OSError that one of them met within, so that none waits for the others."""
+    problem: OSError | None = None
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _raise_together(problem: OSError | None, team: Processes) -> None:
-    """Raises in every process what one of them met, so that none waits for the others."""
+        yield
+    except OSError as error:
+        problem = error
     for found in team.gather(problem):
         if found is not None:
             raise found
 
 
 def _disk_error(error: Exception, partial: Path) -> OSError:
-    """The system's error inside another one, or that one as such."""
+    """The operating system's error that caused another one, or an OSError that describes that one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):

@@ -1,4 +1,4 @@
-"""What runs are configured by: their fields, defaults, and which of them go together."""
+"""Configuration of training runs: the fields, their defaults, and which of them go together."""
 
 from __future__ import annotations
 
@@ -15,67 +15,67 @@ VALIDATION_CLIPS = 64
 
 
 class TrainConfig(StrictConfig):
-    """The optimisation."""
+    """The optimization."""
 
     init_from: str | None = None
-    """Weights to start from instead of random ones: a run's folder, or its pipeline's; `builtin`, the arcade model of
-    the package; an image model, as DiT's .pt file or diffusers' folder (Sec. 3.6); or a published .pt checkpoint of
-    this model."""
+    """Pretrained weights to start from, instead of random ones: the folder of a run or of its pipeline; `builtin`, the
+    arcade model in the package; an image model, as DiT's .pt file or diffusers' folder (Sec. 3.6); or a published .pt
+    checkpoint of this model."""
     init_weights: Literal["ema", "model"] | None = None
-    """Which weights of a .pt file with both."""
+    """Weights to take from a .pt file that holds both: the averaged ones (`ema`) or the others (`model`)."""
     freeze: Literal["spatial", "temporal"] | None = None
-    """With `init_from`, which modules do not learn. `temporal`: the temporal blocks of Variants 1 and 2, the temporal
-    attention of Variant 3; `spatial`: all but those. What `init_from` has no weights for, such as new classes, learns
-    all the same."""
+    """Modules that are not trained, with `init_from`. `temporal`: the temporal blocks of Variants 1 and 2, the temporal
+    attention of Variant 3; `spatial`: all other modules. Parameters that `init_from` has no weights for, such as new
+    classes, are trained in either case."""
     lora_rank: int = Field(0, ge=0)
-    """With `init_from`, train low-rank adapters of this rank instead of the weights; 0 trains the weights. Needs the
-    extra `lora`."""
+    """Rank of low-rank adapters that are trained instead of the weights, with `init_from`; 0 trains the weights. Needs
+    the extra `lora`."""
     lora_alpha: float | None = Field(None, gt=0)
-    """The adapters' change is scaled by `lora_alpha / lora_rank`; by default 1."""
+    """Scale of the adapters: their product is multiplied by `lora_alpha / lora_rank`; by default that is 1."""
     lora_targets: list[Literal["qkv", "proj", "fc1", "fc2", "adaLN_modulation"]] | None = Field(None, min_length=1)
-    """Layers of the blocks that get adapters; by default the attention's `qkv` and `proj` and the MLP's `fc1` and
-    `fc2`."""
+    """Layers of the blocks that get adapters; by default `qkv` and `proj` of the attention and `fc1` and `fc2` of the
+    MLP."""
     steps: int = Field(100_000, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = Field(8, ge=1)
-    """Clips of one optimizer step."""
+    """Clips per optimizer step, over all processes."""
     accumulation: int = Field(1, ge=1)
-    """Micro-batches that a process computes its clips of one step in; divides them."""
+    """Micro-batches into which each process cuts its clips of a step, to save memory; must divide them evenly."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """On several processes of torchrun: `ddp`, a whole model on each, which `auto` means; `fsdp`, weights, averages and
-    optimizer cut into a share for each (FSDP2)."""
+    """How the processes of torchrun share a model. `ddp`: each holds all of it (`auto` means this); `fsdp`: weights,
+    averages and optimizer state are sharded over the processes (FSDP2)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`adamw`, as in the paper; `muon`: Muon for the matrices of the blocks, AdamW for the rest, which reaches the same
-    loss in about half of the steps (docs/results.md)."""
+    """`adamw`, as in the paper, or `muon`: Muon for the matrices of the blocks and AdamW for everything else, which
+    reaches the same loss in about half of the steps (docs/results.md)."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Constant rate between the warm-up and the decay."""
+    """Learning rate between warm-up and decay, where it is constant."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     decay_steps: int = Field(0, ge=0)
-    """Last steps of the run, over which the rate falls linearly to 0."""
+    """Last steps of the run, over which the learning rate falls linearly to 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     clip_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm where they exceed it."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the weights' moving average; short runs warm it up (`ema.decay_at`)."""
+    """Decay of the exponential moving average of the weights; it is lower during the first steps (`ema.decay_at`)."""
     gradient_checkpointing: Literal[True, False, "cheap"] = False
-    """`true`: keep the inputs of the blocks only and compute the rest again in the backward pass: the same gradients,
-    in less memory and about a third more time. `cheap`: keep the matrix products, too, and compute norms, gates and
-    GELU again, which costs little (`lavita info` predicts the memory)."""
+    """`true`: keep only the inputs of the blocks and recompute the rest in the backward pass, which gives the same
+    gradients with less memory and takes about a third longer. `cheap`: also keep the matrix products and recompute only
+    norms, gates and GELU, which takes little time (`lavita info` predicts the memory)."""
     compile: bool = False
-    """Run the blocks compiled: less time a step, after a minute or so of compiling, for gradients that differ by
-    rounding. Needs a C++ compiler on a CPU. Of what is cheap to recompute it keeps nothing anyway."""
+    """Compile the blocks: faster steps after about a minute of compilation, with gradients that differ by rounding.
+    Needs a C++ compiler on a CPU. It recomputes cheap operations in the backward pass by itself."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of matrix products. `auto`: bf16 where the processor has it, else fp16 on a GPU, else fp32; with fp16 the loss is
-    scaled."""
+    """Precision of the matrix products. `auto`: bf16 if the device has it, otherwise fp16 on a GPU and fp32 on a CPU.
+    With fp16 the loss is scaled."""
     bad_steps: Literal["stop", "skip"] = "stop"
-    """What a step with a loss or gradient that is not finite does: `stop` ends the run before it; `skip` leaves it out,
-    and spikes too, up to ten in a row. Either way `events.jsonl` names its clips."""
+    """What to do with a step whose loss or gradient is not finite. `stop`: end the run before the step; `skip`: skip
+    the step, and skip spikes too, at most ten steps in a row. Either way `events.jsonl` names the clips."""
     spike_factor: float = Field(10.0, ge=0)
-    """A gradient norm of more than so many times the median of the last 100 is a spike; 0 knows none."""
+    """A gradient norm of more than this many times the median of the last 100 is a spike; with 0 none is."""
     device: str = "auto"
-    """`auto`: the first GPU if there is one, else the CPU."""
+    """Device to train on; `auto` is the first GPU if there is one, otherwise the CPU."""
     seed: int = Field(0, ge=0)
     """Seed of everything random: initial weights, clips, noise."""
     log_every: int = Field(10, ge=1)
@@ -83,27 +83,27 @@ class TrainConfig(StrictConfig):
     checkpoint_every: int = Field(1_000, ge=1)
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many of the last checkpoints are kept."""
+    """Number of latest checkpoints to keep."""
     keep_every: int = Field(0, ge=0)
-    """Checkpoints of steps that this divides are kept as well; 0 for none."""
+    """Checkpoints whose step is a multiple of this are kept as well; 0 for none."""
     keep_best: bool = False
-    """The checkpoint with the lowest validation loss is kept as well."""
+    """Keep the checkpoint with the lowest validation loss as well."""
     sample_every: int = Field(1_000, ge=0)
     """Steps between two sets of sample videos; 0 for none."""
     num_samples: int = Field(8, ge=1)
-    """Videos in a set of samples: the same seeds and labels every time."""
+    """Videos per set of samples; every set has the same seeds and labels."""
     score_every: int = Field(0, ge=0)
     """Steps between two scores of the averaged model against `data.path`, in `scores.jsonl`; 0 for none. Needs the
     extra `evaluate`."""
     score_clips: int = Field(64, ge=3)
-    """Clips of either side of a score: the same real ones and the same seeds every time."""
+    """Real clips, and as many samples, per score; every score has the same clips and seeds."""
     validate_every: int = Field(0, ge=0)
     """Steps between two measurements of the loss on `data.validation`, in `validation.jsonl`; 0 for none."""
     validation_clips: int = Field(VALIDATION_CLIPS, ge=1)
-    """Held-out clips of a measurement, each at ten noise levels: the same clips and noise every time."""
+    """Held-out clips per measurement, each at ten noise levels; every measurement has the same clips and noise."""
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-    """Where metrics and samples are shown beside `metrics.jsonl`: TensorBoard, in `run_dir/tensorboard`, with the extra
-    `track`; Weights & Biases, with the extra `wandb`."""
+    """Trackers that show metrics and samples, in addition to `metrics.jsonl`: TensorBoard, in `run_dir/tensorboard`,
+    with the extra `track`; Weights & Biases, with the extra `wandb`."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:
@@ -111,12 +111,12 @@ class TrainConfig(StrictConfig):
             raise ValueError(f"trackers is {self.trackers}, but each may be named once")
         if self.validation_clips != VALIDATION_CLIPS and not self.validate_every:
             raise ValueError(
-                f"validation_clips is {self.validation_clips}, but has no effect where validate_every is 0"
+                f"validation_clips is {self.validation_clips}, but has no effect with validate_every=0"
             )
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
         if self.compile and self.gradient_checkpointing == "cheap":
-            raise ValueError("gradient_checkpointing is cheap, but has no effect beside compile, which does the same")
+            raise ValueError("gradient_checkpointing is cheap, but has no effect with compile, which does the same")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every is {self.keep_every}, but must be a multiple of checkpoint_every ({self.checkpoint_every})"
@@ -143,13 +143,16 @@ class RunConfig(StrictConfig):
     """One training run: `lavita train --config FILE`."""
 
     run_dir: Path = Path("runs/train")
-    """Where checkpoints, metrics, samples and the pipeline go."""
+    """Folder of the run: checkpoints, metrics, samples and the pipeline."""
     autoencoder: str = "auto"
-    """Path or hub id of an `AutoencoderKL`; `builtin` is the one in the package;
-    `auto`: `builtin` up to 128 pixels, Stable Diffusion's above."""
+    """Path or hub id of an `AutoencoderKL`, or `builtin`, the one in the package; `auto` is `builtin` up to 128 pixels
+    and Stable Diffusion's above."""
     data: DataConfig = DataConfig()
+    """The videos, and the clips that are taken from them."""
     model: ModelConfig = ModelConfig()
+    """The transformer."""
     train: TrainConfig = TrainConfig()
+    """The optimization."""
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
@@ -161,7 +164,7 @@ class RunConfig(StrictConfig):
         if self.train.validate_every and data.validation is None:
             raise ValueError(f"train.validate_every is {self.train.validate_every}, but needs data.validation")
         if data.validation is not None and not self.train.validate_every:
-            raise ValueError("data.validation is set, but has no effect where train.validate_every is 0")
+            raise ValueError("data.validation is set, but has no effect with train.validate_every=0")
         if self.train.score_every and data.dataset != "folder":
             raise ValueError(
                 f"train.score_every is {self.train.score_every}, but needs data.dataset=folder: it compares with every "
@@ -177,8 +180,8 @@ class RunConfig(StrictConfig):
         if model.patch_embedding == "compression":
             if data.num_images:
                 raise ValueError(
-                    f"data.num_images is {data.num_images}, but must be 0 with model.patch_embedding=compression: its "
-                    "tokens hold several frames, an image is one"
+                    f"data.num_images is {data.num_images}, but must be 0 with model.patch_embedding=compression, "
+                    "whose tokens hold several frames: an image is one frame"
                 )
             if data.num_frames % (model.tube_size or DEFAULT_TUBE_SIZE):
                 raise ValueError(
@@ -192,45 +195,45 @@ class AutoencoderConfig(StrictConfig):
     """Training of an autoencoder: `lavita autoencoder train`."""
 
     run_dir: Path = Path("runs/autoencoder")
-    """Where checkpoints, metrics and the autoencoder go."""
+    """Folder of the run: checkpoints, metrics and the autoencoder."""
     data: list[Path] = Field(min_length=1)
     """Folders of videos."""
     data_weights: list[PositiveFloat] | None = None
-    """How often each folder is drawn from, whatever its size; equally by default."""
+    """Relative frequency at which each folder is drawn from, whatever its size; by default all are equal."""
     held_out: list[Path] = Field(default_factory=list)
-    """Folders whose frames are never trained on; PSNR is measured on them."""
+    """Folders of videos that are not trained on; PSNR is measured on them at the end."""
     resolution: int = Field(64, ge=8)
     """Side of the training crops in pixels."""
     downsampling: Literal[2, 4, 8, 16] = 4
-    """Pixels of a latent pixel's side."""
+    """Pixels per latent pixel, along each side."""
     latent_channels: int = Field(4, ge=1)
     """Channels of the latents."""
     block_out_channels: list[int] | None = None
-    """Width at each resolution, finest first; by default doubling from 32."""
+    """Channels at each resolution, finest first; by default 32, doubled at each further one."""
     layers_per_block: int = Field(1, ge=1)
     """Residual blocks at each resolution of the encoder."""
     steps: int = Field(20_000, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = Field(8, ge=2, multiple_of=2)
-    """Frames of one step: half as many pairs of successive frames."""
+    """Frames per step: half as many pairs of successive frames."""
     learning_rate: float = Field(5e-4, gt=0)
-    """Peak rate of AdamW: it rises over 200 steps and falls along a cosine to 1% of it."""
+    """Peak learning rate of AdamW: it rises over 200 steps and falls along a cosine to 1% of the peak."""
     kl_weight: float = Field(1e-4, ge=0)
-    """Weight of the KL divergence to a unit Gaussian, in nats a latent value."""
+    """Weight of the KL divergence to a unit Gaussian, in nats per latent value."""
     motion_weight: float = Field(4.0, ge=0)
-    """How much more a moving pixel counts in the reconstruction loss than a still one."""
+    """Additional weight of a moving pixel in the reconstruction loss; a still pixel has the weight 1."""
     edge_weight: float = Field(0.5, ge=0)
     """Weight of the L1 distance between image gradients."""
     horizontal_flip: bool = True
-    """Mirror pairs with probability 1/2."""
+    """Mirror each pair with probability 1/2."""
     memory_gib: float = Field(2.0, gt=0)
-    """Decoded frames kept in memory; a random part of each video where they are more."""
+    """Memory for decoded frames, in GiB; if all frames need more, a random part of each video is kept."""
     save_dtype: Literal["float32", "float16"] = "float32"
-    """Weights on disk; `float16` halves the file."""
+    """Precision of the saved weights; `float16` halves the file."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 autocast where the processor has bf16 matrix products, else fp32."""
+    """Precision of the matrix products. `auto`: bf16 if the device has it, otherwise fp32."""
     device: str = "auto"
-    """`auto`: the first GPU if there is one, else the CPU."""
+    """Device to train on; `auto` is the first GPU if there is one, otherwise the CPU."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, draws and noise."""
     log_every: int = Field(20, ge=1)
@@ -238,7 +241,7 @@ class AutoencoderConfig(StrictConfig):
     checkpoint_every: int = Field(1_000, ge=1)
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many of the last checkpoints are kept."""
+    """Number of latest checkpoints to keep."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> AutoencoderConfig:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from lavita.core.files import write_text
 from lavita.models.adapters import _BASE, _HIGH, _LOW
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.training.config import RunConfig
+from lavita.training.config import TrainConfig
 
 LAYERS = {"qkv": "qkv", "proj": "proj", "fc1": "fc1", "fc2": "fc2", "adaLN_modulation": "adaLN_modulation.1"}
 DEFAULT_TARGETS = ("qkv", "proj", "fc1", "fc2")
@@ -39,7 +40,7 @@ def temporal_parameters(model: LavitaTransformer3DModel) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
 
 
-def prepare(model: LavitaTransformer3DModel, config: RunConfig, fresh: Set[str]) -> None:
+def prepare(model: LavitaTransformer3DModel, settings: TrainConfig, fresh: Set[str]) -> None:
     """Freezes what a run does not train, and adds its adapters; without `freeze` and `lora_rank` nothing changes.
 
     What learns:
@@ -51,13 +52,12 @@ def prepare(model: LavitaTransformer3DModel, config: RunConfig, fresh: Set[str])
     Args:
         model: a plain one, on the device of the training; before optimizer, average, or anything that wraps it. Its
             weights play no part, so that the same call makes the structure that a checkpoint is loaded into.
-        config: of the run.
+        settings: the configuration of the training.
         fresh: names of the parameters that owe something to chance or to zeros (`LoadReport.fresh`).
 
     Raises:
         ValueError: where what should freeze has learned nothing, no layer is left to adapt, or peft is missing.
     """
-    settings = config.train
     if settings.freeze is None and not settings.lora_rank:
         return
     names = {name for name, _ in model.named_parameters()}
@@ -71,15 +71,14 @@ def prepare(model: LavitaTransformer3DModel, config: RunConfig, fresh: Set[str])
             f"({', '.join(unlearned[:2])}{more}); allowed: 'spatial' or none"
         )
     if settings.lora_rank:
-        _add_adapters(model, config, learning - fresh)
+        _add_adapters(model, settings, learning - fresh)
         learning = set()
     for name, parameter in model.named_parameters():
         plain = name.replace(_BASE, ".")
         parameter.requires_grad_(name.endswith((_LOW, _HIGH)) or plain in fresh or plain in learning)
 
 
-def _add_adapters(model: LavitaTransformer3DModel, config: RunConfig, learning: Set[str]) -> None:
-    settings = config.train
+def _add_adapters(model: LavitaTransformer3DModel, settings: TrainConfig, learning: Set[str]) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -121,10 +120,7 @@ def trained_parameters(model: LavitaTransformer3DModel) -> str:
 
 def write_fresh(run_dir: Path, fresh: Set[str]) -> None:
     """Keeps the names of the fresh parameters in `init.json`: a resumed run does not read its source again."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir / f"{_FRESH}.partial"
-    partial.write_text(json.dumps({"fresh": sorted(fresh)}, indent=1))
-    partial.replace(run_dir / _FRESH)
+    write_text(run_dir / _FRESH, json.dumps({"fresh": sorted(fresh)}, indent=1))
 
 
 def read_fresh(run_dir: Path) -> set[str]:

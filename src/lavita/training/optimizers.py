@@ -45,6 +45,13 @@ def make_optimizers(
     return optimizers
 
 
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    """Sets the learning rate of all parameters."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
 class Muon(torch.optim.Optimizer):
     """Steps along the nearest semi-orthogonal matrix to each matrix's momentum (Jordan et al. 2024).
 

@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its metrics, and whether it may be resumed."""
+"""The folder of a run: its lock, its metrics, and whether it may be resumed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import fcntl
 import json
 import shutil
 import signal
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lavita.core.config import ConfigError, StrictConfig, load_config, read_yaml
+from lavita.core.files import write_text
 from lavita.training.checkpoint import list_checkpoints
 
-# What may differ when a run is resumed: how long it is and how it ends, what is written down, and how the work is
-# shared, but nothing that changes a step before the end by more than rounding.
 RESUMABLE = {
     "data.workers",
     "train.steps",
@@ -42,22 +41,24 @@ RESUMABLE = {
     "train.device",
     "run_dir",
 }
+"""Fields that may differ when a run is resumed: how long it is and how it ends, what is written, and how the work is
+shared, but nothing that changes a step before the end by more than rounding."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved a checkpoint; the same command goes on from there."""
+    """The run was asked to stop and has saved a checkpoint."""
 
-    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
-        """`number` is the signal that asked; another process may have got it."""
-        super().__init__(message)
-        self.exit_code = 128 + number
+    def __init__(self, step: int, steps: int, signals: Sequence[int]) -> None:
+        """Keeps the exit code of the first signal; without one, another process has received it."""
+        super().__init__(f"stopped at step {step:,} of {steps:,}; run the same command again to resume")
+        self.exit_code = 128 + next(iter(signals), signal.SIGTERM)
 
 
 @contextmanager
 def stop_requested() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes; a second one stops at once.
+    """A list that receives the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt at once.
 
-    The loop looks at it between two steps, so that a checkpoint never holds half a step.
+    The training loop looks at the list between two steps, so that a checkpoint never holds half a step.
     """
     received: list[int] = []
 
@@ -75,36 +76,40 @@ def stop_requested() -> Iterator[list[int]]:
 
 
 class Metrics:
-    """Appends one JSON object a line to a file; a resumed run first drops the lines it will write again."""
+    """A file of JSON objects, one per line; a resumed run first drops the lines that it will write again."""
 
     def __init__(self, path: Path, resume_step: int, active: bool = True) -> None:
-        """Opens `path`; lines with a `step` above `resume_step`, and a half-written last one, are dropped.
+        """Opens a file and drops its lines with a `step` above `resume_step`, and a last line that is cut off.
 
-        One that is not `active`, as in all but the first of several processes, writes nothing.
+        Args:
+            path: made if missing.
+            resume_step: optimizer steps done.
+            active: False to write nothing, as in all but the first of several processes.
         """
         self._file = None
         if not active:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if record["step"] <= resume_step:
                 kept.append(line + "\n")
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
-        self._file = path.open("a", buffering=1)
+        write_text(path, "".join(kept))
+        self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, **record: Any) -> None:
-        """Appends one object."""
+        """Appends one line."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
 
-    def close(self) -> None:
+    def __enter__(self) -> Metrics:
+        """The file is open already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
@@ -112,17 +117,17 @@ class Metrics:
 
 @contextmanager
 def only_run(run_dir: Path) -> Iterator[None]:
-    """Holds a run's folder, so that no second run writes into it; the system lets go of it when the process dies.
+    """Locks a run's folder against a second run; the system releases the lock when the process dies.
 
     Raises:
-        ValueError: where another process holds it.
+        ValueError: if another process holds the lock.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{run_dir}: another run is going on in this folder; use another run_dir") from error
+            raise ValueError(f"{run_dir}: another run is using this folder; use another run_dir") from error
         try:
             yield
         except BaseException:
@@ -132,12 +137,12 @@ def only_run(run_dir: Path) -> Iterator[None]:
 
 
 def check_resumable(run_dir: Path, config: StrictConfig, may_differ: Set[str]) -> None:
-    """Refuses to resume a run folder under another configuration; one without checkpoints starts anew.
+    """Refuses to resume a run under another configuration; a folder without checkpoints is not resumed.
 
     Args:
         run_dir: the run's folder, with the `config.yaml` that it was started with.
-        config: what was asked for now.
-        may_differ: dotted names of the fields that change no step.
+        config: the configuration asked for now.
+        may_differ: dotted names of fields that may differ.
 
     Raises:
         ConfigError: naming the first other field that differs.
@@ -145,7 +150,7 @@ def check_resumable(run_dir: Path, config: StrictConfig, may_differ: Set[str]) -
     file = run_dir / "config.yaml"
     if not file.exists() or not list_checkpoints(run_dir / "checkpoints"):
         return
-    # Through the class: a field that is newer than the run has its default, which is what the run did.
+    # Validated, so that a field that is newer than the run has its default, which is how the run was trained.
     started = load_config(type(config), read_yaml(file), source=str(file))
     before, now = _flat(started.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
     for key in sorted(now.keys() - may_differ):

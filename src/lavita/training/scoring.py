@@ -18,8 +18,6 @@ from lavita.evaluation.features.compute import BATCH_SIZE, compute_outputs
 from lavita.evaluation.features.extractors import get_extractor
 from lavita.evaluation.features.networks import Network, load_network
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.training.config import RunConfig
-from lavita.training.run_folder import Metrics
 
 
 @dataclass(frozen=True)
@@ -101,33 +99,3 @@ class TrainingScorer:
         score = kernel_score(self._real, np.concatenate(self._team.collect(features)), self._videos)
         name = score_name(FEATURE_METRICS["kernel-video"], self._extractor)
         return {name: score.value, f"{name}_standard_error": score.standard_error}
-
-
-class ScoreLog:
-    """The scores of a training run, a line each in `scores.jsonl`."""
-
-    def __init__(self, config: RunConfig, resume_step: int, device: torch.device, team: Processes) -> None:
-        """Reads the real clips of the run; lines after `resume_step` are dropped, as they will be written again.
-
-        Raises:
-            ValueError: as `TrainingScorer`.
-        """
-        data = config.data
-        # The configuration has no scores without it.
-        assert data.path is not None
-        self._score = TrainingScorer(
-            data.path,
-            data.num_frames,
-            data.frame_interval,
-            data.resolution,
-            TrackingOptions(num_clips=config.train.score_clips),
-            device,
-            team,
-        )
-        self._lines = Metrics(config.run_dir / "scores.jsonl", resume_step, team.is_first)
-
-    def write(self, step: int, pipeline: LavitaPipeline) -> dict[str, float]:
-        """Scores a pipeline, appends the line, and returns its numbers."""
-        scores = self._score(pipeline)
-        self._lines.write(step=step, **scores)
-        return scores

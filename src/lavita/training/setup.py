@@ -1,21 +1,144 @@
-"""Builds everything that a training run needs."""
+"""Builds everything that a training run works with."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator, Set
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
 from diffusers import AutoencoderKL
 
-from lavita.models.autoencoder import latent_size
+from lavita.core.config import ConfigError, save_config
+from lavita.core.files import write_text
+from lavita.core.precision import pick_device
+from lavita.core.processes import Processes
+from lavita.core.progress import Progress
+from lavita.data.text_embeddings import embed_texts, texts_folder
+from lavita.models.autoencoder import latent_size, load_autoencoder
+from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
+from lavita.models.fingerprint import fingerprint
+from lavita.models.gradient_checkpointing import checkpoint_blocks
+from lavita.models.packaged import autoencoder_source
+from lavita.models.pretrained.transfer import initialize
 from lavita.models.text_encoder import DEFAULT_TEXT_ENCODER
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.batches import BatchMaker
-from lavita.training.config import RunConfig
+from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.training.config import RunConfig, TrainConfig
+from lavita.training.finetune import prepare, read_fresh, trained_parameters, write_fresh
+from lavita.training.run_folder import RESUMABLE, Metrics, check_resumable
+from lavita.training.scoring import TrackingOptions, TrainingScorer
+from lavita.training.state import TrainState
+from lavita.training.trackers import Trackers
+from lavita.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the training loop works with."""
+
+    device: torch.device
+    vae: AutoencoderKL
+    batches: BatchMaker
+    state: TrainState
+    validation: Validation | None
+    """The held-out clips; None without `data.validation`."""
+    scorer: TrainingScorer | None
+    """None without `train.score_every`."""
+    metrics: Metrics
+    validations: Metrics
+    scores: Metrics
+    events: Metrics
+    trackers: Trackers
+    progress: Progress
+
+
+@contextmanager
+def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
+    """Builds a run, resumed from the last checkpoint of its folder, and closes its files at the end.
+
+    Args:
+        config: the run.
+        team: the processes that share it.
+
+    Raises:
+        ValueError: if configuration, data, autoencoder and run folder do not fit together.
+        OSError: if the run folder cannot be written to.
+    """
+    settings, run_dir = config.train, config.run_dir
+    check_batch_size(settings, team)
+    check_resumable(run_dir, config, RESUMABLE)
+    device = pick_device(settings.device)
+    vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
+    texts = texts_folder(config.data.latent_cache, run_dir)
+    encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
+    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout)
+    if batches.captions is not None:
+        batches.embed_captions(encoder)
+    validation = None
+    if config.data.validation is not None:
+        validation = Validation(config.data, settings, vae, batches.source.catalog, encoder, team)
+    model = build_model(config, vae, batches).to(device)
+    fresh = _initialize(model, config, team)
+    state = build_state(model, settings, fresh, device, team)
+    _resume(state, run_dir, vae, team)
+    team.wait()  # all processes have read the folder before the first one writes to it
+    if team.is_first:
+        save_config(config, run_dir / "config.yaml")
+
+    with ExitStack() as stack:
+
+        def log(name: str, active: bool = True) -> Metrics:
+            metrics = Metrics(run_dir / f"{name}.jsonl", state.step, team.is_first and active)
+            return stack.enter_context(metrics)
+
+        metrics, events = log("metrics"), log("events")
+        validations, scores = log("validation", validation is not None), log("scores", bool(settings.score_every))
+        if state.step < settings.steps:
+            event = "resume" if state.step else "start"
+            events.write(step=state.step, event=event, processes=team.count, parallel=settings.parallel)
+        progress = Progress("step", settings.steps, state.step, team.is_first)
+        progress.message(f"{describe(batches, state, device, team)}; {run_dir}")
+        scorer = _open_scorer(config, device, team) if settings.score_every else None
+        tracked = config.model_dump(mode="json")
+        trackers = Trackers(settings.trackers if team.is_first else [], run_dir, tracked, state.step)
+        yield Run(
+            device=device,
+            vae=vae,
+            batches=batches,
+            state=state,
+            validation=validation,
+            scorer=scorer,
+            metrics=metrics,
+            validations=validations,
+            scores=scores,
+            events=events,
+            trackers=stack.enter_context(closing(trackers)),
+            progress=progress,
+        )
+
+
+def check_batch_size(settings: TrainConfig, team: Processes) -> None:
+    """Refuses a batch that the processes and their micro-batches cannot share evenly; ConfigError says why."""
+    if settings.batch_size % (settings.accumulation * team.count):
+        raise ConfigError(
+            f"train.batch_size is {settings.batch_size}, but must be a multiple of the processes ({team.count}) times "
+            f"train.accumulation ({settings.accumulation})"
+        )
 
 
 def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> LavitaTransformer3DModel:
-    """The freshly initialised model of a run, which carries the facts about its data."""
+    """The freshly initialised model of a run, on the CPU; its configuration carries the facts about the data."""
     names, table = list(batches.class_names), batches.text_table
     rates = sorted(video.info.fps for video in batches.source.catalog.videos)
+    torch.manual_seed(config.train.seed)
     return LavitaTransformer3DModel.from_preset(
         config.model.preset,
         variant=config.model.variant,
@@ -35,3 +158,88 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
         frame_interval=config.data.frame_interval,
         fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
     )
+
+
+def build_state(
+    model: LavitaTransformer3DModel, settings: TrainConfig, fresh: Set[str], device: torch.device, team: Processes
+) -> TrainState:
+    """Prepares a model for training as the configuration asks: frozen parts, adapters, checkpointing, compilation.
+
+    Args:
+        model: on the device.
+        settings: the configuration of the training.
+        fresh: names of the parameters that have no pretrained weights, see `finetune.prepare`.
+        device: the device of the model.
+        team: the processes that share each batch.
+    """
+    prepare(model, settings, fresh)
+    model.train()
+    checkpoint_blocks(model, settings.gradient_checkpointing)
+    if settings.compile:
+        compile_blocks(model)
+    return TrainState.build(model, settings, device, team)
+
+
+def describe(batches: BatchMaker, state: TrainState, device: torch.device, team: Processes) -> str:
+    """One line about the data, the model and where it is trained."""
+    classes = f", {len(batches.class_names)} classes" if batches.class_names else ""
+    texts = f", {len(batches.captions.texts) - 1:,} captions" if batches.captions is not None else ""
+    kind = "FSDP2" if state.parallel.is_sharded else "DDP"
+    several = f"{team.count} processes ({kind}); " if team.count > 1 else ""
+    return (
+        f"{len(batches.source.catalog.videos):,} videos{classes}{texts}, {batches.sampler.num_clips:,} clips; "
+        f"{trained_parameters(state.model)}; {several}{device}"
+    )
+
+
+def model_facts(model: LavitaTransformer3DModel) -> dict[str, Any]:
+    """The fields of a model's configuration that a checkpoint must agree with, as JSON holds them."""
+    facts = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    return dict(json.loads(json.dumps(facts)))
+
+
+def _initialize(model: LavitaTransformer3DModel, config: RunConfig, team: Processes) -> set[str]:
+    """Gives a new run the weights of `train.init_from`.
+
+    Returns:
+        Names of the parameters that have no pretrained weights; empty if nothing depends on them.
+    """
+    settings, run_dir = config.train, config.run_dir
+    if settings.init_from is not None and not list_checkpoints(run_dir / "checkpoints"):
+        report = initialize(model, settings.init_from, settings.init_weights)
+        if team.is_first:
+            write_fresh(run_dir, report.fresh)
+            write_text(run_dir / "init.txt", f"{report}\n")
+            print(report, file=sys.stderr)
+        return report.fresh
+    if settings.freeze is not None or settings.lora_rank:
+        return read_fresh(run_dir)
+    return set()
+
+
+def _resume(state: TrainState, run_dir: Path, vae: AutoencoderKL, team: Processes) -> None:
+    """Restores the last checkpoint of the run folder, if there is one.
+
+    Raises:
+        ValueError: if the checkpoint belongs to another model or autoencoder.
+    """
+    checkpoint = load_last_checkpoint(run_dir / "checkpoints", team)
+    if checkpoint is None:
+        return
+    facts = model_facts(state.model)
+    for key, value in checkpoint.facts["model_config"].items():
+        if facts.get(key) != value:
+            raise ValueError(
+                f"{run_dir} holds a model with {key}={value}, but this data and configuration give {facts.get(key)}; "
+                "use another run_dir"
+            )
+    if checkpoint.facts["autoencoder"] != fingerprint(vae):
+        raise ValueError(f"{run_dir} was trained with another autoencoder; use another run_dir")
+    state.restore(checkpoint)
+
+
+def _open_scorer(config: RunConfig, device: torch.device, team: Processes) -> TrainingScorer:
+    data = config.data
+    assert data.path is not None, "the configuration has no scores without data.path"
+    options = TrackingOptions(num_clips=config.train.score_clips)
+    return TrainingScorer(data.path, data.num_frames, data.frame_interval, data.resolution, options, device, team)

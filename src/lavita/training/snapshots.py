@@ -14,7 +14,7 @@ from lavita.models.adapters import adapter_scale, merge_state
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.batches import BatchMaker
-from lavita.training.config import RunConfig
+from lavita.training.config import TrainConfig
 from lavita.training.ema import EMA
 from lavita.video.contact_sheet import contact_sheet
 from lavita.video.writing import write_video
@@ -39,17 +39,25 @@ def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransform
     return averaged.eval().requires_grad_(False)
 
 
-def write_samples(config: RunConfig, pipeline: LavitaPipeline, batches: BatchMaker, step: int, team: Processes) -> Path:
-    """Writes `samples/step-<step>/<i>.mp4` and a contact sheet beside: the same seeds and conditions every time.
+def write_samples(
+    folder: Path, pipeline: LavitaPipeline, batches: BatchMaker, settings: TrainConfig, step: int, team: Processes
+) -> Path:
+    """Writes `step-<step>/<i>.mp4` and a contact sheet: the same seeds and conditions every time.
 
-    The processes share the batches.
+    Args:
+        folder: the run's folder of samples.
+        pipeline: of the averaged model.
+        batches: the source of the class names and of example captions.
+        settings: number of samples, batch size and precision.
+        step: optimizer steps done.
+        team: the processes, which share the batches of samples.
 
     Returns:
-        The contact sheet, once the first process has written it.
+        The contact sheet, `step-<step>.png`, once the first process has written it.
     """
-    num_samples, folder = config.train.num_samples, config.run_dir / "samples"
+    num_samples = settings.num_samples
     names, embeds = batches.class_names, batches.example_embeds(num_samples)
-    size = min(num_samples, config.train.batch_size)
+    size = min(num_samples, settings.batch_size)
     parts = [range(first, min(num_samples, first + size)) for first in range(0, num_samples, size)]
     mine: list[npt.NDArray[np.uint8]] = []
     for part in team.share(parts):
@@ -59,7 +67,7 @@ def write_samples(config: RunConfig, pipeline: LavitaPipeline, batches: BatchMak
             num_videos=len(part),
             num_inference_steps=SAMPLE_STEPS,
             generator=[generator(seed, "sample") for seed in part],
-            precision=config.train.precision,
+            precision=settings.precision,
         ).frames
         mine.append(np.asarray(frames))
     sheet = folder / f"step-{step:08d}.png"

@@ -1,4 +1,4 @@
-"""What keeps a long run from harm: loss scaling for fp16, and a watch over steps that go wrong."""
+"""Steps that go wrong: loss scaling for fp16, and the detection of spikes and of infinite gradients."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import torch
 from lavita.core.processes import Processes
 from lavita.training.batches import Batch
 
-Verdict = Literal["good", "spike", "not-finite"]
-HISTORY = 100  # gradient norms that a spike is measured against
-ENOUGH = 20  # of them, before anything counts as a spike
-MOST_SKIPPED = 10  # steps in a row
+Verdict = Literal["good", "spike", "not-finite", "overflow"]
+HISTORY = 100
+"""Gradient norms that a spike is measured against."""
+ENOUGH = 20
+"""Norms that must be known before anything counts as a spike."""
+MOST_SKIPPED = 10
+"""Steps in a row that may be skipped."""
 
 
 class StepGuard:
-    """Judges each step by its gradient's norm, which all processes share, before the weights change.
-
-    A spike is a norm of more than `spike_factor` times the median of the last 100.
-    """
+    """Judges each step by the norm of its gradient, which is the same in all processes, before the weights change."""
 
     def __init__(self, spike_factor: float) -> None:
-        """`spike_factor` 0 knows no spikes."""
+        """A norm of more than `spike_factor` times the median of the last 100 is a spike; with 0 none is."""
         self.spike_factor = spike_factor
         self.norms: deque[float] = deque(maxlen=HISTORY)
         self.skipped = 0
         """Steps skipped in a row."""
 
     def judge(self, norm: float) -> Verdict:
-        """What to think of a step whose gradient has this norm."""
+        """Judges a step whose gradient has this norm, and remembers the norm."""
         if not math.isfinite(norm):
             return "not-finite"
         enough = self.spike_factor and len(self.norms) >= ENOUGH
@@ -41,11 +41,11 @@ class StepGuard:
         return "spike" if is_spike else "good"
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The values of a checkpoint."""
         return {"norms": list(self.norms), "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint's."""
+        """Continues with the values of a checkpoint."""
         self.norms.extend(state["norms"])
         self.skipped = state["skipped"]
 
@@ -53,14 +53,14 @@ class StepGuard:
 class LossScale:
     """Scales the loss so that fp16 gradients neither vanish nor overflow (Micikevicius et al. 2018, Sec. 3.2).
 
-    `torch.amp.GradScaler` decides for each optimizer and each process apart; here several optimizers and the shards of
-    several processes must skip a step together, so the decision hangs on the norm of the whole gradient.
+    `torch.amp.GradScaler` decides separately for each optimizer and each process; here several optimizers and the
+    shards of several processes must skip a step together, so the norm of the whole gradient decides.
     """
 
     GROWTH_INTERVAL = 2000
 
     def __init__(self, enabled: bool) -> None:
-        """One that is not `enabled` is always 1."""
+        """Starts at 2^16; a scale that is not `enabled` is always 1."""
         self.enabled = enabled
         self.value = 2.0**16 if enabled else 1.0
         self._good = 0
@@ -72,7 +72,10 @@ class LossScale:
             torch._foreach_mul_(gradients, 1.0 / self.value)
 
     def overflowed(self, norm: float) -> bool:
-        """Whether a step must be left out because its gradient, of this norm, overflowed; moves the scale."""
+        """Whether a step must be skipped because its gradient, of this norm, overflowed; adjusts the scale.
+
+        The scale halves at an overflow and doubles after `GROWTH_INTERVAL` steps without one.
+        """
         if not self.enabled:
             return False
         if not math.isfinite(norm) and self.value > 1.0:
@@ -84,20 +87,34 @@ class LossScale:
         return False
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The values of a checkpoint."""
         return {"value": self.value, "good": self._good}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint's."""
+        """Continues with the values of a checkpoint."""
         self.value, self._good = state["value"], state["good"]
 
 
 def name_clips(batch: Batch, losses: torch.Tensor, team: Processes) -> list[dict[str, Any]]:
-    """Where the clips of a step come from, over all processes, with their losses, the worst first."""
-    mine = [
+    """The clips of a step over all processes, with their losses, the worst first.
+
+    Args:
+        batch: this process's clips.
+        losses: their losses, (B,).
+        team: the processes, which call this together.
+
+    Returns:
+        For each clip its `video`, `start`, `flip` and `loss`.
+    """
+    own = [
         {"video": draw.video.name, "start": draw.start, "flip": draw.flip, "loss": loss}
         for draw, loss in zip(batch.draws, losses.tolist(), strict=True)
     ]
-    everyone = [clip for share in team.gather(mine) for clip in share]
-    # What is no number is worse than any.
-    return sorted(everyone, key=lambda clip: -clip["loss"] if clip["loss"] == clip["loss"] else float("-inf"))
+    clips = [clip for share in team.gather(own) for clip in share]
+    # Sort NaN losses first.
+    return sorted(clips, key=lambda clip: float("-inf") if math.isnan(clip["loss"]) else -clip["loss"])
+
+
+def not_finite(step: int, loss: float, norm: float, advice: str) -> FloatingPointError:
+    """The error that ends a run at a step (from 1) whose loss or gradient is not finite."""
+    return FloatingPointError(f"the loss is {loss} and the norm of its gradient {norm} at step {step}; {advice}")

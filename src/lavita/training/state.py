@@ -1,25 +1,101 @@
-"""The state of a training run: what a checkpoint holds."""
+"""The state of a training run: everything that an optimizer step changes and a checkpoint holds."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
+from lavita.core.precision import low_precision
 from lavita.core.processes import Processes
-from lavita.models.fingerprint import fingerprint
+from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.training.checkpoint import Checkpoint, load_last_checkpoint
-from lavita.training.config import RunConfig
+from lavita.training.checkpoint import Checkpoint
+from lavita.training.config import TrainConfig
 from lavita.training.ema import EMA
+from lavita.training.optimizers import make_optimizers
+from lavita.training.parallel import ParallelModel
 from lavita.training.stability import LossScale, StepGuard
 
 
+@dataclass
+class TrainState:
+    """A model in training and everything that changes with it."""
+
+    model: LavitaTransformer3DModel
+    """On its device, in training mode; what does not learn is frozen. Sharded if `parallel` shards it."""
+    parallel: ParallelModel
+    """Calls the model; its gradients are means over all processes."""
+    diffusion: GaussianDiffusion
+    """The objective."""
+    ema: EMA
+    optimizers: list[torch.optim.Optimizer]
+    guard: StepGuard
+    scale: LossScale
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the steps since the last line of the metrics."""
+
+    def __post_init__(self) -> None:
+        """Lists the parameters that learn."""
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @classmethod
+    def build(
+        cls,
+        model: LavitaTransformer3DModel,
+        settings: TrainConfig,
+        device: torch.device,
+        team: Processes | None = None,
+    ) -> TrainState:
+        """The state before the first step.
+
+        Args:
+            model: on `device`, in training mode, with its parameters frozen or with adapters as the run asks for; all
+                processes have built the same one.
+            settings: parallelism, optimizer, EMA decay, precision and spike factor.
+            device: the device of the model.
+            team: the processes that share each batch; by default one.
+
+        Raises:
+            ConfigError: if `settings.parallel` needs several processes and there is one.
+        """
+        parallel = ParallelModel(model, settings.parallel, team or Processes(), device)
+        return cls(
+            model=model,
+            parallel=parallel,
+            diffusion=GaussianDiffusion(model.config["prediction_type"]),
+            ema=EMA(model, settings.ema_decay),
+            optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
+            guard=StepGuard(settings.spike_factor),
+            scale=LossScale(low_precision(device, settings.precision) == torch.float16),
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint, see `training_tensors`."""
+        return training_tensors(self.model, self.ema, self.optimizers)
+
+    def facts(self) -> dict[str, Any]:
+        """The other contents of a checkpoint, except for the step: values that JSON can hold."""
+        return {"losses": self.losses, "guard": self.guard.state(), "loss_scale": self.scale.state()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint of the same model, written by any number of processes, sharded or not.
+
+        Raises:
+            ValueError: if the checkpoint belongs to another model.
+        """
+        restore_training(checkpoint, self.model, self.ema, self.optimizers)
+        self.guard.restore(checkpoint.facts["guard"])
+        self.scale.restore(checkpoint.facts["loss_scale"])
+        self.step, self.losses = checkpoint.step, checkpoint.facts["losses"]
+
+
 def training_tensors(model: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """All tensors of a training run by name: weights, their averages, and the optimizers' state."""
+    """All tensors of a training run by name: the weights, their averages, and the state of the optimizers."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in ema.weights.items()}
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -32,10 +108,10 @@ def training_tensors(model: nn.Module, ema: EMA, optimizers: list[torch.optim.Op
 def restore_training(
     checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]
 ) -> None:
-    """Reads what `training_tensors` named into model, averages and optimizers.
+    """Reads the tensors that `training_tensors` named into a model, its averages and its optimizers.
 
     Raises:
-        ValueError: where the checkpoint is of another model.
+        ValueError: if the checkpoint belongs to another model.
     """
     for optimizer in optimizers:
         learning = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -43,49 +119,8 @@ def restore_training(
             prefix = f"optimizer.{name}."
             for key, outline in checkpoint.outlines.items():
                 if parameter in learning and key.startswith(prefix):
-                    # Moments are sharded as their parameter is.
-                    alike = outline.shape == parameter.shape
-                    place = torch.zeros_like(parameter) if alike else torch.zeros_like(outline, device="cpu")
-                    optimizer.state[parameter][key.removeprefix(prefix)] = place.detach()
+                    # A moment has its parameter's shape and is sharded like it; step counts are scalars on the CPU.
+                    is_moment = outline.shape == parameter.shape
+                    empty = torch.zeros_like(parameter) if is_moment else torch.zeros_like(outline, device="cpu")
+                    optimizer.state[parameter][key.removeprefix(prefix)] = empty.detach()
     checkpoint.read(training_tensors(model, ema, optimizers))
-
-
-def resume(
-    config: RunConfig,
-    team: Processes,
-    vae: AutoencoderKL,
-    model: LavitaTransformer3DModel,
-    ema: EMA,
-    optimizers: list[torch.optim.Optimizer],
-    guard: StepGuard,
-    scale: LossScale,
-) -> tuple[int, list[float]]:
-    """Loads the last checkpoint of the run folder into all of them.
-
-    Returns:
-        The steps done, and the losses since the last line of the metrics.
-
-    Raises:
-        ValueError: where the checkpoint is of another model or autoencoder.
-    """
-    checkpoint = load_last_checkpoint(config.run_dir / "checkpoints", team)
-    if checkpoint is None:
-        return 0, []
-    facts = model_facts(model)
-    for key, value in checkpoint.facts["model_config"].items():
-        if facts.get(key) != value:
-            raise ValueError(
-                f"{config.run_dir} holds a model with {key}={value}, but this data and configuration give "
-                f"{facts.get(key)}; use another run_dir"
-            )
-    if checkpoint.facts["autoencoder"] != fingerprint(vae):
-        raise ValueError(f"{config.run_dir} was trained with another autoencoder; use another run_dir")
-    restore_training(checkpoint, model, ema, optimizers)
-    guard.restore(checkpoint.facts["guard"])
-    scale.restore(checkpoint.facts["loss_scale"])
-    return checkpoint.step, checkpoint.facts["losses"]
-
-
-def model_facts(model: LavitaTransformer3DModel) -> dict[str, Any]:
-    """The fields of a model's configuration that a checkpoint must agree with, as JSON holds them."""
-    return json.loads(json.dumps({key: value for key, value in model.config.items() if not key.startswith("_")}))

@@ -1,12 +1,117 @@
-"""One optimizer step."""
+"""One optimizer step: gradients of a batch, clipping, the decision whether to take the step, the update."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
+from lavita.core.precision import autocast
+from lavita.core.processes import Processes, sum_over, whole
+from lavita.training.batches import Batch
 from lavita.training.config import TrainConfig
+from lavita.training.optimizers import set_learning_rate
+from lavita.training.stability import Verdict
+from lavita.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in an optimizer step."""
+
+    loss: float
+    """Mean over the clips of all processes, before the update."""
+    grad_norm: float
+    """Norm of the whole batch's gradient before it was clipped."""
+    learning_rate: float
+    verdict: Verdict
+    taken: bool
+    """Whether the weights were updated."""
+    clip_losses: torch.Tensor
+    """Losses of this process's clips, float32 (B,), on the device."""
+
+
+def train_step(state: TrainState, batch: Batch, settings: TrainConfig, team: Processes | None = None) -> StepResult:
+    """Trains on a batch: forward and backward passes, clipping, optimizers, moving average.
+
+    A step with an infinite gradient, and with `settings.bad_steps="skip"` a spike, changes neither weights nor
+    optimizers nor averages, but counts as a step.
+
+    Args:
+        state: changed in place.
+        batch: this process's clips, on any device; `settings.accumulation` must divide their number.
+        settings: precision, accumulation, clipping, learning rate, and what to do with bad steps.
+        team: the processes that share the step and call this together; by default one.
+    """
+    clip_losses = compute_gradients(state, batch, settings)
+    return update(state, clip_losses, settings, team)
+
+
+def compute_gradients(state: TrainState, batch: Batch, settings: TrainConfig) -> torch.Tensor:
+    """Adds the gradient of a batch's mean loss, times the loss scale, to the `grad` of the parameters.
+
+    The micro-batches and the processes add up to the gradient of the whole batch.
+
+    Returns:
+        The losses of this process's clips, float32 (B,), without a graph.
+    """
+    device, count = state.parameters[0].device, len(batch.latents)
+    if count % settings.accumulation:
+        raise ValueError(f"accumulation is {settings.accumulation}, but must divide the {count} clips of a batch")
+    micro = count // settings.accumulation
+    clip_losses = []
+    for first in range(0, count, micro):
+        part = batch.part(first, micro, device)
+        noisy = state.diffusion.q_sample(part.latents, part.timesteps, part.noise)
+        with state.parallel.gradients_later(first + micro < count):
+            with autocast(device, settings.precision):
+                output = state.parallel(
+                    noisy, part.timesteps, part.class_labels, part.text_embeds, num_images=part.num_images
+                )
+            losses = state.diffusion.losses(output, part.latents, part.timesteps, part.noise).total
+            (losses.mean() * (state.scale.value / settings.accumulation)).backward()
+        clip_losses.append(losses.detach())
+    return torch.cat(clip_losses)
+
+
+def update(
+    state: TrainState, clip_losses: torch.Tensor, settings: TrainConfig, team: Processes | None = None
+) -> StepResult:
+    """Ends a step: clips the gradients that have added up, and takes the step unless it would do harm.
+
+    Args:
+        state: with gradients; changed in place.
+        clip_losses: losses of this process's clips, (B,).
+        settings: as for `train_step`.
+        team: as for `train_step`.
+    """
+    team = team or Processes()
+    rate = learning_rate(settings, state.step)
+    state.scale.unscale([parameter.grad for parameter in state.parameters if parameter.grad is not None])
+    # Reading the norm waits for the device; reading the loss right after it costs no second wait.
+    norm = whole(torch.nn.utils.clip_grad_norm_(state.parameters, settings.clip_grad_norm)).item()
+    own_loss = clip_losses.mean().item()
+
+    verdict: Verdict = "overflow" if state.scale.overflowed(norm) else state.guard.judge(norm)
+    taken = verdict == "good" or (verdict == "spike" and settings.bad_steps == "stop")
+    if verdict != "overflow":
+        state.guard.skipped = 0 if taken else state.guard.skipped + 1
+    set_learning_rate(state.optimizers, rate)
+    for optimizer in state.optimizers:
+        if taken:
+            optimizer.step()
+        optimizer.zero_grad()
+    state.step += 1
+    if taken:
+        state.ema.update(state.step)
+    loss = sum_over(team, torch.tensor([own_loss], dtype=torch.float64)).item() / team.count
+    if taken:
+        state.losses.append(loss)
+    return StepResult(loss, norm, rate, verdict, taken, clip_losses)
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
-    """The rate of a step (from 0): up to the set one, constant, and down to 0 in the last `decay_steps`.
+    """The rate of a step (from 0): it rises to the set one, stays, and falls towards 0 in the last `decay_steps`.
 
     A constant rate can be stopped and decayed at any time, so the length of a run need not be known at its start
     (Haegele et al. 2024, Sec. 3).

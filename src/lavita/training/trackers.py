@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
 from lavita.core.config import ConfigError
-from lavita.training.config import RunConfig
+from lavita.core.files import write_text
 
 WANDB_ID = "wandb-id.txt"
 
@@ -37,22 +37,30 @@ class Tracker(Protocol):
 class Trackers:
     """All trackers of a run (`train.trackers`); none, and no library loaded, where it names none."""
 
-    def __init__(self, config: RunConfig, resume_step: int, active: bool = True) -> None:
-        """Opens them.
+    def __init__(
+        self,
+        names: Sequence[Literal["tensorboard", "wandb"]],
+        run_dir: Path,
+        config: Mapping[str, Any],
+        resume_step: int,
+    ) -> None:
+        """Opens the trackers.
 
         Args:
-            config: the run.
-            resume_step: steps done; what was shown of later ones is taken back, as it comes again.
-            active: False in all but the first of several processes.
+            names: which ones; none in all but the first of several processes.
+            run_dir: the run's folder.
+            config: the configuration of the run, as JSON can hold it.
+            resume_step: steps done; what was shown of later ones is taken back, as it will be shown again.
 
         Raises:
             ConfigError: where a library is missing or does not start.
         """
-        kinds: dict[str, Callable[[RunConfig, int], Tracker]] = {
-            "tensorboard": _TensorBoard,
-            "wandb": _WeightsAndBiases,
-        }
-        self._trackers = [kinds[name](config, resume_step) for name in config.train.trackers if active]
+        self._trackers: list[Tracker] = []
+        for name in names:
+            if name == "tensorboard":
+                self._trackers.append(_TensorBoard(run_dir, resume_step))
+            else:
+                self._trackers.append(_WeightsAndBiases(run_dir, config, resume_step))
 
     def log(self, step: int, values: Mapping[str, float | Sequence[float]], prefix: str = "train") -> None:
         """Shows numbers as `<prefix>/<name>`, those of a list as `<prefix>/<name>/0`, `/1`, ...; `step` itself not."""
@@ -80,9 +88,9 @@ class Trackers:
 class _TensorBoard:
     """Event files in `run_dir/tensorboard`, one for each start of the run."""
 
-    def __init__(self, config: RunConfig, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
         writer = _load("torch.utils.tensorboard", "tensorboard", "track").SummaryWriter
-        self._writer = writer(str(config.run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+        self._writer = writer(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -104,22 +112,19 @@ class _WeightsAndBiases:
     Steps that a resumed run repeats are ignored there, as a run's steps only rise; they have the same numbers.
     """
 
-    def __init__(self, config: RunConfig, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int) -> None:
         self._wandb = wandb = _load("wandb", "wandb", "wandb")
-        file = config.run_dir / WANDB_ID
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = run_dir / WANDB_ID
         if not resume_step or not file.exists():
-            partial = file.with_suffix(".partial")
-            partial.write_text(secrets.token_hex(4) + "\n")
-            partial.replace(file)
+            write_text(file, secrets.token_hex(4) + "\n")
         try:
             self._run = wandb.init(
                 id=file.read_text().strip(),
                 resume="allow",
-                dir=str(config.run_dir),
+                dir=str(run_dir),
                 project=os.environ.get("WANDB_PROJECT", "lavita"),
-                name=config.run_dir.name,
-                config=config.model_dump(mode="json"),
+                name=run_dir.name,
+                config=dict(config),
             )
         except wandb.errors.Error as error:
             raise ConfigError(f"train.trackers names wandb, which does not start: {error}") from error

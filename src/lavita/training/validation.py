@@ -17,8 +17,9 @@ from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import open_validation
 from lavita.data.clips import ClipSampler
+from lavita.data.config import DataConfig
 from lavita.models.diffusion import NUM_TIMESTEPS, GaussianDiffusion
-from lavita.training.config import RunConfig
+from lavita.training.config import TrainConfig
 
 LEVELS = 10
 """Noise levels: equal parts of the schedule, the least noisy first."""
@@ -35,7 +36,8 @@ class Validation:
 
     def __init__(
         self,
-        config: RunConfig,
+        data: DataConfig,
+        settings: TrainConfig,
         vae: AutoencoderKL,
         training: Catalog,
         embed: Callable[[Sequence[str]], torch.Tensor] | None = None,
@@ -44,8 +46,9 @@ class Validation:
         """Chooses the clips and reads the latents of this process's share of them, once.
 
         Args:
-            config: the run, with `data.validation`.
-            vae: the run's autoencoder.
+            data: the configuration of the data, with `validation`.
+            settings: the number of clips, the seed, and the precision of the autoencoder.
+            vae: the autoencoder of the run.
             training: the videos that it trains on, for their classes; none of them may be held out.
             embed: texts to embeddings, float32 (B, text_dim); needed with captions.
             team: the processes that share the clips.
@@ -53,11 +56,11 @@ class Validation:
         Raises:
             ValueError: where held-out and training videos, captions and autoencoder do not fit together.
         """
-        self._settings, self._team = config.train, team or Processes()
-        data, seed, count = config.data, config.train.seed, config.train.validation_clips
+        self._settings, self._team = settings, team or Processes()
+        seed, count = settings.seed, settings.validation_clips
         if count < self._team.count:
             raise ConfigError(f"train.validation_clips is {count}, but each of {self._team.count} processes needs one")
-        source = open_validation(config, vae)
+        source = open_validation(data, vae, settings.precision)
         tables = []
         if data.validation_captions is not None:
             table, source.catalog = match_captions(data.validation_captions, source.catalog, data.broken)

@@ -1,4 +1,4 @@
-"""Which curves a report shows, from the lines of its runs."""
+"""Chooses and draws the charts of a report from the logs of its runs."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ TITLES = {
     "lr": "learning rate",
     "clips_per_second": "clips/s",
 }
-LOUD = ("spike", "not-finite")
+ALARMING_EVENTS = ("spike", "not-finite")
 
 
 class Charts(NamedTuple):
-    """SVG pictures of a report."""
+    """The charts of a report, as SVG."""
 
     progress: list[str]
-    """Over the steps."""
+    """Quantities over the steps."""
     noise: list[str]
-    """By noise level."""
+    """Validation losses by noise level."""
 
 
 def make_charts(runs: Sequence[Run]) -> Charts:
-    """Draws what the runs have: none of a quantity that no run has measured."""
+    """Draws a chart for each quantity that at least one run has logged."""
     return Charts([svg for svg in _progress(runs) if svg], _noise(runs))
 
 
 def _progress(runs: Sequence[Run]) -> list[str]:
     marks = [
-        (event["step"], colour_of(place))
-        for place, run in enumerate(runs)
+        (event["step"], colour_of(index))
+        for index, run in enumerate(runs)
         for event in run.events
         if event["event"] == "resume"
     ]
     stops = [
-        (event["step"], colour_of(place))
-        for place, run in enumerate(runs)
+        (event["step"], colour_of(index))
+        for index, run in enumerate(runs)
         for event in run.events
-        if event["event"] in LOUD
+        if event["event"] in ALARMING_EVENTS
     ]
     panels = [
         draw_panel(
@@ -73,18 +73,18 @@ def _progress(runs: Sequence[Run]) -> list[str]:
 
 
 def _keys(runs: Sequence[Run], read: Callable[[Run], list[Record]]) -> list[str]:
-    """The quantities of some lines, those with a title first."""
+    """The names of the logged quantities, those in `TITLES` first."""
     found = dict.fromkeys(key for run in runs for row in read(run) for key, value in row.items() if is_number(value))
     return [*(key for key in TITLES if key in found), *(key for key in found if key not in TITLES and key != "step")]
 
 
 def _lines(runs: Sequence[Run], read: Callable[[Run], list[Record]], key: str, errors: bool = False) -> list[Curve]:
     curves = []
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         rows = [row for row in read(run) if _is_float(row.get(key))]
         reach = [_error(row.get(f"{key}_standard_error")) for row in rows] if errors else None
         curves.append(
-            Curve(run.name, colour_of(place), [row["step"] for row in rows], [float(row[key]) for row in rows], reach)
+            Curve(run.name, colour_of(index), [row["step"] for row in rows], [float(row[key]) for row in rows], reach)
         )
     return curves
 
@@ -98,16 +98,16 @@ def _is_float(value: Any) -> bool:
 
 
 def _noise(runs: Sequence[Run]) -> list[str]:
-    measured = [(place, run, [row for row in run.validation if _levels(row)]) for place, run in enumerate(runs)]
-    measured = [(place, run, rows) for place, run, rows in measured if rows]
+    measured = [(index, run, [row for row in run.validation if _levels(row)]) for index, run in enumerate(runs)]
+    measured = [(index, run, rows) for index, run, rows in measured if rows]
     if not measured:
         return []
     counts = {len(rows[-1]["by_noise"]) for _, _, rows in measured}
     panels = []
     if len(counts) == 1:
         profiles = []
-        for place, run, rows in measured:
-            last = Curve(run.name, colour_of(place), range(len(rows[-1]["by_noise"])), rows[-1]["by_noise"])
+        for index, run, rows in measured:
+            last = Curve(run.name, colour_of(index), range(len(rows[-1]["by_noise"])), rows[-1]["by_noise"])
             first = rows[0]["by_noise"] if len(rows) > 1 and len(rows[0]["by_noise"]) == len(last.values) else None
             profiles.append((last, first))
         panels.append(draw_profile("validation loss by noise level", profiles))

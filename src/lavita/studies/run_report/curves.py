@@ -1,4 +1,4 @@
-"""Curves of several runs as SVG to stand inside a page: its colours and fonts are theirs."""
+"""Draws curves of several runs as SVG to be embedded in a page, in the page's own colours and fonts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 COLOURS = ("#2a6fdb", "#e07b00", "#1f9d62", "#c2388f", "#8458d8", "#a5790a", "#0aa0b0", "#d2403a")
-INK = "#010203"  # stands for the page's own colour of text
-SIZE = (5.4, 3.0)  # inches, of 72 units
-MOST_BINS = 600  # of a curve: the highest and the lowest value of each are drawn, so that no spike is lost
-SMOOTHED_FROM = 50  # values: fewer are a curve of their own
+INK = "#010203"  # placeholder, replaced by the page's text colour
+SIZE = (5.4, 3.0)  # inches of 72 units
+MAX_BINS = 600  # of a long curve: the extreme values of each bin are drawn, so that no spike is lost
+SMOOTHED_FROM = 50  # values; shorter curves are drawn without an average
 
 Axes = Any
 
@@ -32,16 +32,16 @@ class Curve:
     """Standard errors of the values."""
 
 
-def colour_of(place: int) -> str:
-    """The colour of a run by its place in the report."""
-    return COLOURS[place % len(COLOURS)]
+def colour_of(index: int) -> str:
+    """The colour of the run with this index in the report."""
+    return COLOURS[index % len(COLOURS)]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """An exponential average over about a 25th of the values, without a bias towards 0 at its beginning.
+    """A bias-corrected exponential average over about a 25th of the values.
 
     Args:
-        values: finite.
+        values: finite numbers.
     """
     keep = 1 - 1 / max(1.0, len(values) / 25)
     averages, total, weight = [], 0.0, 0.0
@@ -52,12 +52,12 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """A long curve by the lowest and the highest value of each of `MOST_BINS` stretches; a short one as it is."""
-    if len(steps) <= 2 * MOST_BINS:
+    """Reduces a long curve to the lowest and the highest value of each of `MAX_BINS` bins; keeps a short one."""
+    if len(steps) <= 2 * MAX_BINS:
         return list(steps), list(values)
     x, y = np.asarray(steps), np.asarray(values)
     kept: list[int] = []
-    for stretch in np.array_split(np.arange(len(x)), MOST_BINS):
+    for stretch in np.array_split(np.arange(len(x)), MAX_BINS):
         kept += sorted({int(stretch[y[stretch].argmin()]), int(stretch[y[stretch].argmax()])})
     return x[kept].tolist(), y[kept].tolist()
 
@@ -70,18 +70,18 @@ def draw_panel(
     marks: Sequence[tuple[float, str]] = (),
     stops: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """One quantity over the steps.
+    """Draws one quantity over the steps.
 
     Args:
-        title: what it is, and its unit.
-        curves: of each run; a value that is not finite is left out.
-        smoothed: draw the values pale, and their average over it.
-        points: drawn as diamonds.
-        marks: step and colour of each resume: a dotted line.
-        stops: step and colour of what is worth a look, such as spikes: a cross at the top.
+        title: name of the quantity, with its unit.
+        curves: one curve per run; values that are not finite are left out.
+        smoothed: draw the values pale, and their average on top.
+        points: curves drawn as diamonds.
+        marks: step and colour of each resume, drawn as a dotted line.
+        stops: step and colour of each alarming event, such as a spike, drawn as a cross at the top.
 
     Returns:
-        SVG; empty where there is nothing to draw.
+        SVG; empty if there is nothing to draw.
     """
     drawn = [_finite(curve) for curve in (*curves, *points)]
     if not any(curve.steps for curve in drawn):
@@ -102,27 +102,27 @@ def draw_panel(
 
 
 def draw_levels(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> str:
-    """Ten curves over the steps, one for each noise level.
+    """Draws one curve over the steps for each noise level.
 
     Args:
-        title: what it is.
-        steps: when it was measured.
-        rows: what was measured each time, from the least noise to the most.
+        title: name of the quantity.
+        steps: the steps of the measurements.
+        rows: the values of each measurement, from the least to the most noise.
     """
     from matplotlib import colormaps
 
     count = len(rows[-1])
-    colours = [colormaps["plasma"](0.2 + 0.65 * place / max(1, count - 1)) for place in range(count)]
+    colours = [colormaps["plasma"](0.2 + 0.65 * index / max(1, count - 1)) for index in range(count)]
     with _Panel(title) as panel:
-        for place in range(count):
-            pairs = [(step, row[place]) for step, row in zip(steps, rows, strict=True) if len(row) == count]
+        for index in range(count):
+            pairs = [(step, row[index]) for step, row in zip(steps, rows, strict=True) if len(row) == count]
             panel.axes.plot(
                 *zip(*pairs, strict=True),
-                color=colours[place],
+                color=colours[index],
                 linewidth=1.4,
                 marker="o",
                 markersize=2.5,
-                label=level_name(place, count),
+                label=level_name(index, count),
             )
         _scale(panel.axes, [value for row in rows for value in row])
         panel.axes.set_xlabel("step")
@@ -133,7 +133,7 @@ def draw_levels(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]
 
 
 def draw_profile(title: str, curves: Sequence[tuple[Curve, Sequence[float] | None]]) -> str:
-    """A quantity over the noise levels: of each run the last measurement and, dashed and pale, the first."""
+    """Draws a quantity over the noise levels: the last measurement of each run, and its first one dashed and pale."""
     with _Panel(title) as panel:
         for curve, first in curves:
             if first is not None:
@@ -141,24 +141,24 @@ def draw_profile(title: str, curves: Sequence[tuple[Curve, Sequence[float] | Non
             panel.axes.plot(curve.steps, curve.values, color=curve.colour, linewidth=1.8, marker="o", markersize=4)
         _scale(panel.axes, [value for curve, first in curves for value in (*curve.values, *(first or ()))])
         count = len(curves[0][0].steps)
-        panel.axes.set_xticks(range(count), [level_name(place, count) for place in range(count)], fontsize=7)
+        panel.axes.set_xticks(range(count), [level_name(index, count) for index in range(count)], fontsize=7)
         panel.axes.set_xlabel("part of the noise schedule")
     return panel.svg
 
 
-def level_name(place: int, count: int) -> str:
-    """The part of the schedule that a noise level stands for."""
-    return f"{100 * place // count}-{100 * (place + 1) // count}%"
+def level_name(index: int, count: int) -> str:
+    """The part of the noise schedule that a noise level covers."""
+    return f"{100 * index // count}-{100 * (index + 1) // count}%"
 
 
 def _finite(curve: Curve) -> Curve:
-    kept = [place for place, value in enumerate(curve.values) if np.isfinite(value)]
-    errors = None if curve.errors is None else [curve.errors[place] for place in kept]
+    kept = [index for index, value in enumerate(curve.values) if np.isfinite(value)]
+    errors = None if curve.errors is None else [curve.errors[index] for index in kept]
     return Curve(
         curve.label,
         curve.colour,
-        [curve.steps[place] for place in kept],
-        [curve.values[place] for place in kept],
+        [curve.steps[index] for index in kept],
+        [curve.values[index] for index in kept],
         errors,
     )
 
@@ -179,7 +179,7 @@ def _draw_curve(axes: Axes, curve: Curve, smoothed: bool) -> None:
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where positive values span more than a factor of ten, with numbers that read as such."""
+    """Makes the axis logarithmic if the values are positive and span more than a factor of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     finite = [value for value in values if np.isfinite(value)]
@@ -192,7 +192,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 class _Panel:
-    """A figure that becomes SVG in the page's own colours when its block ends."""
+    """A figure that is rendered to SVG, in the page's own colours, when its `with` block ends."""
 
     def __init__(self, title: str) -> None:
         self.title, self.svg = title, ""
@@ -233,8 +233,8 @@ class _Panel:
         svg = stream.getvalue()
         svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
         svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
-        svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would reach the rest of the page
-        svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every picture has these, a page may have each once
+        svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the rest of the page
+        svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids must be unique on a page
         svg = re.sub(
             r'<svg ([^>]*?)(?:width|height)="[^"]*" ([^>]*?)(?:width|height)="[^"]*"', r"<svg \1\2", svg, count=1
         )

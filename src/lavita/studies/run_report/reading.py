@@ -1,4 +1,4 @@
-"""What the folder of a training run says about it, also while it is being written."""
+"""Reads the folder of a training run, finished or still running."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ from PIL import Image
 from lavita.core.config import ConfigError, read_yaml
 
 Record = dict[str, Any]
-_CHECKPOINT = re.compile(r"step-(\d+)(\.pt)?")
+_CHECKPOINT = re.compile(r"step-(\d+)")
 _SHEET = re.compile(r"step-(\d+)\.png")
-_SECONDS_OF_SILENCE = 300  # a run that has written nothing for so long may be gone
+_SECONDS_OF_SILENCE = 300  # after which a run that has written nothing may be dead
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as far as it has come."""
+    """The logs and results of one run so far."""
 
     folder: Path
     name: str
-    """Short, and different for each run of a report."""
+    """Short name, unique among the runs of a report."""
     config: dict[str, Any]
-    """Dotted names of all fields, and their values."""
+    """Values of all fields by their dotted names."""
     metrics: list[Record]
-    """Lines of `metrics.jsonl`, by rising step; so are `validation` and `scores`."""
+    """Lines of `metrics.jsonl`, sorted by step, like `validation` and `scores`."""
     validation: list[Record]
     scores: list[Record]
     events: list[Record]
-    """Lines of `events.jsonl`, in the order in which they were written."""
+    """Lines of `events.jsonl`, in file order."""
     samples: list[tuple[int, Path]]
-    """Step and contact sheet of each set of samples, by rising step."""
+    """Step and contact sheet of each set of samples, sorted by step."""
     checkpoint: int | None
     """Step of the last checkpoint."""
     parameters: int | None
-    """Of the transformer, once it has been saved or an event tells."""
+    """Number of parameters of the transformer, once it has been saved or logged."""
     damaged: list[str]
-    """A sentence for each file with lines that cannot be read."""
+    """One sentence for each file with unreadable lines."""
     updated: float | None
-    """When the newest line was written, in seconds since the epoch."""
+    """Time of the newest line, in seconds since the epoch."""
 
     @property
     def step(self) -> int:
-        """Steps done, as far as lines and checkpoints tell."""
+        """Steps done, according to logs and checkpoints."""
         return max(self.metrics[-1]["step"] if self.metrics else 0, self.checkpoint or 0)
 
     @property
     def total(self) -> int | None:
-        """Steps that the run is to do."""
+        """Planned number of steps."""
         total = self.config.get("train.steps", self.config.get("steps"))
         return total if isinstance(total, int) else None
 
     @property
     def batch_size(self) -> int | None:
-        """Clips of a step."""
+        """Clips per step."""
         size = self.config.get("train.batch_size", self.config.get("batch_size"))
         return size if isinstance(size, int) else None
 
     def state(self, now: float) -> str:
-        """Whether the run goes on, in words; `now` in seconds since the epoch."""
+        """Whether the run is finished, stopped or running, as text; `now` in seconds since the epoch."""
         last = self.events[-1] if self.events else {}
         if last.get("event") == "end" or (not self.events and self.total is not None and self.step >= self.total):
             return "finished"
@@ -74,17 +74,17 @@ class Run:
         if last.get("event") == "not-finite" and self.config.get("train.bad_steps") != "skip":
             return f"ended at step {last['step']:,}: the loss is not finite"
         if self.updated is None:
-            return "just begun"
+            return "just started"
         silence = max(0.0, now - self.updated)
         if silence < _SECONDS_OF_SILENCE:
             return "running"
-        return f"silent for {clock(silence)}: stopped, or between two lines"
+        return f"nothing logged for {clock(silence)}: stopped, or a long step"
 
     def seconds(self) -> float | None:
-        """Time that the run has taken: what its lines say, else its steps at the speed that they say."""
-        told = [row["seconds"] for row in self.metrics if is_number(row.get("seconds"))]
-        if told:
-            return float(told[-1])
+        """Run time: as logged, otherwise estimated from the logged speed."""
+        logged = [row["seconds"] for row in self.metrics if is_number(row.get("seconds"))]
+        if logged:
+            return float(logged[-1])
         if self.batch_size is None:
             return None
         total, before = 0.0, 0
@@ -95,7 +95,7 @@ class Run:
         return total or None
 
     def seconds_left(self) -> float | None:
-        """Time that the steps left will take at the speed of the last lines; None where that is not known."""
+        """Estimated time for the remaining steps at the latest speed; None if it is unknown."""
         speeds = [row["clips_per_second"] for row in self.metrics[-20:] if is_number(row.get("clips_per_second"))]
         if not speeds or self.total is None or self.batch_size is None or not sum(speeds):
             return None
@@ -108,7 +108,7 @@ def is_number(value: Any) -> bool:
 
 
 def clock(seconds: float) -> str:
-    """Seconds for reading: 12 s, 3 min, 5 h 07 min, 2 d 3 h."""
+    """A duration as text: 12 s, 3 min, 5 h 07 min, 2 d 3 h."""
     minutes, hours = round(seconds / 60), int(seconds / 3600 + 0.5 / 60)
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -121,17 +121,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads run folders.
 
     Raises:
-        ConfigError: for a folder that is missing, that is no run, or that is named twice.
+        ConfigError: if a folder is missing, is not a run, or is given twice.
     """
     resolved = [folder.resolve() for folder in folders]
-    for place, folder in enumerate(resolved):
-        if folder in resolved[:place]:
-            raise ConfigError(f"{folders[place]}: is named twice")
+    for index, folder in enumerate(resolved):
+        if folder in resolved[:index]:
+            raise ConfigError(f"{folders[index]}: is given twice")
     return [_read_run(folder, name) for folder, name in zip(folders, _short_names(resolved), strict=True)]
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many as it takes for all of them to differ."""
+    """The last part of each path, or as many parts as are needed to tell them apart."""
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -143,13 +143,13 @@ def _read_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder")
     if not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder}: is no training run: it has no config.yaml")
+        raise ConfigError(f"{folder}: is not a training run: it has no config.yaml")
     damaged: list[str] = []
     lines = {kind: _read_lines(folder / f"{kind}.jsonl", damaged) for kind in ("metrics", "validation", "scores")}
     events = [row for row in _read_lines(folder / "events.jsonl", damaged) if isinstance(row.get("event"), str)]
     files = [folder / f"{kind}.jsonl" for kind in (*lines, "events")]
     times = [file.stat().st_mtime for file in files if file.exists() and file.stat().st_size]
-    told = [event["parameters"] for event in events if isinstance(event.get("parameters"), int)]
+    logged = [event["parameters"] for event in events if isinstance(event.get("parameters"), int)]
     return Run(
         folder=folder,
         name=name,
@@ -160,14 +160,14 @@ def _read_run(folder: Path, name: str) -> Run:
         events=events,
         samples=_find_samples(folder / "samples"),
         checkpoint=_last_checkpoint(folder / "checkpoints"),
-        parameters=told[-1] if told else _count_parameters(folder / "pipeline" / "transformer"),
+        parameters=logged[-1] if logged else _count_parameters(folder / "pipeline" / "transformer"),
         damaged=damaged,
         updated=max(times, default=None),
     )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
+    """Nested fields as a flat mapping of dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -178,13 +178,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_lines(file: Path, damaged: list[str]) -> list[Record]:
-    """The objects of a JSONL file that have a step; what else there is counts, but for a half-written last line."""
+    """The objects with a step in a JSONL file; other lines are counted as damaged, except a half-written last one."""
     try:
-        lines = file.read_text(errors="replace").split("\n")
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
     records, bad = [], 0
-    for place, line in enumerate(lines):
+    for index, line in enumerate(lines):
         if not line.strip():
             continue
         try:
@@ -193,15 +193,15 @@ def _read_lines(file: Path, damaged: list[str]) -> list[Record]:
             record = None
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
-        elif place < len(lines) - 1:
+        elif index < len(lines) - 1:
             bad += 1
     if bad:
-        damaged.append(f"{file.name}: {bad} damaged {'line is' if bad == 1 else 'lines are'} left out")
+        damaged.append(f"{file.name}: {bad} damaged {'line is' if bad == 1 else 'lines are'} ignored")
     return records
 
 
 def _by_step(records: list[Record]) -> list[Record]:
-    """By rising step; of a step that was done twice the later line."""
+    """Sorted by step; if a step was done twice, its later line."""
     return [record for _, record in sorted({record["step"]: record for record in records}.items())]
 
 
@@ -214,7 +214,7 @@ def _find_samples(folder: Path) -> list[tuple[int, Path]]:
         try:
             with Image.open(file) as picture:
                 picture.verify()
-        except (OSError, SyntaxError):  # Pillow's errors for a file that is being written
+        except (OSError, SyntaxError):  # Pillow's errors for a file that is still being written
             continue
         found.append((int(match.group(1)), file))
     return sorted(found)
@@ -226,7 +226,7 @@ def _last_checkpoint(folder: Path) -> int | None:
 
 
 def _count_parameters(folder: Path) -> int | None:
-    """The numbers in a folder of safetensors, from their headers."""
+    """The number of values in the safetensors files of a folder, from their headers."""
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
         try:
