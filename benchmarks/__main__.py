@@ -18,65 +18,75 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
+SECTIONS = {
+    "forward": "One evaluation of the model, by all implementations.",
+    "training": "An optimizer step, plain, compiled and checkpointed.",
+    "sampling": "The sampling loop: guidance, caches, 8 bits.",
+    "autoencoder": "Encoding and decoding frames.",
+    "data": "Reading clips, compared with a training step.",
+    "extractor": "The offline feature extractor of the evaluation.",
+    "scaling": "How cost grows with frames, tokens, batch, width.",
+}
+"""Sections of the speed benchmark: modules of `benchmarks.speed`."""
+
 Arcade = Annotated[Path, typer.Option(help="Folder with train/ and heldout/, each with one folder per class.")]
 JsonFile = Annotated[Path | None, typer.Option(help="JSON file to write all rows to.", show_default=False)]
 OutFolder = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 
-@app.command()
-def speed(
-    sections: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="forward, training, sampling, autoencoder, data, evaluation, scaling. Default: all.",
-            show_default=False,
-        ),
-    ] = None,
-    preset: Annotated[str, typer.Option(help="Model: S/2 to XL/8, tiny, mini, small.")] = "S/2",
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 16,
-    sample_size: Annotated[int, typer.Option(min=1, help="Height and width of the latents.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 1,
-    precision: Annotated[
-        str, typer.Option(help="auto, fp32 or bf16; auto is bf16 if the device is fast at it.")
-    ] = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 5,
-    steps: Annotated[int, typer.Option(min=2, max=1000, help="Sampling steps.")] = 10,
-    compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Include compiled models; they take a minute each.")
-    ] = True,
-    memory: Annotated[
-        bool,
-        typer.Option("--memory/--no-memory", help="Measure peak memory as well, each candidate in its own process."),
-    ] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write result.json, table.md and plots into.", show_default=False),
-    ] = None,
-) -> None:
-    """Measure speed against the machine's limits.
+def add_speed_command(name: str, sections: tuple[str, ...], description: str) -> None:
+    """Adds a command that measures sections of the speed benchmark."""
 
-    Each figure is a ratio of candidates that took turns, other implementations among them; the floor is the matrix
-    products of the same pass alone.
-    """
-    from benchmarks.speed.command import run_sections
-    from benchmarks.speed.setup import Setup, resolve_precision
-    from lavita.core.precision import pick_device
+    def run(
+        preset: Annotated[str, typer.Option(help="Model: S/2 to XL/8, tiny, mini, small.")] = "S/2",
+        num_frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 16,
+        sample_size: Annotated[int, typer.Option(min=1, help="Height and width of the latents.")] = 32,
+        batch_size: Annotated[int, typer.Option(min=1, help="Clips per batch.")] = 1,
+        precision: Annotated[
+            str, typer.Option(help="auto, fp32 or bf16; auto is bf16 if the device is fast at it.")
+        ] = "auto",
+        repeats: Annotated[int, typer.Option(min=1, help="Rounds in which the candidates take turns.")] = 5,
+        steps: Annotated[int, typer.Option(min=2, max=1000, help="Sampling steps.")] = 10,
+        compiled: Annotated[
+            bool, typer.Option("--compile/--no-compile", help="Include compiled models; they take a minute each.")
+        ] = True,
+        memory: Annotated[
+            bool,
+            typer.Option(
+                "--memory/--no-memory", help="Measure peak memory as well, each candidate in its own process."
+            ),
+        ] = True,
+        device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+        out: Annotated[
+            Path | None,
+            typer.Option(help="Folder to write result.json, table.md and plots into.", show_default=False),
+        ] = None,
+    ) -> None:
+        from benchmarks.speed.command import run_sections
+        from benchmarks.speed.setup import Setup, resolve_precision
+        from lavita.core.precision import pick_device
 
-    chosen = pick_device(device)
-    setup = Setup(
-        preset=preset,
-        num_frames=num_frames,
-        sample_size=sample_size,
-        batch_size=batch_size,
-        precision=resolve_precision(precision, chosen),
-        repeats=repeats,
-        steps=steps,
-        compiled=compiled,
-        memory=memory,
-        device=str(chosen),
-    )
-    run_sections(setup, sections or (), out)
+        chosen = pick_device(device)
+        setup = Setup(
+            preset=preset,
+            num_frames=num_frames,
+            sample_size=sample_size,
+            batch_size=batch_size,
+            precision=resolve_precision(precision, chosen),
+            repeats=repeats,
+            steps=steps,
+            compiled=compiled,
+            memory=memory,
+            device=str(chosen),
+        )
+        run_sections(setup, sections, out)
+
+    app.command(name, help=description)(run)
+
+
+for section, work in SECTIONS.items():
+    add_speed_command(section, (section,), work)
+add_speed_command("speed", tuple(SECTIONS), "All of the above, in one report.")
 
 
 @app.command()

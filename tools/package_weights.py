@@ -1,4 +1,4 @@
-"""Copies trained weights into the package, in half precision: the autoencoder, or the arcade model.
+"""Copies trained weights into the package in half precision: the autoencoder or the arcade model.
 
 python tools/package_weights.py autoencoder runs/autoencoder/autoencoder
 python tools/package_weights.py arcade runs/arcade
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from lavita.core.config import read_yaml
+from lavita.core.files import write_json, write_text
 from lavita.models.autoencoder import load_autoencoder
 from lavita.sampling.pipeline import load_pipeline
 
@@ -23,7 +24,7 @@ WEIGHTS = Path(__file__).parents[1] / "src" / "lavita" / "weights"
 
 
 def replace_weights(name: str) -> Path:
-    """The empty folder of a packaged model; its model card stays."""
+    """Empties the folder of a packaged model, except for its model card, and returns it."""
     folder = WEIGHTS / name
     for old in folder.glob("*"):
         if old.name != "README.md":
@@ -33,11 +34,11 @@ def replace_weights(name: str) -> Path:
 
 
 def main(name: str, source: Path) -> None:
-    """Packages an autoencoder's folder, or the pipeline and the training record of a run's folder."""
+    """Packages an autoencoder from its folder, or the pipeline and the training record of a run folder."""
     if name == "autoencoder":
         load_autoencoder(str(source)).half().save_pretrained(replace_weights(name))
         return
-    records = [json.loads(line) for line in (source / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     settings = read_yaml(source / "config.yaml")["train"]
     seconds = sum(
         (after["step"] - before["step"]) * settings["batch_size"] / after["clips_per_second"]
@@ -51,15 +52,16 @@ def main(name: str, source: Path) -> None:
         "loss": round(sum(row["loss"] for row in records[-20:]) / len(records[-20:]), 4),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    # A run that started from the packaged model adds to its runs.
-    runs = json.loads((WEIGHTS / name / "training.json").read_text()) if settings["init_from"] == "builtin" else []
+    # A run that started from the packaged model is added to the record of that model.
+    record = WEIGHTS / name / "training.json"
+    runs = json.loads(record.read_text(encoding="utf-8")) if settings["init_from"] == "builtin" else []
     folder = replace_weights(name)
     pipeline.save_pretrained(folder)
-    for file in folder.rglob("*.json"):  # where the run lay is nobody's business
-        fields = json.loads(file.read_text())
-        fields.pop("_name_or_path", None)
-        file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    (folder / "training.json").write_text(json.dumps([*runs, run], indent=1) + "\n")
+    for file in folder.rglob("*.json"):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields.pop("_name_or_path", None)  # a path on the machine of the run
+        write_text(file, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_json(record, [*runs, run])
 
 
 if __name__ == "__main__":

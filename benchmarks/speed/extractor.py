@@ -56,7 +56,7 @@ def run(setup: Setup) -> Section:
             CROP: lambda: center_crop_resize(frames, side),
             RESIZE: resize,
         }
-        progress = Progress("evaluation: run", num_timings(len(runs) + 1, setup.repeats))
+        progress = Progress("extractor: run", num_timings(len(runs) + 1, setup.repeats))
         seconds = interleave({**runs, PEAK: square}, setup.repeats, device, progress)
     each = {name: [value / COUNT for value in seconds[name]] for name in runs}
     median = {name: statistics.median(values) for name, values in each.items()}
@@ -72,4 +72,4 @@ def run(setup: Setup) -> Section:
         f"EfficientNet-Lite0 at {LITE0_SIDE} pixels with random weights, which are as fast as trained ones; videos of "
         f"{side} pixels, {COUNT} frames at once, in float32. Shares are those of the four steps per frame."
     ]
-    return Section("evaluation", "The offline extractor", "one frame", rows, {"shares": shares}, notes, PEAK)
+    return Section("extractor", "The offline extractor", "one frame", rows, {"shares": shares}, notes, PEAK)
