@@ -123,7 +123,7 @@ def test_images_of_their_own(make_batches: MakeBatches, tmp_path: Path, tiny_vae
 
 def test_images_of_an_unknown_class_are_refused(make_batches: MakeBatches, tmp_path: Path) -> None:
     root = write_images(tmp_path / "images", ("zebra/1.png",))
-    with pytest.raises(ConfigError, match="has class 'zebra', which the videos have not"):
+    with pytest.raises(ConfigError, match="has class 'zebra', which the videos do not have"):
         make_batches("data.num_images=2", f"data.images={root}")
 
 

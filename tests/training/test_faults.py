@@ -89,7 +89,7 @@ def test_a_video_that_becomes_unreadable_is_passed_over(
     monkeypatch.setattr(BatchMaker, "make", make)
     train(whole)
     err = capsys.readouterr().err
-    assert err.count("another clip is taken for one of") == 1 and "1.mp4" in err
+    assert err.count("another clip is drawn in place of one of") == 1 and "1.mp4" in err
     assert len(lines_of(whole)) == 6
     shutil.rmtree(list_checkpoints(whole.run_dir / "checkpoints")[-1])
     expected = lines_of(whole)

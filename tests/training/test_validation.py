@@ -248,7 +248,9 @@ def test_without_classes_no_label_is_given(make_validation: MakeValidation, make
 
 def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValidation) -> None:
     write_videos(folders / "other", ["tennis/0.mp4"], 5)
-    with pytest.raises(ConfigError, match=r"other: has class 'tennis', which the training videos have not \(boxing, "):
+    with pytest.raises(
+        ConfigError, match=r"other: has class 'tennis', which the training videos do not have \(boxing, "
+    ):
         make_validation(f"data.validation={folders / 'other'}")
     with pytest.raises(ConfigError, match=r"data\.validation is .*train, but its boxing/0\.mp4 is a training video"):
         make_validation(f"data.validation={folders / 'train'}")

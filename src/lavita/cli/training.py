@@ -63,6 +63,13 @@ def train(
     config: ConfigFile = None,
     data: Annotated[Path | None, typer.Option(help="Folder of videos.", show_default=False)] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Open the data, take two steps in memory and print what the run needs and takes; write nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model. Run the same command again to resume; Ctrl-C saves a checkpoint first.
 
@@ -76,6 +83,12 @@ def train(
     if run_dir:
         chosen["run_dir"] = str(run_dir)
     settings: RunConfig = _load(RunConfig, config, overrides, chosen)
+    if dry_run:
+        from lavita.studies.dry_run import dry_run as rehearse
+        from lavita.studies.dry_run import print_dry_run
+
+        print_dry_run(settings, rehearse(settings))
+        return
     from lavita.training.train import train as run
 
     _train(run, settings)

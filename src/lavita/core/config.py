@@ -23,8 +23,8 @@ class ConfigError(ValueError):
 class StrictConfig(BaseModel):
     """Base of all configuration sections: immutable, and unknown keys are refused.
 
-    The docstring under a field is its description (`Section.model_fields[name].description`), from which `lavita config`
-    and the documentation are generated.
+    The docstring under a field is its description (`Section.model_fields[name].description`); `lavita config` and the
+    documentation are generated from it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started: who this one is, and what all of them say."""
+"""The processes that `torchrun` started: the rank of this one, and collective operations on Python values."""
 
 from __future__ import annotations
 
@@ -18,57 +18,61 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is; a lone one by default."""
+    """The rank of this process among those that work together; by default it works alone."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints and writes what only one may."""
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The items of a list that are this process's work: every `count`-th."""
+        """This process's share of a list: every `count`-th item."""
         return items[self.rank :: self.count]
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What every process has, in the order of their ranks, in each of them."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes in the order of their ranks; the same list in each process."""
         if self.count == 1:
-            return [mine]
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, mine)
-        return everyone
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
-    def collect(self, mine: Sequence[Item]) -> list[Item]:
-        """What each process made of the items that `share` gave it, one of each, in the order of the whole list."""
-        everyone = self.gather(list(mine))
-        return [everyone[i % self.count][i // self.count] for i in range(sum(map(len, everyone)))]
+    def collect(self, results: Sequence[Item]) -> list[Item]:
+        """The results of all processes in the order of the list that `share` divided.
 
-    def first_says(self, mine: Any) -> Any:
-        """What the first process has, in each of them."""
+        Args:
+            results: one result for each item of this process's share.
+        """
+        shares = self.gather(list(results))
+        return [shares[i % self.count][i // self.count] for i in range(sum(map(len, shares)))]
+
+    def first_says(self, value: Any) -> Any:
+        """The value of the first process, in each process."""
         if self.count == 1:
-            return mine
-        said = [mine]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in at least one process; the same answer in each of them."""
         return bool(sum_over(self, torch.tensor([float(flag)])).item())
 
     def wait(self) -> None:
-        """Returns once every process is here."""
+        """Returns once every process has called it."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextmanager
 def processes(timeout: timedelta = timedelta(days=2)) -> Iterator[Processes]:
-    """Joins the processes that `torchrun` started; a lone one elsewhere.
+    """Joins the processes that `torchrun` started; without torchrun, yields a single process.
 
     Args:
-        timeout: how long they wait for each other; by default as long as one may sample or encode alone.
+        timeout: how long the processes wait for each other; the default allows one to sample or encode alone for long.
     """
     if dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
@@ -80,18 +84,18 @@ def processes(timeout: timedelta = timedelta(days=2)) -> Iterator[Processes]:
     team = Processes(dist.get_rank(), dist.get_world_size())
     try:
         yield team
-        team.wait()  # one that leaves early would cut off what the others still exchange
+        team.wait()  # a process that leaves early would break the others' communication
     finally:
         dist.destroy_process_group()
 
 
 def sum_over(team: Processes, values: torch.Tensor) -> torch.Tensor:
-    """Sums of CPU values over all processes, in each of them."""
+    """The elementwise sum of a CPU tensor over all processes, in each process; `values` itself is changed."""
     if team.count > 1:
         dist.all_reduce(values)
     return values
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor put together in every process; another one as it is."""
+    """A sharded tensor gathered in every process; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

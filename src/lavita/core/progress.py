@@ -29,8 +29,8 @@ class Progress:
         self._printed = now
         elapsed = now - self._start
         fresh = done - self._first
-        left = f"ETA {_clock(elapsed / fresh * (self.total - done))}" if fresh and not finished else ""
-        timing = left or f"took {_clock(elapsed)}" if fresh else ""
+        left = f"ETA {clock(elapsed / fresh * (self.total - done))}" if fresh and not finished else ""
+        timing = left or f"took {clock(elapsed)}" if fresh else ""
         line = "  ".join(part for part in (f"{self.what} {done:,}/{self.total:,}", note, timing) if part)
         if self._live:
             end = "\n" if finished else "\r"
@@ -46,7 +46,8 @@ class Progress:
         print(f"\r{text.ljust(self._width)}" if self._live else text, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as `m:ss` or `h:mm:ss`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

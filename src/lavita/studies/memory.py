@@ -273,6 +273,18 @@ def sampling_memory(
     return live.peak
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device now; None if the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def autoencoder_config(name: str, latent_channels: int) -> dict[str, Any]:
     """The autoencoder that decodes a model's samples: the one in its folder, else one like Stable Diffusion's.
 

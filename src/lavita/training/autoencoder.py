@@ -1,7 +1,7 @@
-"""Trains an autoencoder on frames: reconstruction that weighs what moves, plus a KL divergence.
+"""Trains an autoencoder on frames: a reconstruction loss that weights moving pixels, plus a KL divergence.
 
-Frames are drawn as pairs of successive ones, so that each knows which of its pixels move: in most videos the
-background is most of the picture and a few moving pixels are what it is about.
+Frames are drawn as pairs of successive ones, which shows which pixels move: in most videos the background covers most
+of the frame, and a few moving pixels matter most.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Frames = npt.NDArray[np.uint8]
 
 EMA_DECAY = 0.999
 WARMUP_STEPS = 200
-MOVED = 0.2  # a change of this much, on [0, 1], counts as full motion
-# What may differ when a run is resumed: how long, what is written down and what is measured.
+FULL_MOTION = 0.2
+"""Change of a pixel, on [0, 1], that counts as full motion."""
 RESUMABLE = {
     "steps",
     "log_every",
@@ -51,19 +51,20 @@ RESUMABLE = {
     "device",
     "run_dir",
 }
+"""Fields that may differ when a run is resumed: its length, what is written and what is measured."""
 
 
 def load_frames(root: Path, resolution: int, memory_gib: float, seed: int) -> list[Frames]:
-    """Decodes a folder of videos once, shrunk so that crops of `resolution` at up to twice the size fit.
+    """Decodes a folder of videos, shrunk so that their shorter side is at most twice that of the crops.
 
     Args:
         root: folder of videos.
         resolution: side of the crops in pixels.
-        memory_gib: where all frames would take more, a random stretch of each video is kept.
-        seed: which stretch.
+        memory_gib: memory for the frames; if all of them need more, a random stretch of each video is kept.
+        seed: seed of the choice of stretches.
 
     Returns:
-        uint8 arrays `(F, h, w, 3)`, a video each, F >= 2.
+        uint8 arrays `(F, h, w, 3)`, one per video, F >= 2.
     """
     catalog = scan(root, min_frames=2)
     sizes = [_shrunk(video.info.width, video.info.height, 2 * resolution) for video in catalog.videos]
@@ -97,7 +98,7 @@ def draw_pairs(sources: list[list[Frames]], config: AutoencoderConfig, step: int
     """The frame pairs of a step, a pure function of the seed and the step.
 
     Returns:
-        uint8 `(batch_size, R, R, 3)`; frames 2i and 2i + 1 are successive ones under the same crop and flip.
+        uint8 `(batch_size, R, R, 3)`; frames 2i and 2i + 1 are successive ones with the same crop and flip.
     """
     rng = numpy_generator(config.seed, "pairs", step)
     side = config.resolution
@@ -125,17 +126,17 @@ def draw_pairs(sources: list[list[Frames]], config: AutoencoderConfig, step: int
 
 
 def motion_weights(pixels: torch.Tensor, weight: float) -> torch.Tensor:
-    """How much each pixel counts: 1 where the pair agrees, `1 + weight` where it moves, mean 1 over all.
+    """The weight of each pixel: 1 where the frames of a pair agree, up to `1 + weight` where they differ, with mean 1.
 
     Args:
         pixels: `(2 P, 3, H, W)` in [-1, 1], pairs of successive frames.
-        weight: of full motion.
+        weight: additional weight of full motion.
 
     Returns:
-        `(2 P, 1, H, W)`; both frames of a pair share their weights.
+        `(2 P, 1, H, W)`, scaled to mean 1 over all pixels; the frames of a pair have the same weights.
     """
     pairs = pixels.unflatten(0, (-1, 2))
-    moved = (pairs[:, 0] - pairs[:, 1]).abs().amax(dim=1, keepdim=True) / (2 * MOVED)
+    moved = (pairs[:, 0] - pairs[:, 1]).abs().amax(dim=1, keepdim=True) / (2 * FULL_MOTION)
     moved = F.max_pool2d(moved.clamp(max=1.0), kernel_size=3, stride=1, padding=1)
     weights = 1.0 + weight * moved
     return (weights / weights.mean()).repeat_interleave(2, dim=0)
@@ -149,11 +150,11 @@ def autoencoder_loss(
     Args:
         vae: the autoencoder.
         pixels: `(2 P, 3, H, W)` in [-1, 1], pairs of successive frames.
-        noise: standard normal `(2 P, C, h, w)`, for the reparametrised sample.
+        noise: standard normal `(2 P, C, h, w)`, for the reparametrized sample.
         config: the weights of the terms.
 
     Returns:
-        The loss (0-dim) and its parts.
+        The loss (0-dim) and the values of its parts `reconstruction` and `kl`.
     """
     posterior = vae.encode(pixels).latent_dist
     z = posterior.mean + posterior.std * noise
@@ -168,7 +169,7 @@ def autoencoder_loss(
 
 
 def learning_rate(config: AutoencoderConfig, step: int) -> float:
-    """Rate of a step (from 0): linear warm-up, then a cosine down to 1% of the peak."""
+    """The learning rate at a step (from 0): linear warm-up, then a cosine down to 1% of the peak."""
     if step < WARMUP_STEPS:
         return config.learning_rate * (step + 1) / WARMUP_STEPS
     done = (step - WARMUP_STEPS) / max(1, config.steps - WARMUP_STEPS)
@@ -176,21 +177,21 @@ def learning_rate(config: AutoencoderConfig, step: int) -> float:
 
 
 def train_autoencoder(config: AutoencoderConfig) -> Path:
-    """Trains, resuming from the run folder's last checkpoint, and writes `<run_dir>/autoencoder`.
+    """Trains an autoencoder, resuming from the run folder's last checkpoint, and writes `<run_dir>/autoencoder`.
 
-    Its `scaling_factor` and `shift_factor` are measured on training frames, so that scaled latents have mean 0
-    and variance 1 over all their values.
+    The `scaling_factor` and `shift_factor` are measured on training frames, so that scaled latents have mean 0 and
+    variance 1 over all their values.
 
     Args:
         config: the run.
 
     Returns:
-        The autoencoder's folder, with `reconstruction.json` beside the weights where `held_out` is given.
+        The autoencoder's folder; with `held_out` it also holds `reconstruction.json`.
 
     Raises:
-        ValueError: where configuration, data and run folder do not fit together.
+        ValueError: if configuration, data and run folder do not fit together.
         Stopped: after Ctrl-C or SIGTERM, once a checkpoint is saved.
-        FloatingPointError: where the loss is no longer finite.
+        FloatingPointError: if the loss is no longer finite.
     """
     with only_run(config.run_dir):
         return _train(config)
@@ -234,7 +235,7 @@ def _optimize(
     step: int,
     device: torch.device,
 ) -> None:
-    """The steps from `step` on, with their checkpoints."""
+    """Trains from step `step` to the end, and saves checkpoints."""
     run_dir = config.run_dir
     precision = without_fp16(device, config.precision)
     side = config.resolution // config.downsampling
@@ -275,7 +276,7 @@ def _optimize(
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
-    """A freshly initialised autoencoder of a configuration."""
+    """A randomly initialized autoencoder of a configuration."""
     levels = len(config.widths)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -302,5 +303,6 @@ def measure_scaling(vae: AutoencoderKL, sources: list[list[Frames]], config: Aut
 
 
 def _shrunk(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """The size with its shorter side reduced to `shorter` pixels, if it is longer."""
     ratio = min(1.0, shorter / min(width, height))
     return max(1, round(width * ratio)), max(1, round(height * ratio))

@@ -1,4 +1,4 @@
-"""What an optimizer step is made of: clips, image frames, their labels or captions, noise, timesteps."""
+"""Batches: clips, image frames, their labels or captions, noise and timesteps."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.training.config import TrainConfig
 from lavita.video.formats import VideoError
 
-MOST_ATTEMPTS = 20  # clips drawn for a place, before the data set itself is at fault
+MOST_ATTEMPTS = 20
+"""Clips that are drawn in place of an unreadable one before the data set itself is considered broken."""
 
 
 @dataclass
 class Batch:
-    """Clips of one optimizer step; everything in it is a pure function of the seed, the step and the clip's place."""
+    """Clips of one optimizer step, with the noise that is added to them and their conditions."""
 
     latents: torch.Tensor
     """z_0, (B, F + I, C, h, w): clips of F frames, each followed by I images."""
     noise: torch.Tensor
+    """Standard normal, like `latents`."""
     timesteps: torch.Tensor
-    """int64 (B,)."""
+    """int64 (B,) in 0..T-1."""
     class_labels: torch.Tensor | None
-    """int64 (B,) or, with images, (B, 1 + I), the null class where a label was dropped; None without classes."""
+    """int64 (B,) or, with images, (B, 1 + I); a dropped label is the null class. None without classes."""
     text_embeds: torch.Tensor | None
-    """float32 (B, text_dim) or (B, 1 + I, text_dim), the empty text's where a caption was dropped; None without."""
+    """float32 (B, text_dim) or (B, 1 + I, text_dim); a dropped caption is the empty text. None without captions."""
     num_images: int = 0
     """I, images that follow each clip."""
     draws: Sequence[ClipDraw] = ()
@@ -69,14 +71,14 @@ class Batch:
 def random_batch(
     config: Mapping[str, Any], batch_size: int, num_frames: int | None = None, num_images: int = 0, seed: int = 0
 ) -> Batch:
-    """A batch of random numbers for a model, to measure or rehearse a training step without data.
+    """A batch of random numbers that fits a model, to measure a training step without data.
 
     Args:
         config: the model's configuration: its sizes and conditions.
         batch_size: B.
         num_frames: F; by default that of the configuration.
         num_images: I.
-        seed: of the numbers.
+        seed: seed of the numbers.
 
     Returns:
         The batch, on torch's default device.
@@ -132,13 +134,13 @@ class BatchMaker:
         images = self.image_source.catalog
         self.image_sampler = ClipSampler(images, 1, 1, data.horizontal_flip, seed, "image")
         if unknown := sorted(set(images.class_names) - set(self.class_names)):
-            raise ConfigError(f"{images.root}: has class {unknown[0]!r}, which the videos have not")
+            raise ConfigError(f"{images.root}: has class {unknown[0]!r}, which the videos do not have")
         self.captions = CaptionSampler(tables, seed) if tables else None
         self.text_table: torch.Tensor | None = None
         """Embeddings of `captions.texts`, float32 (texts, text_dim), once `embed_captions` was called."""
 
     def embed_captions(self, encoder: Callable[[Sequence[str]], torch.Tensor]) -> None:
-        """Encodes every text once; to be called before `make` where there are captions."""
+        """Encodes every text once; with captions this comes before the first `make`."""
         assert self.captions is not None
         self.text_table = encoder(self.captions.texts).cpu()
 
@@ -149,28 +151,31 @@ class BatchMaker:
         return self.text_table[torch.linspace(1, len(self.text_table) - 1, count).round().long()]
 
     def make_all(self, steps: range, team: Processes, device: torch.device) -> Iterator[Batch]:
-        """This process's share of the batches of several steps, in pinned memory if the device is a GPU."""
+        """This process's share of the batch of each step, in pinned memory if the device is a GPU."""
         share = self.batch_size // team.count
         for step in steps:
             batch = self.make(step, range(team.rank * share, (team.rank + 1) * share))
             yield batch.pin_memory() if device.type == "cuda" else batch
 
-    def make(self, step: int, places: range | None = None) -> Batch:
-        """The clips at some places of a step's batch (from 0), by default at all.
+    def make(self, step: int, indices: range | None = None) -> Batch:
+        """The clips with some indices (from 0) in the batch of a step; by default all of them.
 
-        A clip, its noise, timestep and label are functions of (seed, step, place): processes that share a batch, or
-        cut it into parts, train on what one process would have.
+        A clip, its noise, timestep and label are pure functions of (seed, step, index): processes that share a batch
+        or cut it into micro-batches train on the same clips as a single process.
+
+        Raises:
+            VideoError: if a video cannot be read and `data.broken` is `error`, or no clip in place of it can be read.
         """
-        places = range(self.batch_size) if places is None else places
+        indices = range(self.batch_size) if indices is None else indices
         count = self.num_images
-        clips, clip_latents = self._read(self.source, self.sampler, step, places)
-        image_places = range(places.start * count, places.stop * count)
-        images, image_latents = self._read(self.image_source, self.image_sampler, step, image_places)
+        clips, clip_latents = self._read(self.source, self.sampler, step, indices)
+        image_indices = range(indices.start * count, indices.stop * count)
+        images, image_latents = self._read(self.image_source, self.image_sampler, step, image_indices)
         latents, noises, timesteps, drops = [], [], [], []
-        for index, place in enumerate(places):
-            parts = [clip_latents[index], *image_latents[index * count : (index + 1) * count]]
+        for row, index in enumerate(indices):
+            parts = [clip_latents[row], *image_latents[row * count : (row + 1) * count]]
             mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (F + I, C, h, w)
-            random = generator(self.seed, "step", step, place)
+            random = generator(self.seed, "step", step, index)
             latents.append(mean + std * torch.randn(mean.shape, generator=random))
             noises.append(torch.randn(mean.shape, generator=random))
             timesteps.append(torch.randint(0, NUM_TIMESTEPS, (), generator=random))
@@ -179,47 +184,47 @@ class BatchMaker:
         if not self.class_names and self.captions is None:
             return batch
         dropped = torch.stack(drops) if count else torch.stack(drops)[:, 0]
-        own: list[tuple[int, ClipDraw, Catalog]] = []  # each clip, then its images, with its place among them all
-        for index, (place, draw) in enumerate(zip(places, clips, strict=True)):
-            first = place * (1 + count)
-            own.append((first, draw, self.source.catalog))
-            for number, image in enumerate(images[index * count : (index + 1) * count], 1):
-                own.append((first + number, image, self.image_source.catalog))
+        conditions: list[tuple[int, ClipDraw, Catalog]] = []  # each clip, then its images, numbered over the batch
+        for row, (index, draw) in enumerate(zip(indices, clips, strict=True)):
+            first = index * (1 + count)
+            conditions.append((first, draw, self.source.catalog))
+            for number, image in enumerate(images[row * count : (row + 1) * count], 1):
+                conditions.append((first + number, image, self.image_source.catalog))
         if self.captions is None:
-            labels = torch.tensor([self._label(draw, catalog) for _, draw, catalog in own]).view(dropped.shape)
+            labels = torch.tensor([self._label(draw, catalog) for _, draw, catalog in conditions]).view(dropped.shape)
             batch.class_labels = labels.masked_fill(dropped, len(self.class_names))
             return batch
         assert self.text_table is not None, "the table of text embeddings comes before the first batch"
-        rows = [self.captions.draw(catalog.root, draw.video.name, step, number) for number, draw, catalog in own]
+        rows = [self.captions.draw(catalog.root, draw.video.name, step, number) for number, draw, catalog in conditions]
         batch.text_embeds = self.text_table[torch.tensor(rows).view(dropped.shape).masked_fill(dropped, 0)]
         return batch
 
     def _read(
-        self, source: ClipSource, sampler: ClipSampler, step: int, places: range
+        self, source: ClipSource, sampler: ClipSampler, step: int, indices: range
     ) -> tuple[list[ClipDraw], list[LatentClip]]:
-        """The clips of places, and their latents; with `data.broken=skip`, another clip for one that is unreadable."""
-        draws = [sampler.draw(step, place) for place in places]
+        """Draws clips and reads their latents; with `data.broken=skip`, others are drawn for unreadable ones."""
+        draws = [sampler.draw(step, index) for index in indices]
         try:
             return draws, source.read_many(draws, sampler.num_frames, sampler.frame_interval)
         except VideoError:
             if self.broken == "error":
                 raise
         latents = []
-        for index, place in enumerate(places):
+        for row, index in enumerate(indices):
             for attempt in range(MOST_ATTEMPTS):
-                draws[index] = sampler.draw(step, place, attempt)
+                draws[row] = sampler.draw(step, index, attempt)
                 try:
-                    latents.append(source.read(draws[index], sampler.num_frames, sampler.frame_interval))
+                    latents.append(source.read(draws[row], sampler.num_frames, sampler.frame_interval))
                     break
                 except VideoError as error:
                     if attempt == MOST_ATTEMPTS - 1:
                         raise
                     if error.path not in self._unreadable:
                         self._unreadable.add(error.path)
-                        print(f"step {step + 1:,}: another clip is taken for one of {error}", file=sys.stderr)
+                        print(f"step {step + 1:,}: another clip is drawn in place of one of {error}", file=sys.stderr)
         return draws, latents
 
     def _label(self, draw: ClipDraw, catalog: Catalog) -> int:
-        """The label among the videos' classes, which may be more than the images'."""
+        """The label among the classes of the videos, which may be more than those of the images."""
         assert draw.video.label is not None
         return self.class_names.index(catalog.class_names[draw.video.label])

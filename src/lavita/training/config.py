@@ -110,9 +110,7 @@ class TrainConfig(StrictConfig):
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers is {self.trackers}, but each may be named once")
         if self.validation_clips != VALIDATION_CLIPS and not self.validate_every:
-            raise ValueError(
-                f"validation_clips is {self.validation_clips}, but has no effect with validate_every=0"
-            )
+            raise ValueError(f"validation_clips is {self.validation_clips}, but has no effect with validate_every=0")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
         if self.compile and self.gradient_checkpointing == "cheap":

@@ -7,21 +7,21 @@ from torch import nn
 
 
 def decay_at(decay: float, step: int) -> float:
-    """The decay of a step (from 1), warmed up as `(1 + step) / (10 + step)` so that short runs forget their start."""
+    """The decay at a step (from 1): at most `(1 + step) / (10 + step)`, so that short runs forget their start."""
     return min(decay, (1 + step) / (10 + step))
 
 
 class EMA:
-    """Float32 copies of a model's trainable weights that follow them slowly, sharded as they are."""
+    """Float32 averages of a model's trained weights, sharded like the weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Starts at the model's weights; `decay` in [0, 1) is that of long runs (see `decay_at`)."""
+        """Starts with the model's weights; `decay` in [0, 1) is the limit that `decay_at` reaches in long runs."""
         self.decay = decay
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves towards the weights after optimizer step `step` (from 1)."""
+        """Moves the averages towards the weights after optimizer step `step` (from 1)."""
         current = [p.detach().float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay_at(self.decay, step))

@@ -1,7 +1,7 @@
-"""Fine-tuning: which parameters of a model with weights learn on, low-rank adapters, and how they are folded in.
+"""Fine-tuning: which parameters of a pretrained model are trained, and low-rank adapters.
 
-A low-rank adapter adds `alpha / rank * B A` to the matrix of a layer and is all that learns of it (Hu et al. 2021,
-Sec. 4.1). In a training model the layer `blocks.0.attn.qkv` then has the parameters `base_layer.weight`,
+A low-rank adapter adds `alpha / rank * B A` to the matrix of a layer, and only A and B are trained (Hu et al. 2021,
+Sec. 4.1). During training the layer `blocks.0.attn.qkv` then has the parameters `base_layer.weight`,
 `base_layer.bias`, `lora_A.default.weight` and `lora_B.default.weight`, which are peft's names.
 """
 
@@ -25,11 +25,11 @@ _FRESH = "init.json"
 
 
 def temporal_parameters(model: LavitaTransformer3DModel) -> set[str]:
-    """Names of the parameters that only videos pass: an image, which skips the temporal modules (A.4), needs none.
+    """Names of the parameters that only videos use: images skip the temporal modules (A.4).
 
-    In Variants 1 and 2 the temporal blocks whole, in Variant 3 the temporal attention of each block (and its norm,
-    with all tokens), and in each of them what makes frames of tubes. In Variant 4 a layer's heads of both kinds share
-    its parameters, so that only the latter is left.
+    In Variants 1 and 2 these are the temporal blocks, in Variant 3 the temporal attention of each block (and its norm,
+    with all tokens); with tubes also the layer that turns tubes into frames, which is the only one in Variant 4, where
+    spatial and temporal heads share the parameters of a layer.
     """
     prefixes = ["temporal_upsample."]
     for index, block in enumerate(model.blocks):
@@ -41,22 +41,23 @@ def temporal_parameters(model: LavitaTransformer3DModel) -> set[str]:
 
 
 def prepare(model: LavitaTransformer3DModel, settings: TrainConfig, fresh: Set[str]) -> None:
-    """Freezes what a run does not train, and adds its adapters; without `freeze` and `lora_rank` nothing changes.
+    """Freezes parameters and adds adapters as a run asks; without `freeze` and `lora_rank` nothing changes.
 
-    What learns:
-        `train.freeze=temporal`: all but `temporal_parameters`.
-        `train.freeze=spatial`: the temporal parameters only, so that the model's images stay what they were.
-        `train.lora_rank`: adapters, which change nothing at first, of the layers that would learn without it.
-        In each case the fresh parameters besides, whole: nothing else can give them values.
+    These parameters are trained:
+        `train.freeze=temporal`: all except `temporal_parameters`.
+        `train.freeze=spatial`: only the temporal parameters, so that the model generates the same images as before.
+        `train.lora_rank`: adapters of the layers that would be trained without them; at first they change nothing.
+        In each case also the fresh parameters, without adapters: nothing else can give them values.
 
     Args:
-        model: a plain one, on the device of the training; before optimizer, average, or anything that wraps it. Its
-            weights play no part, so that the same call makes the structure that a checkpoint is loaded into.
+        model: on the training device, before an optimizer, an average or a wrapper is made of it. Its weights do not
+            matter, so that the same call builds the structure that a checkpoint is loaded into.
         settings: the configuration of the training.
-        fresh: names of the parameters that owe something to chance or to zeros (`LoadReport.fresh`).
+        fresh: names of the parameters that are random or zero because they have no pretrained weights
+            (`LoadReport.fresh`).
 
     Raises:
-        ValueError: where what should freeze has learned nothing, no layer is left to adapt, or peft is missing.
+        ValueError: if fresh temporal parameters would be frozen, no layer can get an adapter, or peft is missing.
     """
     if settings.freeze is None and not settings.lora_rank:
         return
@@ -67,7 +68,7 @@ def prepare(model: LavitaTransformer3DModel, settings: TrainConfig, fresh: Set[s
     if settings.freeze == "temporal" and unlearned:
         more = f" and {len(unlearned) - 2} more" if len(unlearned) > 2 else ""
         raise ValueError(
-            f"train.freeze is 'temporal', but {settings.init_from} leaves temporal parameters to be learned "
+            f"train.freeze is 'temporal', but {settings.init_from} has no weights for some temporal parameters "
             f"({', '.join(unlearned[:2])}{more}); allowed: 'spatial' or none"
         )
     if settings.lora_rank:
@@ -94,41 +95,43 @@ def _add_adapters(model: LavitaTransformer3DModel, settings: TrainConfig, learni
     ]
     if not layers:
         raise ValueError(
-            f"train.lora_targets is {list(chosen)}, but no such layer of this model is there to adapt; allowed: "
-            f"{', '.join(LAYERS)}, in blocks that train.freeze leaves and that start with weights"
+            f"train.lora_targets is {list(chosen)}, but this model has no such layer to adapt; allowed: "
+            f"{', '.join(LAYERS)}, in blocks that train.freeze does not freeze and that have pretrained weights"
         )
-    alpha: Any = settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha  # peft says int, takes both
+    # Annotated as int by peft, but a float works.
+    alpha: Any = settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
     adapters = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=alpha,
         target_modules=layers,
         base_model_name_or_path=settings.init_from,
     )
-    # Seeded on its own: a resumed run has drawn other numbers before, but must not draw others after.
+    # A generator state of its own: the adapters must be the same whatever numbers were drawn before, and drawing them
+    # must not change the numbers drawn after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         inject_adapter_in_model(adapters, model)
 
 
 def trained_parameters(model: LavitaTransformer3DModel) -> str:
-    """How many parameters a model has and how many learn, for people: `9.8 M parameters, 0.33 M of them learn`."""
+    """The number of parameters and of trained ones as text, for example `9.8 M parameters, 0.33 M of them trained`."""
     everything = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    some = "" if learning == everything else f", {learning / 1e6:.3g} M of them learn"
+    some = "" if learning == everything else f", {learning / 1e6:.3g} M of them trained"
     return f"{everything / 1e6:.1f} M parameters{some}"
 
 
 def write_fresh(run_dir: Path, fresh: Set[str]) -> None:
-    """Keeps the names of the fresh parameters in `init.json`: a resumed run does not read its source again."""
+    """Writes the names of the fresh parameters to `init.json`: a resumed run does not read `train.init_from` again."""
     write_text(run_dir / _FRESH, json.dumps({"fresh": sorted(fresh)}, indent=1))
 
 
 def read_fresh(run_dir: Path) -> set[str]:
-    """What `write_fresh` kept; ValueError where there is no such file."""
+    """The names that `write_fresh` wrote; ValueError if the file is missing or damaged."""
     try:
-        return set(json.loads((run_dir / _FRESH).read_text())["fresh"])
+        return set(json.loads((run_dir / _FRESH).read_text(encoding="utf-8"))["fresh"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{run_dir / _FRESH}: missing or damaged, but a run with train.freeze or train.lora_rank is not resumed "
-            "without it; use another run_dir"
+            f"{run_dir / _FRESH}: missing or damaged, but needed to resume a run with train.freeze or train.lora_rank; "
+            "use another run_dir"
         ) from error

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, as in the paper, or Muon for the matrices of the blocks and AdamW for the rest."""
+"""Optimizers: AdamW, as in the paper, or Muon for the matrices of the blocks and AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from lavita.core.processes import whole
 
-# The quintic whose iteration takes singular values from (0, 1] to about 1 the fastest (Jordan et al. 2024).
+# Coefficients of the quintic polynomial whose iteration moves singular values in (0, 1] to about 1 in the fewest steps
+# (Jordan et al. 2024).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
@@ -20,14 +21,14 @@ _ITERATIONS = 5
 def make_optimizers(
     model: nn.Module, kind: Literal["adamw", "muon"], learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a transformer's parameters that learn; each of these belongs to one of them.
+    """The optimizers of a transformer; each parameter that requires gradients belongs to exactly one of them.
 
     Args:
         model: a `LavitaTransformer3DModel`.
-        kind: `adamw` for all; `muon` for the attention's and MLP's matrices, whose step is as large as AdamW's at the
-            same rate, with AdamW for embeddings, biases, S-AdaLN and the decoder.
-        learning_rate: of all.
-        weight_decay: decoupled, of all.
+        kind: `adamw` for all parameters; `muon` for the matrices of attention and MLP, with steps as large as those of
+            AdamW at the same learning rate, and AdamW for embeddings, biases, S-AdaLN and the decoder.
+        learning_rate: the learning rate of all parameters.
+        weight_decay: decoupled weight decay of all parameters.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = [
@@ -53,28 +54,29 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) 
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the nearest semi-orthogonal matrix to each matrix's momentum (Jordan et al. 2024).
+    """Steps along the semi-orthogonal matrix nearest to the momentum of each matrix (Jordan et al. 2024).
 
-    Scaled to AdamW's usual step (Liu et al. 2025, Eq. 4), so that the two share a learning rate. `torch.optim.Muon`
-    computes the same matrix by matrix in bfloat16, which a CPU without such products does 16 times slower.
+    The steps are scaled to the usual size of AdamW's (Liu et al. 2025, Eq. 4), so that the two share a learning rate.
+    `torch.optim.Muon` computes the same, but matrix by matrix in bfloat16, which is 16 times slower on a CPU without
+    bfloat16 products.
     """
 
     def __init__(
         self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
-        """Takes two-dimensional parameters; `momentum` is Nesterov's."""
+        """Takes two-dimensional parameters; `momentum` is the coefficient of Nesterov momentum."""
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Updates the parameters from their gradients; a closure is not supported."""
+        """Updates the parameters from their gradients; closures are not supported."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    alike[parameter.shape].append(parameter)
-            for shape, parameters in alike.items():
-                # A sharded matrix is put together: each process computes its step, and takes its share of it.
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                # Sharded matrices are gathered: each process computes the whole step and applies its share of it.
                 averages = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
                 updates = orthogonalize(torch.stack([whole(average) for average in averages]))
                 scale = 0.2 * max(shape) ** 0.5
@@ -97,13 +99,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Brings the singular values of matrices near 1 and keeps their singular vectors, by Newton-Schulz iterations.
+    """Moves the singular values of matrices close to 1 and keeps their singular vectors, by Newton-Schulz iterations.
 
     Args:
         matrices: float32 (M, rows, columns).
 
     Returns:
-        Like `matrices`; singular values that were not tiny lie in about 0.7 to 1.2.
+        Like `matrices`; singular values that were not tiny are between about 0.7 and 1.2.
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.transpose(1, 2)
     first, third, fifth = _COEFFICIENTS

@@ -1,4 +1,4 @@
-"""One model on the processes of `torchrun`: whole on each (DDP), or a share of it on each (FSDP2)."""
+"""A model on several processes of `torchrun`: a copy on each (DDP), or a shard of it on each (FSDP2)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ Kind = Literal["auto", "ddp", "fsdp"]
 class ParallelModel:
     """Calls a model so that the gradients of its parameters are means over all processes.
 
-    Every process sees as many clips, so the mean over processes is the mean over the clips.
+    Every process has the same number of clips, so the mean over processes is the mean over clips.
     """
 
     def __init__(self, model: LavitaTransformer3DModel, kind: Kind, team: Processes, device: torch.device) -> None:
-        """Wraps or shards `model`, which all processes built alike; before optimizers and averages are made of it.
+        """Wraps or shards a model, before optimizers and averages are made of it.
+
+        Args:
+            model: on `device`; all processes have built the same one.
+            kind: `ddp`, `fsdp`, or `auto`, which is `ddp` with several processes.
+            team: the processes.
+            device: the device of the model.
 
         Raises:
-            ConfigError: where a single process is asked to share.
+            ConfigError: if `kind` is not `auto` and there is a single process.
         """
         if kind != "auto" and team.count == 1:
             raise ConfigError(f"parallel is {kind}, but there is one process; start several with torchrun, or use auto")
@@ -42,21 +48,21 @@ class ParallelModel:
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-            # The output is a view, which nothing here changes in place.
+            # The warning is about in-place changes of outputs that are views; nothing changes the output in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         elif team.count > 1:
             devices = [device] if device.type == "cuda" else None
-            # Buffers are constants.
+            # The buffers are constants and need no synchronization.
             self._wrapped = DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
 
     def __call__(self, *inputs: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        """The model's `sample`, see `LavitaTransformer3DModel.forward`."""
+        """The `sample` of the model's output, see `LavitaTransformer3DModel.forward`."""
         output: torch.Tensor = self._wrapped(*inputs, **options).sample
         return output
 
     @contextmanager
     def gradients_later(self, later: bool) -> Iterator[None]:
-        """Within, gradients stay with their process and add up, where `later`: the last micro-batch exchanges them."""
+        """A context in which gradients only add up locally if `later`; the last micro-batch exchanges them."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(not later)
         quiet = later and isinstance(self._wrapped, DistributedDataParallel)

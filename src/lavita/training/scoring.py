@@ -1,4 +1,4 @@
-"""Scores during training: the same code on a small fixed protocol, in memory."""
+"""Scores during training: an evaluation with a small fixed protocol, in memory."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from lavita.sampling.pipeline import LavitaPipeline
 
 @dataclass(frozen=True)
 class TrackingOptions:
-    """A protocol small enough to be run again and again."""
+    """A protocol that is small enough to be repeated during training."""
 
     num_clips: int = 64
-    """Of either side."""
+    """Number of real clips, and of samples."""
     steps: int = 20
+    """Steps of the sampler."""
     guidance_scale: float = 1.0
     seed: int = 0
-    """Of the choice of real clips; samples have the seeds 0, 1, ..."""
+    """Seed of the choice of real clips; the samples have the seeds 0, 1, ..."""
     video_extractor: str = "efficientnet_lite0_video"
 
 
 class TrainingScorer:
     """Scores a pipeline against the same real clips each time.
 
-    The score is the kernel distance, whose mean does not depend on the number of clips: a Frechet distance of 64 is
-    bias. Compare its numbers along one run; they are not those of `lavita evaluate` with other clips.
+    The score is the kernel distance, whose expectation does not depend on the number of clips; a Frechet distance of 64
+    clips would mostly measure its bias. Compare scores within a run: `lavita evaluate` uses other clips.
     """
 
     def __init__(
@@ -50,17 +51,26 @@ class TrainingScorer:
         device: torch.device | str = "cpu",
         team: Processes | None = None,
     ) -> None:
-        """Reads the real clips and computes their features, once; `team` shares the sampling.
+        """Reads the real clips and computes their features, once.
+
+        Args:
+            real: folder of real videos.
+            num_frames: F, frames of a clip.
+            frame_interval: distance of the frames in the video.
+            resolution: side of the frames in pixels.
+            options: the protocol; by default `TrackingOptions()`.
+            device: device of the extractor.
+            team: the processes, which share the sampling.
 
         Raises:
-            ValueError: where there are too few videos, or the extractor's weights are missing.
+            ValueError: if there are too few videos, or the weights of the extractor are missing.
         """
         self.options, self.resolution, self._team = options or TrackingOptions(), resolution, team or Processes()
         if self.options.num_clips < 3:
             raise ValueError(f"num_clips is {self.options.num_clips}; it must be at least 3")
         self._extractor = get_extractor("video_extractor", self.options.video_extractor, "clip")
         self._network: Network = load_network(self._extractor.network, device=device)
-        # A training run has said which videos it leaves out.
+        # The training run has already named the videos that it leaves out.
         source = read_source(real, clip_span(num_frames, frame_interval), skip_broken=True)
         side = choose_clips(source, self.options.num_clips, num_frames, frame_interval, self.options.seed)
         outputs = compute_outputs(side, [self._network], resolution)[self._network.spec.name]
@@ -72,10 +82,14 @@ class TrainingScorer:
         """Samples the pipeline with fixed seeds and scores the frames as they are.
 
         Args:
-            pipeline: of a model without texts; classes are taken in turn. It is left in the mode it had.
+            pipeline: of a model without texts; the samples go through the classes in turn. The mode of the transformer
+                (training or not) is restored.
 
         Returns:
-            `{name: distance, name + "_standard_error": its standard error}`.
+            `{name: distance, f"{name}_standard_error": its standard error}`.
+
+        Raises:
+            ValueError: for a model with texts.
         """
         num_classes, features = pipeline.transformer.config["num_classes"], []
         if pipeline.transformer.config["text_dim"]:

@@ -1,4 +1,4 @@
-"""What a run shows of its averaged model on the way: sample videos and the pipeline."""
+"""Snapshots of a run's averaged model: a plain model of it, and sample videos."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SAMPLE_STEPS = 20
 
 @torch.no_grad()
 def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransformer3DModel:
-    """A plain model of the averaged weights, with adapters folded in, whole in every process, in eval mode.
+    """A plain model of the averaged weights, in eval mode: with adapters folded in, unsharded in every process.
 
-    It shares memory with the averages where they are not sharded: use it before the next step.
+    Without sharding it shares memory with the averages: use it before the next step.
     """
     with torch.device("meta"):
         averaged = LavitaTransformer3DModel.from_config(dict(model.config))
-    buffers = dict(model.named_buffers())  # those that no checkpoint holds are computed from the configuration
+    buffers = dict(model.named_buffers())  # also those that no checkpoint holds
     for name in [name for name, _ in averaged.named_buffers()]:
         owner, _, last = name.rpartition(".")
         averaged.get_submodule(owner)._buffers[last] = buffers[name]
@@ -59,7 +59,7 @@ def write_samples(
     names, embeds = batches.class_names, batches.example_embeds(num_samples)
     size = min(num_samples, settings.batch_size)
     parts = [range(first, min(num_samples, first + size)) for first in range(0, num_samples, size)]
-    mine: list[npt.NDArray[np.uint8]] = []
+    own: list[npt.NDArray[np.uint8]] = []
     for part in team.share(parts):
         frames = pipeline(
             class_labels=[i % len(names) for i in part] if names else None,
@@ -69,9 +69,9 @@ def write_samples(
             generator=[generator(seed, "sample") for seed in part],
             precision=settings.precision,
         ).frames
-        mine.append(np.asarray(frames))
+        own.append(np.asarray(frames))
     sheet = folder / f"step-{step:08d}.png"
-    videos = [video for batch in team.collect(mine) for video in batch]
+    videos = [video for batch in team.collect(own) for video in batch]
     if team.is_first:
         for index, video in enumerate(videos):
             write_video(folder / f"step-{step:08d}" / f"{index}.mp4", video, pipeline.transformer.config["fps"])

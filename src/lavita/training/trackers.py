@@ -1,4 +1,4 @@
-"""Metrics and samples of a run in TensorBoard and Weights & Biases, beside the JSONL files that every run has."""
+"""Metrics and samples of a run in TensorBoard and Weights & Biases, in addition to the JSONL files of every run."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ WANDB_ID = "wandb-id.txt"
 
 
 class Tracker(Protocol):
-    """A place where the numbers of a run are shown."""
+    """A service that shows the metrics of a run."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows numbers of a step by their names."""
+        """Shows the values of a step by their names."""
         ...
 
     def image(self, step: int, name: str, file: Path) -> None:
-        """Shows a picture of a step."""
+        """Shows an image file at a step."""
         ...
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes pending values."""
         ...
 
 
 class Trackers:
-    """All trackers of a run (`train.trackers`); none, and no library loaded, where it names none."""
+    """All trackers of a run (`train.trackers`); a library is loaded only if it is used."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class Trackers:
             names: which ones; none in all but the first of several processes.
             run_dir: the run's folder.
             config: the configuration of the run, as JSON can hold it.
-            resume_step: steps done; what was shown of later ones is taken back, as it will be shown again.
+            resume_step: steps done; values of later steps are withdrawn, because the run will log them again.
 
         Raises:
-            ConfigError: where a library is missing or does not start.
+            ConfigError: if a library is missing or does not start.
         """
         self._trackers: list[Tracker] = []
         for name in names:
@@ -63,30 +63,30 @@ class Trackers:
                 self._trackers.append(_WeightsAndBiases(run_dir, config, resume_step))
 
     def log(self, step: int, values: Mapping[str, float | Sequence[float]], prefix: str = "train") -> None:
-        """Shows numbers as `<prefix>/<name>`, those of a list as `<prefix>/<name>/0`, `/1`, ...; `step` itself not."""
+        """Shows values as `<prefix>/<name>`, and lists as `<prefix>/<name>/0`, `/1`, ...; `step` is left out."""
         flat: dict[str, float] = {}
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 flat[f"{prefix}/{name}"] = value
             else:
-                flat.update({f"{prefix}/{name}/{place}": number for place, number in enumerate(value)})
+                flat.update({f"{prefix}/{name}/{index}": number for index, number in enumerate(value)})
         flat.pop(f"{prefix}/step", None)
         for tracker in self._trackers:
             tracker.log(step, flat)
 
     def image(self, step: int, file: Path, name: str = "samples") -> None:
-        """Shows a picture, such as a contact sheet."""
+        """Shows an image file, such as a contact sheet."""
         for tracker in self._trackers:
             tracker.image(step, name, file)
 
     def close(self) -> None:
-        """Writes what is left; to be called at the end of the run, however it ends."""
+        """Writes pending values; call this at the end of the run, however it ends."""
         for tracker in self._trackers:
             tracker.close()
 
 
 class _TensorBoard:
-    """Event files in `run_dir/tensorboard`, one for each start of the run."""
+    """Event files in `run_dir/tensorboard`, one per start of the run."""
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         writer = _load("torch.utils.tensorboard", "tensorboard", "track").SummaryWriter
@@ -95,7 +95,7 @@ class _TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed run is resumed from a checkpoint: what came before it must be on disk
+        self._writer.flush()  # a killed run resumes from a checkpoint: everything before it must be on disk
 
     def image(self, step: int, name: str, file: Path) -> None:
         with Image.open(file) as picture:
@@ -107,9 +107,9 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of W&B, the same one after a resume.
+    """A run of Weights & Biases, which a resumed run continues.
 
-    Steps that a resumed run repeats are ignored there, as a run's steps only rise; they have the same numbers.
+    The service ignores the steps that a resumed run repeats, because its steps only increase; their values are equal.
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], resume_step: int) -> None:
@@ -119,7 +119,7 @@ class _WeightsAndBiases:
             write_text(file, secrets.token_hex(4) + "\n")
         try:
             self._run = wandb.init(
-                id=file.read_text().strip(),
+                id=file.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 dir=str(run_dir),
                 project=os.environ.get("WANDB_PROJECT", "lavita"),
