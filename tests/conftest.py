@@ -64,8 +64,7 @@ def tiny_transformer(make_transformer: MakeTransformer) -> LavitaTransformer3DMo
     return make_transformer(num_classes=3, class_names=["boxing", "enduro", "pong"], fps=4.0)
 
 
-@pytest.fixture
-def tiny_vae() -> AutoencoderKL:
+def make_tiny_vae() -> AutoencoderKL:
     """16-pixel frames to latents of 4 x 8 x 8."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -80,6 +79,12 @@ def tiny_vae() -> AutoencoderKL:
             sample_size=16,
         )
     return vae.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_vae() -> AutoencoderKL:
+    """16-pixel frames to latents of 4 x 8 x 8."""
+    return make_tiny_vae()
 
 
 @pytest.fixture

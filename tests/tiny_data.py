@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import cast
+from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
@@ -32,12 +33,21 @@ def write_videos(
     """Writes a video for each name below `root`, which it returns."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_video(root / name, paint(num_frames, seed, height, width), fps=10)
+        (root / name).write_bytes(_encoded(Path(name).suffix, num_frames, seed, height, width))
     return root
 
 
+@cache
+def _encoded(suffix: str, num_frames: int, seed: int, height: int, width: int) -> bytes:
+    """A video file; each is encoded once in a test session."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / f"video{suffix}"
+        write_video(file, paint(num_frames, seed, height, width), fps=10)
+        return file.read_bytes()
+
+
 def write_broken(file: Path) -> Path:
-    """Writes bytes that are no video."""
+    """Writes bytes that are not a video."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(np.random.default_rng(0).bytes(2000))
     return file
@@ -52,13 +62,21 @@ def write_frames(root: Path, names: Sequence[str], num_frames: int = 4, pattern:
     return root
 
 
+def write_numbered(folder: Path, num_frames: int, side: int = 32) -> None:
+    """Writes a folder of grey frames; frame `i` has the value `i`."""
+    folder.mkdir(parents=True)
+    for number in range(num_frames):
+        Image.new("RGB", (side, side), (number, number, number)).save(folder / f"{number}.png")
+
+
 def write_avi(root: Path, names: Sequence[str], num_frames: int = 4) -> Path:
     """Like `write_videos`, for names that end in .avi: Motion JPEG, so that every frame is decoded to be counted."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         frames = paint(num_frames, seed)
         with av.open(str(root / name), "w") as container:
-            stream = cast(VideoStream, container.add_stream("mjpeg", rate=25))
+            stream = container.add_stream("mjpeg", rate=25)
+            assert isinstance(stream, VideoStream)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuvj420p"
             for pixels in frames:
                 container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgb24")))

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavita.core.processes import processes
-from lavita.evaluation.clips import choose_clips, read_source
-from lavita.evaluation.evaluate import Options, score
-from lavita.evaluation.features.compute import read_pixels
-from lavita.evaluation.protocol import make_protocol
+from lavita.evaluation.clips import choose_clips, read_pixels
+from lavita.evaluation.evaluate import EvaluationOptions, evaluate
 from lavita.evaluation.report.table import print_scores, write_scores
+from lavita.evaluation.sources import VideoFolder
 from lavita.video.writing import write_video
 
 METRICS = ["frechet-video", "kernel-video", "prdc", "frechet-image", "kernel-image", "prdc-image", "inception-score"]
@@ -36,20 +35,25 @@ def time_evaluation(
     generated = out / "generated"
     with processes() as team:
         if team.is_first and not generated.exists():
-            source = read_source(data / "heldout", 16, skip_broken=False)
-            side = choose_clips(source, num_clips, 16, 1, seed=99)
-            for number, clip in enumerate(side.clips):
-                pixels = read_pixels(side, clip, resolution)
+            chosen = choose_clips(VideoFolder(data / "heldout").usable(16), num_clips, 16, 1, seed=99)
+            for number, clip in enumerate(chosen.clips):
+                pixels = read_pixels(chosen, clip, resolution)
                 write_video(generated / str(clip.label) / f"{number:05}.mkv", pixels, fps=15)
         team.gather(None)
         splits = [] if num_clips == 2048 else ["inception_score=custom", "inception_splits=2"]
         overrides = [f"num_real_clips={num_clips}", f"num_generated_clips={num_clips}", "frame_interval=1", *splits]
-        protocol = make_protocol("offline", overrides, floor=floor)
+        options = EvaluationOptions(
+            data / "train",
+            generated,
+            data / "heldout",
+            metrics or METRICS,
+            preset="offline",
+            overrides=[*overrides, f"floor={floor}"],
+            cache=out / "cache",
+            device="cpu",
+        )
         for name in ("first", "cached"):
-            options = Options(cache_dir=out / "cache", processes=team)
-            report = score(
-                data / "train", generated, data / "heldout", list(metrics or METRICS), protocol, options
-            ).report
+            report = evaluate(options, team).report
             if team.is_first:
                 print_scores(report)
                 print(name, json.dumps(report["seconds"], indent=1))

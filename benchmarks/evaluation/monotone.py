@@ -19,13 +19,14 @@ from lavita.core.files import write_json, write_text
 from lavita.core.progress import Progress
 from lavita.evaluation.classes.classifier import cached_classifier
 from lavita.evaluation.classes.motion import motion
-from lavita.evaluation.clips import Source, choose_clips, read_source
+from lavita.evaluation.clips import choose_clips, read_pixels
 from lavita.evaluation.distances.frechet import frechet_distance
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.distances.precision_recall import neighbour_scores
-from lavita.evaluation.features.compute import BATCH_SIZE, read_pixels
+from lavita.evaluation.features.compute import BATCH_SIZE
 from lavita.evaluation.features.extractors import EXTRACTORS
 from lavita.evaluation.features.networks import NETWORKS, load_network
+from lavita.evaluation.sources import VideoFolder
 
 Clips = npt.NDArray[np.uint8]  # (N, F, S, S, 3)
 Outputs = npt.NDArray[np.float32]  # (N, F, width)
@@ -124,7 +125,7 @@ def study_degradations(data: Path, out: Path, num_clips: int, resolution: int, c
         classifier: folder of trained classifiers, as in `lavita evaluate --cache`.
     """
     network = load_network(NETWORKS["efficientnet_lite0"])
-    trained = cached_classifier(data / "train", resolution, 0, classifier)
+    trained = cached_classifier(VideoFolder(data / "train").catalog(), resolution, 0, classifier)
 
     def run(clips: Clips, labels: Labels, what: str) -> Side:
         progress = Progress(f"{what}: clip", len(clips))
@@ -136,13 +137,13 @@ def study_degradations(data: Path, out: Path, num_clips: int, resolution: int, c
         return Side(clips, labels, np.concatenate(rows))
 
     def load(folder: str, what: str, classes: Sequence[str] = ()) -> Side:
-        source = read_source(data / folder, NUM_FRAMES, skip_broken=False)
+        source = VideoFolder(data / folder).usable(NUM_FRAMES)
         if classes:
-            kept = tuple(video for video in source.catalog.videos if video.info.path.parent.name in classes)
-            source = Source(replace(source.catalog, videos=kept), source.hashes)
+            kept = {video.name for video in source.catalog.videos if video.info.path.parent.name in classes}
+            source = replace(source, catalog=source.catalog.only(kept))
         chosen = choose_clips(source, num_clips, NUM_FRAMES, 1, 0)
         clips = np.stack([read_pixels(chosen, clip, resolution) for clip in chosen.clips])
-        return run(clips, np.array([clip.label for clip in chosen.clips]), what)
+        return run(clips, np.array(chosen.labels), what)
 
     real, held_out = load("train", "real"), load("heldout", "held-out")
     names = sorted(set(held_out.labels.tolist()))

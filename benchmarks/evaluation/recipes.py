@@ -21,15 +21,14 @@ import numpy as np
 import torch
 
 from lavita.core.files import write_json
+from lavita.core.names import CacheName
 from lavita.core.seeds import generator
-from lavita.evaluation.evaluate import Options, score
-from lavita.evaluation.protocol import make_protocol
+from lavita.evaluation.evaluate import EvaluationOptions, evaluate
 from lavita.evaluation.report.table import write_scores
 from lavita.models.packaged import model_source
 from lavita.sampling.generate import generate, parse_seeds
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
-from lavita.sampling.step_cache import CacheName
 
 METRICS = ["kernel-video", "kernel-image", "frechet-image", "prdc"]
 FEW = Recipe(steps=12)
@@ -138,8 +137,16 @@ def score_recipe(name: str, out: Path, model: str, real: Path, seeds: str, num_r
     generate(model, out / name, seeds=seeds, recipe=recipe, suffix=".mkv")
     count = len(list((out / name).rglob("*.mkv")))
     fields = [f"num_real_clips={num_real_clips}", f"num_generated_clips={count}", "frame_interval=1"]
-    protocol = make_protocol("offline", fields, floor=False)
-    report = score(real, out / name, None, METRICS, protocol, Options(cache)).report
+    options = EvaluationOptions(
+        real,
+        out / name,
+        metrics=METRICS,
+        preset="offline",
+        overrides=[*fields, "floor=false"],
+        cache=cache,
+        device="cpu",
+    )
+    report = evaluate(options).report
     if recipe.sampler not in ("ddpm", "sde-dpm++"):
         exact, found = recipe_latents(EXACT, source), recipe_latents(recipe, source)
         report["exact"] = float(((found - exact).square().mean() / exact.square().mean()).sqrt())

@@ -114,7 +114,7 @@ REFUSED = [
     ("train --data {}/empty autoencoder={}/vae data.resolution=16", ["empty: no usable videos (found none)"]),
     (
         "train --data {}/corrupt autoencoder={}/vae data.resolution=16",
-        ["found 1 broken ones only", "noise.mp4"],
+        ["found only 1 broken ones", "noise.mp4"],
     ),
     ("train --data {}/videos autoencoder={}/empty", ["empty: holds no autoencoder"]),
     ("train --data {}/videos autoencoder={}/nowhere", ["nowhere: no such folder"]),
@@ -126,7 +126,7 @@ REFUSED = [
     ("train --data {}/videos train.device=abacus", ["device is 'abacus'"]),
     (
         "encode --data {}/corrupt --out {}/cache --autoencoder {}/vae --resolution 16",
-        ["found 1 broken ones only"],
+        ["found only 1 broken ones"],
     ),
     (
         "encode --data {}/missing --out {}/cache --autoencoder {}/vae --resolution 16",
@@ -136,7 +136,7 @@ REFUSED = [
     ("autoencoder train", ["nothing to train on"]),
     ("autoencoder train steps=1", ["'data' is missing"]),
     ("autoencoder train --data {}/missing", ["missing: no such folder"]),
-    ("autoencoder train --data {}/corrupt --run-dir {}/ae", ["found 1 broken ones only"]),
+    ("autoencoder train --data {}/corrupt --run-dir {}/ae", ["found only 1 broken ones"]),
     ("autoencoder train --data {}/videos downsampling=3", ["downsampling is 3"]),
     ("sample {}/empty --out {}/out", ["empty: holds no pipeline"]),
     ("sample {}/vae --out {}/out", ["vae: holds no pipeline"]),

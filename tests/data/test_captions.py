@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
 from diffusers import AutoencoderKL
@@ -68,7 +68,10 @@ def test_the_documented_columns_win_and_others_must_be_one(suffix: str, tmp_path
     for columns, message in (
         ({"path": "0.mp4", "video": "1.mp4", "caption": "x"}, "video and path could both be the column of files"),
         ({"file": "0.mp4", "text": "x", "prompt": "y"}, "text and prompt could both be the column of captions"),
-        ({"videoid": 1, "name": "x", "text": "y"}, "text and name could both be .* of captions; call one 'caption'"),
+        (
+            {"videoid": 1, "name": "x", "text": "y"},
+            "text and name could both be .* of captions; call one of them 'caption'",
+        ),
         ({"file": "0.mp4", "name": "x"}, "no column of captions, which is one of caption, .*; found: file, name"),
         ({"label": "0.mp4", "caption": "x"}, "no column of files, which is one of file, .*; found:"),
     ):
@@ -102,7 +105,9 @@ def test_webvid_tables(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert captions == {video: (text,) for video, text in zip(videos, texts, strict=True)}
     assert kept == catalog
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"{file}: 1 of 5 rows are of files that are not in {tmp_path}/videos, as 000051_000100/9.mp4"]
+    assert lines == [
+        f"{file}: 1 of 5 rows are about files that are not in {tmp_path}/videos, such as 000051_000100/9.mp4"
+    ]
 
 
 def test_pandas_writes_a_missing_folder_as_nan(tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_videos_without_a_caption(suffix: str, tmp_path: Path, capsys: pytest.Ca
     captions, kept = match_captions(file, catalog)
     assert captions == {"c/2.mp4": ("c",)}
     assert [(video.name, video.label) for video in kept.videos] == [("c/2.mp4", 0)] and kept.class_names == ("c",)
-    line = f"skipped: 2 of 3 files in {tmp_path}/v have no caption in {file}, as a/0.mp4"
+    line = f"skipped: 2 of 3 files in {tmp_path}/v have no caption in {file}, such as a/0.mp4"
     assert capsys.readouterr().err.splitlines() == [line]
     with pytest.raises(ValueError, match=r"has no caption for a/0\.mp4, which is in"):
         match_captions(file, catalog, broken="error")
@@ -128,7 +133,7 @@ def test_videos_without_a_caption(suffix: str, tmp_path: Path, capsys: pytest.Ca
 def test_a_table_of_other_files_is_refused(tmp_path: Path) -> None:
     catalog = scan(write_videos(tmp_path / "v", ["a/0.mp4"], 2))
     file = write_table(tmp_path / "t.csv", [{"file": "/data/v/a/0.mp4", "caption": "c"}])
-    with pytest.raises(ValueError, match=r"names files as '/data/v/a/0\.mp4', the folder holds 'a/0\.mp4'"):
+    with pytest.raises(ValueError, match=r"lists files such as '/data/v/a/0\.mp4', the folder holds 'a/0\.mp4'"):
         match_captions(file, catalog)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
-from tiny_data import paint, write_broken, write_videos
+from scipy import stats  # type: ignore[import-untyped]
+from tiny_data import paint, write_broken, write_frames, write_videos
 
 from lavita.data.catalog import Catalog, Video, scan
 from lavita.data.clips import ClipDraw, ClipSampler, center_crop_resize, clip_span, mirror, read_pixels
@@ -29,22 +29,33 @@ def fake_catalog(*lengths: int) -> Catalog:
 
 def test_any_tree_of_videos_and_frame_folders_is_found(tmp_path: Path) -> None:
     write_videos(tmp_path, ["b/deep/er/1.mp4", "top.mp4", "a/2.gif", "a/.hidden.mp4", ".cache/3.mp4"])
-    (tmp_path / "a" / "2.gif").rename(tmp_path / "a" / "LOUD.GIF")
+    (tmp_path / "a" / "2.gif").rename(tmp_path / "a" / "UPPER.GIF")
     (tmp_path / "a" / "notes.txt").write_text("no video")
-    frames = tmp_path / "frames" / "one"
-    frames.mkdir(parents=True)
-    for number, frame in enumerate(paint(4)):
-        Image.fromarray(frame).save(frames / f"{number:03}.png")
+    write_frames(tmp_path, ["frames/one"], 4, "{:03}.png")
 
     catalog = scan(tmp_path)
 
     found = {video.name: video.info.num_frames for video in catalog.videos}
-    assert found == {"b/deep/er/1.mp4": 10, "top.mp4": 10, "a/LOUD.GIF": 10, "frames/one": 4}
+    assert found == {"b/deep/er/1.mp4": 10, "top.mp4": 10, "a/UPPER.GIF": 10, "frames/one": 4}
     assert all(video.info.path == tmp_path / video.name for video in catalog.videos)
     assert all((video.info.width, video.info.height) == (20, 16) for video in catalog.videos)
     assert {video.label for video in catalog.videos} == {None}
     assert (catalog.class_names, catalog.broken) == ((), ())
     assert catalog == scan(tmp_path), "the order is always the same"
+
+
+def test_images_next_to_videos_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_videos(tmp_path, ["cats/0.mp4", "cats/1.mp4", "dogs/0.mp4"])
+    write_frames(tmp_path, ["birds/0"])
+    write_frames(tmp_path, ["cats"], 3)
+    write_frames(tmp_path, ["."], 1, "cover.png")
+    catalog = scan(tmp_path, class_folders=True)
+    assert catalog.class_names == ("birds", "cats", "dogs")
+    assert [video.name for video in catalog.videos] == ["birds/0", "cats/0.mp4", "cats/1.mp4", "dogs/0.mp4"]
+    line = f"{tmp_path}: images next to videos are left out (4, such as cover.png)"
+    assert capsys.readouterr().err.splitlines() == [line]
+    assert len(scan(tmp_path, images=True).videos) == 8, "every image counts among images"
+    assert capsys.readouterr().err == ""
 
 
 def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
@@ -57,7 +68,7 @@ def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
 
 def test_a_video_in_no_class_folder_is_refused(tmp_path: Path) -> None:
     write_videos(tmp_path, ["a/0.mp4", "stray.mp4"])
-    with pytest.raises(ValueError, match=r"stray\.mp4: lies in no class folder"):
+    with pytest.raises(ValueError, match=r"stray\.mp4: is in no class folder"):
         scan(tmp_path, class_folders=True)
 
 
@@ -78,21 +89,21 @@ def test_broken_videos_are_named_and_kept_in_the_catalog(tmp_path: Path, capsys:
         scan(tmp_path, broken="error")
 
 
-def test_too_short_videos_are_broken_ones(tmp_path: Path) -> None:
+def test_too_short_videos_count_as_broken(tmp_path: Path) -> None:
     write_videos(tmp_path, ["long/0.mp4"], num_frames=7)
     write_videos(tmp_path, ["short/1.mp4"], num_frames=6)
     catalog = scan(tmp_path, class_folders=True, min_frames=7)
     assert [video.name for video in catalog.videos] == ["long/0.mp4"]
-    assert catalog.class_names == ("long",), "a class without usable videos is none"
+    assert catalog.class_names == ("long",), "a class without usable videos is left out"
     assert catalog.broken == (f"{tmp_path / 'short/1.mp4'}: has 6 frames, but a clip needs 7",)
     with pytest.raises(ValueError, match="has 6 frames, but a clip needs 7"):
         scan(tmp_path, min_frames=7, broken="error")
-    with pytest.raises(ValueError, match=r"no usable videos .found 2 broken ones only, the first: "):
+    with pytest.raises(ValueError, match=r"no usable videos .found only 2 broken ones, the first: "):
         scan(tmp_path, min_frames=8)
 
 
 def test_a_folder_without_videos_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no usable videos .found none.; video files end in \.avi"):
+    with pytest.raises(ValueError, match=r"no usable videos .found none.; the names of video files end in \.mp4, "):
         scan(tmp_path)
     with pytest.raises(ValueError, match="missing: no such folder"):
         scan(tmp_path / "missing")

@@ -12,9 +12,10 @@ from diffusers import AutoencoderKL
 from tiny_data import write_avi, write_broken, write_frames, write_videos
 
 from lavita.core.config import ConfigError, load_config
+from lavita.core.names import DataSetName
 from lavita.data.catalog import Catalog, scan
 from lavita.data.clip_sources import open_validation
-from lavita.data.config import DataConfig, DataSetName
+from lavita.data.config import DataConfig
 from lavita.data.datasets import guess_dataset, list_dataset, open_dataset
 from lavita.data.ucf101 import CLASSES
 from lavita.training.batches import BatchMaker
@@ -51,7 +52,7 @@ def class_of(catalog: Catalog) -> dict[str, str]:
 
 
 def faces_original(root: Path) -> dict[str, list[str]]:
-    """train/original/*.avi, beside forged copies and masks."""
+    """train/original/*.avi, next to forged copies and masks."""
     for split, names in FACES.items():
         for kind in ("original", "altered", "mask"):
             write_avi(root, [f"{split}/{kind}/{name}.avi" for name in names])
@@ -138,7 +139,9 @@ def test_a_layout_gives_its_splits(
         assert (catalog.class_names, catalog.broken) == ((), ())
     assert names_of(open_dataset(tmp_path, dataset)) == sorted(placed["train"]), "the paper trains on the train split"
     if "test" not in placed:
-        with pytest.raises(ValueError, match=rf"which of its {len(everything)} videos are split 'test' of {dataset}"):
+        with pytest.raises(
+            ValueError, match=rf"which of its {len(everything)} videos are in split 'test' of {dataset}"
+        ):
             open_dataset(tmp_path, dataset, "test")
     assert guess_dataset(everything) == dataset
 
@@ -149,7 +152,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "a: 8 altered videos and masks of faceforensics are left out" in capsys.readouterr().err
     faces_of_the_public_code(tmp_path / "b")
     open_dataset(tmp_path / "b", "faceforensics")
-    assert "b: 2 videos are there as files and as frames; the files are taken" in capsys.readouterr().err
+    assert "b: 2 videos exist both as files and as frames; the files are used" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_a_split_tells_it(tmp_path: Path) -> None:
@@ -173,10 +176,12 @@ def test_clips_of_one_name_in_different_videos_stay_apart(tmp_path: Path) -> Non
     assert names_of(open_dataset(tmp_path, "sky_timelapse")) == names
 
 
-def test_a_picture_beside_the_videos_is_no_video(tmp_path: Path) -> None:
+def test_an_image_next_to_the_videos_is_not_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taichi_original(tmp_path)
-    write_frames(tmp_path, ["."], 1)
+    write_frames(tmp_path, [".", "train"], 1)
     assert names_of(open_dataset(tmp_path, "taichi_hd")) == [f"train/{name}.mp4" for name in TAICHI["train"]]
+    line = f"{tmp_path}: images next to videos are left out (2, such as 000000.jpg)"
+    assert capsys.readouterr().err.splitlines() == [line]
 
 
 def test_lists_may_have_labels_counts_suffixes_and_names_that_are_gone(
@@ -187,13 +192,13 @@ def test_lists_may_have_labels_counts_suffixes_and_names_that_are_gone(
     file = tmp_path / "train_256_list.txt"
     file.write_text(f"{first} 120 3\n\n{second}.mp4,7\nSKY/gone_1/000.png\n", encoding="utf-8")
     assert names_of(open_dataset(tmp_path, "sky_timelapse")) == [first, second]
-    assert f"{file}: 1 of its videos are not in the folder, as SKY/gone_1" in capsys.readouterr().err
+    assert f"{file}: 1 of its videos are not in the folder, such as SKY/gone_1" in capsys.readouterr().err
     file.write_text("nothing/here\n")
-    with pytest.raises(ValueError, match=r"names no video that is in the folder; it begins with 'nothing/here'"):
+    with pytest.raises(ValueError, match=r"lists no video that is in the folder; it begins with 'nothing/here'"):
         open_dataset(tmp_path, "sky_timelapse")
     write_frames(tmp_path, ["a/1", "b/1"])
     file.write_text("1\n")
-    with pytest.raises(ValueError, match="line 1 names 1, which could be a/1 and b/1"):
+    with pytest.raises(ValueError, match="line 1 is 1, which could be a/1 and b/1"):
         open_dataset(tmp_path, "sky_timelapse")
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"train_256_list\.txt: cannot be read"):
@@ -256,7 +261,7 @@ def test_ucf101_as_flat_frames_has_the_classes_of_the_videos(
     write_avi(tmp_path / "videos", ACTIONS)
     both = open_dataset(tmp_path, "ucf101")
     assert names_of(both) == sorted(f"videos/{name}" for name in ACTIONS), "no video twice"
-    assert "6 videos are there as files and as frames" in capsys.readouterr().err
+    assert "6 videos exist both as files and as frames" in capsys.readouterr().err
 
 
 def test_ucf101_in_folders_of_its_splits(tmp_path: Path) -> None:
@@ -274,7 +279,7 @@ def test_ucf101_without_classes(tmp_path: Path) -> None:
 def test_videos_of_no_class_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_avi(tmp_path, [*ACTIONS, "trailer.avi", "YoYo/mine.avi"])
     catalog = open_dataset(tmp_path, "ucf101")
-    assert catalog.broken == (f"{tmp_path / 'trailer.avi'}: is not named as videos of ucf101 are; see docs/data.md",)
+    assert catalog.broken == (f"{tmp_path / 'trailer.avi'}: is not named like the videos of ucf101; see docs/data.md",)
     assert f"skipped: {catalog.broken[0]}" in capsys.readouterr().err
     assert class_of(catalog)["mine.avi"] == "YoYo", "the folder of a class is enough"
     with pytest.raises(ValueError, match=r"trailer\.avi: is not named"):
@@ -285,7 +290,7 @@ def test_the_lists_may_name_videos_that_are_gone(tmp_path: Path, capsys: pytest.
     write_avi(tmp_path, ACTIONS[:-1])
     write_lists(tmp_path)
     assert len(open_dataset(tmp_path, "ucf101", "train").videos) == 3
-    assert "1 videos of the list of train are not there, as v_yoyo_g09_c03" in capsys.readouterr().err
+    assert "1 videos in the list of train are missing, such as v_yoyo_g09_c03" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"split 'test02' of ucf101"):
         open_dataset(tmp_path, "ucf101", "test02")
 
@@ -340,9 +345,9 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     taichi_original(tmp_path)
     with pytest.raises(ValueError, match="dataset=folder has no splits: name the subfolder in path"):
         open_dataset(tmp_path, split="train")
-    with pytest.raises(ValueError, match="class_folders is set, but goes with dataset=folder only"):
+    with pytest.raises(ValueError, match="class_folders is set, but works only with dataset=folder"):
         open_dataset(tmp_path, "taichi_hd", class_folders=True)
-    with pytest.raises(ValueError, match="images is set, but goes with dataset=folder only"):
+    with pytest.raises(ValueError, match="images is set, but works only with dataset=folder"):
         open_dataset(tmp_path, "taichi_hd", images=True)
     with pytest.raises(ConfigError, match="dataset is 'taichi'; allowed: folder, faceforensics"):
         open_dataset(tmp_path, "taichi")  # type: ignore[arg-type]
@@ -396,10 +401,10 @@ def test_a_cache_of_another_split_is_refused(tmp_path: Path, tiny_vae: Autoencod
         (["split=train"], "split is 'train', but dataset=folder has no splits"),
         (["dataset=ucf-101"], "data.dataset is 'ucf-101'"),
         (["dataset=sky_timelapse", "split=val"], "split is 'val'; allowed for dataset=sky_timelapse: train, test, all"),
-        (["dataset=ucf101", "class_folders=true"], "class_folders is set, but dataset=ucf101 knows its classes"),
-        (["use_classes=false"], "has no effect: dataset=folder knows no classes"),
-        (["dataset=taichi_hd", "use_classes=false"], "has no effect: dataset=taichi_hd knows no classes"),
-        (["dataset=ucf101", "captions=a.csv"], "a model has texts or classes: set use_classes=false"),
+        (["dataset=ucf101", "class_folders=true"], "class_folders is set, but dataset=ucf101 has its own classes"),
+        (["use_classes=false"], "has no effect: dataset=folder has no classes"),
+        (["dataset=taichi_hd", "use_classes=false"], "has no effect: dataset=taichi_hd has no classes"),
+        (["dataset=ucf101", "captions=a.csv"], "a model has either texts or classes: set use_classes=false"),
         (["dataset=taichi_hd", "latent_cache=a"], "dataset is 'taichi_hd', but has no effect without path"),
         (["dataset=ucf101", "latent_cache=a", "split=test"], "split is 'test', but has no effect without path"),
     ],

@@ -51,7 +51,7 @@ def test_the_numbers_are_those_of_the_videos(folder: Path) -> None:
     assert found.too_short == ("b/frames",)
     assert [message.split(": ")[0] for message in found.broken] == [f"{folder}/a/noise.mp4", f"{folder}/b/cut.mp4"]
     assert "is cut off" in found.broken[1]
-    assert (found.looks_like, found.splits, found.captions, found.notes) == (None, {}, None, ())
+    assert (found.looks_like, found.splits, found.captions, found.notes, found.left_out) == (None, {}, None, (), {})
 
 
 def test_the_clips_are_those_of_training(folder: Path) -> None:
@@ -145,11 +145,11 @@ def printed(folder: Path, width: int = 200, **options: int) -> str:
 def test_the_console_says_what_matters(folder: Path) -> None:
     text = printed(folder, num_frames=3, frame_interval=2)
     for words in (
-        "5, 1 of them folders of frames",
+        "5, 1 of them frame folders",
         "2  (with data.class_folders=true): a 2, b 3",
-        "39 of 3 frames at interval 2; 1 videos are shorter than the 5 frames of one: b/frames",
-        "Sizes are mixed",
-        "Rates are mixed",
+        "39 of 3 frames at interval 2; 1 videos are shorter than the 5 frames of a clip: b/frames",
+        "Sizes differ",
+        "Rates differ",
         f"broken: {folder}/a/noise.mp4: ",
     ):
         assert words in text
@@ -157,7 +157,7 @@ def test_the_console_says_what_matters(folder: Path) -> None:
     for path in ("b/2.mp4", "b/3.mp4", "b/cut.mp4"):
         (folder / path).unlink()
     text = printed(folder / "a")
-    assert "10 frames each" in text and "mixed" not in text and "broken: " not in text
+    assert "10 frames each" in text and "differ" not in text and "broken: " not in text
 
 
 def test_only_broken_videos_are_reported_too(tmp_path: Path) -> None:
@@ -166,12 +166,26 @@ def test_only_broken_videos_are_reported_too(tmp_path: Path) -> None:
     assert "broken: " in text and "[bold]/0.mp4" in text
 
 
+def test_what_is_left_out_is_counted_by_kind(tmp_path: Path, run: Run) -> None:
+    write_videos(tmp_path / "v", ["cats/0.mp4", "cats/1.mp4", "dogs/0.mp4"], 2)
+    write_frames(tmp_path / "v", ["cats"], 3)  # posters
+    (tmp_path / "v" / "notes.txt").write_text("a note")
+    found = inspect_dataset(tmp_path / "v")
+    assert found.classes == {"cats": 2, "dogs": 1}
+    assert found.left_out == {"images": 3, ".txt": 1}
+    text = printed(tmp_path / "v")
+    assert "images next to videos 3, .txt 1" in text
+    assert f"{tmp_path}/v: images next to videos are left out (3, such as cats/000000.jpg)" in text
+    code, out, _ = run("data", "inspect", tmp_path / "v", "--json")
+    assert code == 0 and json.loads(out)["left_out"] == {"images": 3, ".txt": 1}
+
+
 def test_what_is_wrong_is_one_line(tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty").mkdir()
     write_videos(tmp_path / "v", ["0.mp4"], 2)
     for arguments, message in (
         (["missing"], "missing: no such folder"),
-        (["empty"], "empty: holds no video files and no folders of frames"),
+        (["empty"], "empty: holds no video files and no frame folders"),
         (["v", "--split", "train"], "split is 'train', but dataset=folder has no splits"),
         (["v", "--dataset", "ucf101"], "holds no video of ucf101; looked for"),
         (["v", "--captions", "none.csv"], "none.csv: cannot be read"),

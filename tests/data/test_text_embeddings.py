@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny_text import BERT, save_text_encoder
 from transformers import BertModel
 
-from lavita.data import text_embeddings as text_cache
+from lavita.data import text_embeddings
 from lavita.data.text_embeddings import embed_texts, texts_folder
 from lavita.models.text_encoder import load_text_encoder
 
@@ -26,7 +27,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(source)
         return load_text_encoder(source, device)
 
-    monkeypatch.setattr(text_cache, "load_text_encoder", load)
+    monkeypatch.setattr(text_embeddings, "load_text_encoder", load)
     return names
 
 
@@ -71,10 +72,10 @@ def test_an_encoder_from_the_hub_is_known_by_its_weights(tmp_path: Path) -> None
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_texts_lie_with_the_latents_where_they_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_embeddings_are_kept_with_the_latents_if_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     cache.mkdir()
     assert texts_folder(None, run) == run
     assert texts_folder(cache, run) == cache
-    monkeypatch.setattr(text_cache.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert texts_folder(cache, run) == run

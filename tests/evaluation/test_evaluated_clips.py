@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_data import paint, write_broken, write_videos
+from tiny_data import paint, write_broken, write_numbered, write_videos
 
 from lavita.data.content_hash import content_hash
-from lavita.evaluation.clips import Side, all_frames, choose_clips, read_manifest, read_source, write_manifest
+from lavita.evaluation import clips as clips_module
+from lavita.evaluation.clips import (
+    ClipSet,
+    choose_clips,
+    every_frame,
+    iter_pixels,
+    read_pixels,
+    successive_clips,
+)
+from lavita.evaluation.manifest import read_manifest, write_manifest
+from lavita.evaluation.protocol import Protocol
+from lavita.evaluation.sources import Source, VideoFolder
+from lavita.video.formats import VideoError
 from lavita.video.writing import write_video
 
 NAMES = [f"{label}/{number}.mp4" for label in "ab" for number in range(5)]
@@ -23,29 +36,33 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_videos(tmp_path_factory.mktemp("videos"), NAMES, num_frames=12)
 
 
-def drawn(side: Side) -> list[tuple[str, int]]:
-    return [(clip.sha256, clip.start) for clip in side.clips]
+@pytest.fixture(scope="module")
+def source(videos: Path) -> Source:
+    return VideoFolder(videos).usable()
 
 
-def test_clips_depend_on_content_not_on_names(tmp_path: Path, videos: Path) -> None:
+def drawn(clips: ClipSet) -> list[tuple[str, int]]:
+    return [(clip.sha256, clip.start) for clip in clips.clips]
+
+
+def test_clips_depend_on_content_not_on_names(tmp_path: Path, videos: Path, source: Source) -> None:
     renamed = tmp_path / "renamed" / "deep"
     for number, name in enumerate(reversed(NAMES)):
         (renamed / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(videos / name, renamed / Path(name).parent / f"{number:03}.mp4")
-    sides = [choose_clips(read_source(root, 1, False), 17, 4, 2, seed=3) for root in (videos, renamed)]
-    assert drawn(sides[0]) == drawn(sides[1])
-    assert sides[0].digest == sides[1].digest
-    assert sides[0].labels == sides[1].labels
-    other = choose_clips(read_source(videos, 1, False), 17, 4, 2, seed=4)
-    assert drawn(other) != drawn(sides[0]) and other.digest != sides[0].digest
+    chosen, again = (choose_clips(each, 17, 4, 2, seed=3) for each in (source, VideoFolder(renamed).usable()))
+    assert drawn(chosen) == drawn(again)
+    assert chosen.digest == again.digest
+    assert chosen.labels == again.labels
+    other = choose_clips(source, 17, 4, 2, seed=4)
+    assert drawn(other) != drawn(chosen) and other.digest != chosen.digest
 
 
-def test_clips_are_spread_and_distinct(videos: Path) -> None:
-    source = read_source(videos, 1, False)
-    side = choose_clips(source, 23, 4, 2, seed=0)  # starts 0 to 5
-    assert len(side.clips) == len(set(drawn(side))) == 23
-    assert sorted(Counter(clip.name for clip in side.clips).values()) == [2] * 7 + [3] * 3
-    assert {clip.start for clip in side.clips} == set(range(6))
+def test_clips_are_spread_and_distinct(source: Source) -> None:
+    chosen = choose_clips(source, 23, 4, 2, seed=0)  # starts 0 to 5
+    assert len(chosen.clips) == len(set(drawn(chosen))) == 23
+    assert sorted(Counter(clip.name for clip in chosen.clips).values()) == [2] * 7 + [3] * 3
+    assert {clip.start for clip in chosen.clips} == set(range(6))
     everything = choose_clips(source, 60, 4, 2, seed=0)
     assert len(set(drawn(everything))) == 60
     with pytest.raises(
@@ -58,39 +75,74 @@ def test_clips_are_spread_and_distinct(videos: Path) -> None:
     assert [clip.name for clip in first.clips] == ["a/0.mp4", "a/1.mp4", "a/2.mp4"]
     plain = choose_clips(source, 10, 4, 1, seed=0, random_start=False)
     assert {clip.start for clip in plain.clips} == {0}
-    taken = [(clip.sha256, -1) for clip in first.clips]
+    taken = {clip.sha256 for clip in first.clips}
     rest = choose_clips(source, 7, 4, 1, seed=0, max_clips_a_video=1, without=taken)
     assert not {clip.sha256 for clip in rest.clips} & {clip.sha256 for clip in first.clips}
 
 
-def test_every_frame_once(videos: Path) -> None:
-    side = all_frames(read_source(videos, 1, False), 5)
-    frames = Counter((clip.name, clip.start + i) for clip in side.clips for i in range(clip.num_frames))
+def test_every_frame_once(source: Source) -> None:
+    frames = Counter(
+        (clip.name, clip.start + i) for clip in every_frame(source, 5).clips for i in range(clip.num_frames)
+    )
     assert set(frames.values()) == {1} and len(frames) == 12 * len(NAMES)
 
 
-def test_a_manifest_is_written_and_used_again(tmp_path: Path, videos: Path) -> None:
-    source = read_source(videos, 1, False)
-    side = choose_clips(source, 5, 4, 2, seed=1)
-    settings = {"seed": 1, "num_frames": 4}
+@pytest.mark.parametrize(
+    ("num_frames", "interval", "expected"),
+    [
+        (4, 1, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]),
+        (4, 3, [[0, 3, 6, 9]]),
+        (3, 2, [[0, 2, 4], [5, 7, 9]]),
+        (13, 1, [list(range(13))]),
+        (14, 1, []),
+    ],
+)
+def test_successive_clips_of_a_video(tmp_path: Path, num_frames: int, interval: int, expected: list[list[int]]) -> None:
+    write_numbered(tmp_path / "video", 13)
+    source = VideoFolder(tmp_path).usable()
+    clips = successive_clips(source, source.catalog.videos, num_frames, interval)
+    assert [pixels[:, 0, 0, 0].tolist() for _, pixels in iter_pixels(clips, 32)] == expected
+
+
+def test_one_pass_reads_what_single_clips_are(source: Source) -> None:
+    for clips in (successive_clips(source, source.catalog.videos, 3, 2), choose_clips(source, 10, 4, 2, seed=0)):
+        read = list(iter_pixels(clips, 8))
+        assert [clip for clip, _ in read] == list(clips.clips)
+        for clip, pixels in read:
+            assert np.array_equal(pixels, read_pixels(clips, clip, 8))
+
+
+def test_one_pass_notices_damage_after_the_last_clip(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(path: Path) -> Iterator[np.ndarray]:
+        yield from paint(9)
+        raise VideoError(path, "frame 9 is damaged")
+
+    monkeypatch.setattr(clips_module, "iter_frames", damaged)
+    with pytest.raises(VideoError, match="frame 9 is damaged"):
+        list(iter_pixels(successive_clips(source, source.catalog.videos[:1], 8, 1), 8))
+
+
+def test_a_manifest_is_written_and_used_again(tmp_path: Path, videos: Path, source: Source) -> None:
+    protocol = Protocol(seed=1, num_frames=4, frame_interval=2)
+    clips = choose_clips(source, 5, 4, 2, seed=1)
     file = tmp_path / "new" / "clips.json"
-    write_manifest(file, {"real": side}, settings)
+    write_manifest(file, {"real": clips}, protocol)
     moved = tmp_path / "moved"
     shutil.copytree(videos, moved)
-    (moved / side.clips[0].name).rename(moved / "a" / "other.mp4")
-    again = read_manifest(file, {"real": read_source(moved, 1, False), "floor": source}, settings)
+    (moved / clips.clips[0].name).rename(moved / "a" / "other.mp4")
+    again = read_manifest(file, {"real": VideoFolder(moved).usable(), "floor": source}, protocol)
     assert set(again) == {"real"}
-    assert (drawn(again["real"]), again["real"].digest) == (drawn(side), side.digest)
+    assert (drawn(again["real"]), again["real"].digest) == (drawn(clips), clips.digest)
     assert again["real"].clips[0].name == "a/other.mp4"
     with pytest.raises(ValueError, match="was written with seed=1, but 2 was asked for"):
-        read_manifest(file, {"real": source}, {**settings, "seed": 2})
+        read_manifest(file, {"real": source}, protocol.model_copy(update={"seed": 2}))
     write_video(moved / "a" / "other.mp4", paint(12, seed=99), fps=10)
     with pytest.raises(ValueError, match=r"names .*, but no video below .*moved has its content"):
-        read_manifest(file, {"real": read_source(moved, 1, False)}, settings)
+        read_manifest(file, {"real": VideoFolder(moved).usable()}, protocol)
     for damage in ("{", "[]", json.dumps({"sides": {"real": 3}})):
         file.write_text(damage)
-        with pytest.raises(ValueError, match="is no manifest of clips"):
-            read_manifest(file, {"real": source}, settings)
+        with pytest.raises(ValueError, match="is not a manifest of clips"):
+            read_manifest(file, {"real": source}, protocol)
 
 
 def test_broken_videos_stop_or_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,11 +150,11 @@ def test_broken_videos_stop_or_are_counted(tmp_path: Path, capsys: pytest.Captur
     write_videos(tmp_path, ["a/short.mp4"], num_frames=3)
     write_broken(tmp_path / "a" / "noise.mp4")
     with pytest.raises(
-        ValueError, match=r"2 of 4 videos cannot be used, the first: .*noise\.mp4.*--skip-broken goes on"
+        ValueError, match=r"2 of 4 videos cannot be used, the first: .*noise\.mp4.*--skip-broken continues"
     ):
-        read_source(tmp_path, 8, False)
+        VideoFolder(tmp_path).usable(8)
     assert "noise.mp4" in capsys.readouterr().err
-    facts = read_source(tmp_path, 8, True).facts()
+    facts = VideoFolder(tmp_path).usable(8, skip_broken=True).facts()
     assert (facts["num_videos"], facts["num_broken"]) == (2, 2)
     assert any("has 3 frames, but a clip needs 8" in text for text in facts["broken"])
     assert facts["codecs"] == {"h264 yuv420p": 2} and facts["sizes"] == {"20x16": 2} and facts["frames"] == [12, 12]
@@ -111,7 +163,7 @@ def test_broken_videos_stop_or_are_counted(tmp_path: Path, capsys: pytest.Captur
 def test_lossless_files_say_so(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (4, 9, 11, 3), dtype=np.uint8)
     write_video(tmp_path / "a.mkv", frames, fps=8)
-    assert read_source(tmp_path, 1, False).facts()["codecs"] == {"ffv1 bgr0": 1}
+    assert VideoFolder(tmp_path).usable().facts()["codecs"] == {"ffv1 bgr0": 1}
     before = content_hash(tmp_path / "a.mkv")
     write_video(tmp_path / "b.mkv", frames, fps=8)
     assert content_hash(tmp_path / "b.mkv") == before

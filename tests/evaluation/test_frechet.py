@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from scipy.linalg import sqrtm
+from scipy.linalg import sqrtm  # type: ignore[import-untyped]
 
 from lavita.evaluation.distances.frechet import frechet_distance, frechet_score
 
@@ -128,11 +128,10 @@ def test_intervals_cover() -> None:
 
 
 def test_intervals_are_too_wide_where_both_sides_are_alike() -> None:
-    # There the distance has no part of first order; an influence function counts the second order twice
+    # The distance then has no first-order part, and an influence function counts the second-order part twice
     # (Efron & Stein 1981), which errs on the safe side.
-    scores = [
-        frechet_score(*np.random.default_rng(repeat).normal(size=(2, 128, 16)), num_halvings=0) for repeat in range(200)
-    ]
+    samples = (np.random.default_rng(repeat).normal(size=(2, 128, 16)) for repeat in range(200))
+    scores = [frechet_score(x, y, num_halvings=0) for x, y in samples]
     values = np.array([score.value for score in scores])
     assert 1.4 < np.mean([score.standard_error**2 for score in scores]) / values.var() < 2.8
     assert np.mean([low <= values.mean() <= high for low, high in (score.interval_95 for score in scores)]) >= 0.97
@@ -159,11 +158,11 @@ def test_rows_of_one_cluster_are_one_draw() -> None:
 def test_influence_function_equals_a_jackknife() -> None:
     x, y = gaussian(0, 300, 3), gaussian(1, 250, 3)
     variance = 0.0
-    for side, rows in enumerate((x, y)):
+    for rows in (x, y):
         left = []
         for i in range(len(rows)):
             kept = np.delete(rows, i, axis=0)
-            left.append(frechet_distance(kept, y) if side == 0 else frechet_distance(x, kept))
+            left.append(frechet_distance(kept, y) if rows is x else frechet_distance(x, kept))
         variance += (len(rows) - 1) / len(rows) * ((np.array(left) - np.mean(left)) ** 2).sum()
     assert frechet_score(x, y).standard_error == pytest.approx(np.sqrt(variance), rel=0.02)
 
@@ -173,8 +172,8 @@ def test_influence_function_equals_a_jackknife() -> None:
     [
         (np.zeros(5), np.zeros((5, 2)), {}, r"x has shape \(5,\); features are \(N, D\) with N >= 2"),
         (np.zeros((5, 2)), np.zeros((1, 2)), {}, r"y has shape \(1, 2\)"),
-        (np.zeros((5, 2)), np.full((5, 2), np.nan), {}, "y holds features that are not finite"),
-        (np.zeros((5, 2)), np.zeros((5, 3)), {}, "y has 3 features a row, but x 2"),
+        (np.zeros((5, 2)), np.full((5, 2), np.nan), {}, "y has features that are not finite"),
+        (np.zeros((5, 2)), np.zeros((5, 3)), {}, "y has 3 features per row, but x 2"),
         (np.zeros((5, 2)), np.zeros((5, 2)), {"ddof": 2}, "ddof is 2; allowed: 0, 1"),
         (np.zeros((5, 2)), np.zeros((5, 2)), {"clusters_y": ["a"] * 5}, "y has 1 independent sample"),
         (np.zeros((5, 2)), np.zeros((5, 2)), {"clusters_x": [0, 1]}, r"clusters of x have shape \(2,\)"),

@@ -10,10 +10,11 @@ import torch
 from lavita.evaluation.distances.kernel import kernel_score
 
 Array = npt.NDArray[np.float64]
+Clusters = npt.NDArray[np.int64]
 
 
-def plain(x: Array, y: Array, clusters_x: Array, clusters_y: Array) -> float:
-    def mean(a: Array, b: Array, apart: Array) -> float:
+def plain(x: Array, y: Array, clusters_x: Clusters, clusters_y: Clusters) -> float:
+    def mean(a: Array, b: Array, apart: npt.NDArray[np.bool_]) -> float:
         kernel = (a @ b.T / a.shape[1] + 1) ** 3
         return float(kernel[apart].mean())
 
@@ -42,8 +43,10 @@ def test_the_error_is_a_jackknifes() -> None:
         left = []
         for cluster in np.unique(clusters):
             kept = clusters != cluster
-            sides = (rows[kept], y, clusters[kept], some_y) if first else (x, rows[kept], some_x, clusters[kept])
-            left.append(plain(*sides))
+            if first:
+                left.append(plain(rows[kept], y, clusters[kept], some_y))
+            else:
+                left.append(plain(x, rows[kept], some_x, clusters[kept]))
         variance += (len(left) - 1) / len(left) * ((np.array(left) - np.mean(left)) ** 2).sum()
     assert kernel_score(x, y, some_x, some_y).standard_error == pytest.approx(np.sqrt(variance), rel=1e-10)
 
@@ -83,5 +86,5 @@ def test_unbiased_where_both_sides_are_alike_and_the_interval_covers() -> None:
 def test_too_few_are_refused() -> None:
     with pytest.raises(ValueError, match="x has 2 independent samples; a kernel distance needs 3"):
         kernel_score(np.ones((8, 2)), np.ones((8, 2)), [0] * 4 + [1] * 4)
-    with pytest.raises(ValueError, match="y has 3 features a row, but x 2"):
+    with pytest.raises(ValueError, match="y has 3 features per row, but x 2"):
         kernel_score(np.ones((8, 2)), np.ones((8, 3)))

@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripted import C3D, I3D, save_all, save_script
+from scripted import C3D, I3D, save_script
 from torch import nn
 
 from lavita.evaluation.features import efficientnet
 from lavita.evaluation.features.extractors import EXTRACTORS, get_extractor
 from lavita.evaluation.features.networks import NETWORKS, find_weights, load_network
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_all(tmp_path_factory.mktemp("weights"))
 
 
 def clips(num_clips: int = 2, num_frames: int = 16, size: int = 24) -> torch.Tensor:
@@ -71,8 +66,8 @@ def test_the_weights_of_another_network_are_refused(tmp_path: Path, weights: Pat
     save_script(C3D(softmax=False), tmp_path / "logits.pt")
     save_script(nn.Sequential(nn.Flatten()), tmp_path / "flat.pt")
     for name, file, message in (
-        ("i3d", tmp_path / "bytes.pt", r"bytes\.pt: is no TorchScript file"),
-        ("i3d", tmp_path / "pickle.pt", r"pickle\.pt: is no TorchScript file"),
+        ("i3d", tmp_path / "bytes.pt", r"bytes\.pt: is not a TorchScript file"),
+        ("i3d", tmp_path / "pickle.pt", r"pickle\.pt: is not a TorchScript file"),
         (
             "i3d",
             tmp_path / "narrow.pt",

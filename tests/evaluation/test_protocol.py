@@ -1,4 +1,4 @@
-"""Protocols: presets, fields, and where two differ; names of scores; quoted numbers only beside their like."""
+"""Protocols: presets, fields, and their differences; names of scores; the paper's scores."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ def test_names_of_scores_say_which_network() -> None:
                 assert name(metric, extractor.name).split("[")[0] not in short
 
 
-def test_the_papers_numbers_stand_beside_a_like_protocol_only() -> None:
+def test_the_papers_scores_are_quoted_only_for_its_protocol() -> None:
     def rows(name: str, *overrides: str, preset: str = "paper") -> dict[str, float]:
         settings = make_protocol(preset, overrides).model_dump()
         found = quoted_rows(name, settings)
         assert all("quoted" in row.source for row in found)
         return {row.method: row.value for row in found}
 
-    assert rows("fvd", "dataset=skytimelapse")["LAVITA"] == 59.82
-    assert rows("fvd", "dataset=taichi") == {
+    assert rows("fvd", "dataset=sky_timelapse")["LAVITA"] == 59.82
+    assert rows("fvd", "dataset=taichi_hd") == {
         "MoCoGAN-HD": 128.1,
         "DIGAN": 156.7,
         "PVDM": 540.2,

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from lavita.models.blocks import PLAIN_ATTENTION_TOKENS, Frames, Mixing, TransformerBlock, dot_product_attention
+from lavita.models.blocks import PLAIN_ATTENTION_TOKENS, FrameLayout, Mixing, TransformerBlock, dot_product_attention
 from lavita.models.presets import SIZES, block_plan, preset_sizes
 from lavita.models.transformer import LavitaTransformer3DModel
 
@@ -64,7 +64,7 @@ def test_a_block_equals_dits_in_diffusers(mixing: Mixing) -> None:
             other.bias.copy_(block.attn.qkv.bias[index * width : (index + 1) * width])
 
         x, condition = torch.randn(2, 3, 5, width), torch.randn(2, width)
-        output = block(x, condition[:, None, None], Frames(3))
+        output = block(x, condition[:, None, None], FrameLayout(3))
         if mixing == "space":
             rows = condition.repeat_interleave(3, dim=0)
             expected = theirs(x.reshape(6, 5, width)).reshape(2, 3, 5, width)
@@ -104,7 +104,7 @@ def test_a_plain_block_equals_torchs(mixing: Mixing) -> None:
         ):
             other.load_state_dict(mine.state_dict())
         x = torch.randn(2, 3, 5, width)
-        output = block(x, None, Frames(3))
+        output = block(x, None, FrameLayout(3))
         if mixing == "space":
             expected = theirs(x.flatten(0, 1)).unflatten(0, (2, 3))
         else:
@@ -164,7 +164,8 @@ def test_what_a_token_reaches(mixing: Mixing, num_video: int, changed_frame: int
     other = x.clone()
     other[:, changed_frame, 2] += torch.randn(32)
     with torch.no_grad():
-        changed = (block(x, condition, Frames(num_video)) != block(other, condition, Frames(num_video))).any(dim=-1)[0]
+        frames = FrameLayout(num_video)
+        changed = (block(x, condition, frames) != block(other, condition, frames)).any(dim=-1)[0]
 
     video = list(range(num_video)) if changed_frame < num_video else []
     expected = torch.zeros(3, 5, dtype=torch.bool)
@@ -181,7 +182,7 @@ def test_what_a_token_reaches(mixing: Mixing, num_video: int, changed_frame: int
 def test_an_image_passes_a_temporal_block_untouched() -> None:
     block = TransformerBlock(32, 2, 4.0, "time")
     x = torch.randn(1, 3, 5, 32)
-    output = block(x, torch.randn(1, 1, 1, 32), Frames(2))
+    output = block(x, torch.randn(1, 1, 1, 32), FrameLayout(2))
     assert torch.equal(output[:, 2:], x[:, 2:])
     assert not torch.equal(output[:, :2], x[:, :2])
 
@@ -261,7 +262,7 @@ def test_a_fresh_block_is_the_identity(variant: int) -> None:
     torch.manual_seed(0)
     x, condition = torch.randn(2, 3, 5, 32), torch.randn(2, 1, 1, 32)
     for block in plain(variant=variant).blocks:
-        assert torch.equal(block(x, condition, Frames(3)), x)
+        assert torch.equal(block(x, condition, FrameLayout(3)), x)
 
 
 def test_a_fresh_tube_hands_out_the_decoders_channels_to_its_frames() -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import nn
 
-from lavita.models.blocks import Attention, Frames, Mixing
+from lavita.models.blocks import Attention, FrameLayout, Mixing
 from lavita.models.embeddings import (
     TimestepEmbedder,
     frame_positions,
@@ -378,7 +378,7 @@ def test_factorised_attention_is_masked_full_attention(mixing: Mixing, num_video
     attention = random_attention()
     x = torch.randn(2, 4, 5, 32)
     rotation = rotary_positions(np.arange(num_video), 8) if rope else None
-    output = attention(x, mixing, Frames(num_video, rotation))
+    output = attention(x, mixing, FrameLayout(num_video, rotation))
     assert_near(output, masked_attention(attention, x, mixing, num_video, rope))
 
 
@@ -388,7 +388,7 @@ def test_every_variant_is_masked_full_attention(
 ) -> None:
     calls: list[str] = []
 
-    def masked(self: Attention, x: torch.Tensor, mixing: Mixing, frames: Frames) -> torch.Tensor:
+    def masked(self: Attention, x: torch.Tensor, mixing: Mixing, frames: FrameLayout) -> torch.Tensor:
         calls.append(mixing)
         return masked_attention(self, x, mixing, frames.num_video, frames.rotation is not None)
 
@@ -581,7 +581,7 @@ def test_rotary_attention_depends_on_relative_positions_only(mixing: Mixing) -> 
     positions = np.arange(5.0)
 
     def at(positions: np.ndarray) -> torch.Tensor:
-        return attention(x, mixing, Frames(5, rotary_positions(positions, 8)))
+        return attention(x, mixing, FrameLayout(5, rotary_positions(positions, 8)))
 
     output = at(positions)
     for shift in (-4, 0.25, 100):
@@ -593,4 +593,4 @@ def test_rotary_attention_depends_on_relative_positions_only(mixing: Mixing) -> 
 def test_without_positions_temporal_attention_knows_no_order() -> None:
     attention = random_attention()
     x = torch.randn(2, 5, 3, 32)
-    assert_near(attention(x.flip(1), "time", Frames(5)), attention(x, "time", Frames(5)).flip(1))
+    assert_near(attention(x.flip(1), "time", FrameLayout(5)), attention(x, "time", FrameLayout(5)).flip(1))

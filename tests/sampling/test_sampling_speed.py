@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,16 +12,16 @@ import torch
 from conftest import MakeTransformer, Run
 from diffusers import AutoencoderKL
 from diffusers.hooks import HookRegistry
+from lavita.sampling.calibrate import calibrate
 
-from lavita.cli.options import RecipeName
 from lavita.core import precision as runtime
+from lavita.core.names import RecipeName
 from lavita.core.precision import store_linear_weights
 from lavita.core.seeds import generator
 from lavita.models.packaged import model_source
 from lavita.models.presets import VARIANTS
 from lavita.models.transformer import LavitaTransformer3DModel, Residuals
 from lavita.sampling import denoiser as denoising
-from lavita.sampling.calibrate import calibrate
 from lavita.sampling.denoiser import Guidance
 from lavita.sampling.generate import generate
 from lavita.sampling.int8 import quantize_int8
@@ -398,7 +398,7 @@ def test_the_packages_model_is_calibrated() -> None:
 
 
 def test_recipes_are_those_of_the_command_line(pipeline: LavitaPipeline) -> None:
-    assert [name.value for name in RecipeName] == list(RECIPES)
+    assert list(get_args(RecipeName)) == list(RECIPES)
     assert RECIPES["paper"].num_steps == 250 and RECIPES["paper"].sampler == "ddpm"
     for recipe in RECIPES.values():
         pipeline.use_sampler(recipe.sampler, recipe.spacing)

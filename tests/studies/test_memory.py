@@ -11,14 +11,12 @@ import pytest
 import torch
 from conftest import MakeTransformer, Run
 from diffusers import AutoencoderKL
-from torch import nn
 
 from lavita.models.autoencoder import decode
-from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.studies.memory import (
+from lavita.studies.live_storages import (
     ACTIVATIONS,
     AUTOENCODER,
     AVERAGE,
@@ -27,12 +25,12 @@ from lavita.studies.memory import (
     GRADIENTS,
     OPTIMIZER,
     WEIGHTS,
-    Setting,
-    sampling_memory,
-    training_memory,
 )
-from lavita.training.ema import EMA
-from lavita.training.optimizers import make_optimizers
+from lavita.studies.memory import Precision, Setting, sampling_memory, training_memory
+from lavita.training.batches import random_batch
+from lavita.training.config import TrainConfig
+from lavita.training.state import TrainState
+from lavita.training.step import train_step
 
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "unconditional": ({}, 0),
@@ -50,7 +48,7 @@ def highest_allocated(step: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     now = highest = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         highest = max(highest, now)
@@ -61,46 +59,27 @@ def storages(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-class Steps:
-    """Training steps on random numbers, written out."""
-
-    def __init__(self, model: LavitaTransformer3DModel, images: int, setting: Setting) -> None:
-        self.model, self.images, self.setting = model.train(), images, setting
-        checkpoint_blocks(model, setting.gradient_checkpointing)
-        self.ema = EMA(model, 0.9)
-        self.optimizers = make_optimizers(model, setting.optimizer, 1e-4, 0.0)
-        size, frames = model.config["sample_size"], model.config["num_frames"] + images
-        self.latents = torch.randn(setting.accumulation, 2, frames, 4, size, size)
-        self.noise, *self.next_step = (torch.randn_like(self.latents) for _ in range(3))
-        rows = (2, 1 + images) if images else (2,)
-        self.given: dict[str, torch.Tensor] = {}
-        if model.config["num_classes"]:
-            self.given["class_labels"] = torch.zeros(rows, dtype=torch.long)
-        if model.config["text_dim"]:
-            self.given["text_embeds"] = torch.randn(*rows, model.config["text_dim"])
-
-    def step(self) -> None:
-        diffusion, timesteps = GaussianDiffusion(), torch.tensor([3, 900])
-        for latents, noise in zip(self.latents, self.noise, strict=True):
-            noisy = diffusion.q_sample(latents, timesteps, noise)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.precision == "bf16"):
-                output = self.model(noisy, timesteps, **self.given, num_images=self.images).sample
-            diffusion.losses(output, latents, timesteps, noise).total.mean().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.ema.update(1)
-
-    def staying(self) -> dict[str, int]:
-        """Bytes between two steps."""
-        states = [t for o in self.optimizers for state in o.state.values() for t in state.values()]
-        return {
-            WEIGHTS: storages([*self.model.parameters(), *self.model.buffers()]),
-            OPTIMIZER: storages(states),
-            AVERAGE: storages(list(self.ema.weights.values())),
-            BATCH: storages([self.latents, self.noise, *self.next_step, *self.given.values()]),
-        }
+def measure_training(model: LavitaTransformer3DModel, images: int, setting: Setting) -> tuple[int, dict[str, int]]:
+    """The peak of a second training step on random numbers, and the bytes that stay between two steps."""
+    settings = TrainConfig(
+        optimizer=setting.optimizer,
+        precision=setting.precision,
+        batch_size=2 * setting.accumulation,
+        accumulation=setting.accumulation,
+    )
+    checkpoint_blocks(model.train(), setting.gradient_checkpointing)
+    state = TrainState.build(model, settings, torch.device("cpu"))
+    batches = [random_batch(model.config, settings.batch_size, num_images=images, seed=seed) for seed in range(2)]
+    train_step(state, batches[0], settings)
+    states = [t for optimizer in state.optimizers for values in optimizer.state.values() for t in values.values()]
+    conditions = [t for t in (batches[0].class_labels, batches[0].text_embeds) if t is not None]
+    staying = {
+        WEIGHTS: storages([*model.parameters(), *model.buffers()]),
+        OPTIMIZER: storages(states),
+        AVERAGE: storages(list(state.ema.weights.values())),
+        BATCH: storages([*conditions, *(t for batch in batches for t in (batch.latents, batch.noise))]),
+    }
+    return sum(staying.values()) + highest_allocated(lambda: train_step(state, batches[1], settings)), staying
 
 
 SETTINGS = {
@@ -127,10 +106,7 @@ def test_the_peak_of_training_is_the_allocators(
     fields, images = CASES[case]
     model = make_transformer(variant=variant, num_frames=4, **fields)
     predicted = training_memory(model.config, 2, None, images, SETTINGS[setting])
-    run = Steps(model, images, SETTINGS[setting])
-    run.step()
-    staying = run.staying()
-    measured = sum(staying.values()) + highest_allocated(run.step)
+    measured, staying = measure_training(model, images, SETTINGS[setting])
     assert predicted.total == pytest.approx(measured, rel=0.05)
     for part, size in staying.items():
         assert predicted.parts[part] == pytest.approx(size, rel=0.01, abs=100), part  # timesteps are in the batch
@@ -215,8 +191,9 @@ def test_the_command_predicts_what_the_functions_do(run: Run, pipeline: LavitaPi
     assert code == 0
     answer = json.loads(out)["memory_bytes"]
     config = pipeline.transformer.config
-    for precision in ("fp32", "bf16"):
-        setting = Setting("muon", True, precision, 2, 2, True)  # type: ignore[arg-type]
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        setting = Setting("muon", True, precision, 2, 2, True)
         assert answer[f"training, {precision}"] == training_memory(config, 3, setting=setting).to_json()
     sampled = sampling_memory(config, 3, guidance=True, autoencoder=pipeline.vae.config)
     assert answer["sampling, fp32"] == sampled.to_json()

@@ -8,12 +8,13 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError, load_config
@@ -27,7 +28,7 @@ from lavita.training.autoencoder import (
     motion_weights,
     train_autoencoder,
 )
-from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import AutoencoderConfig
 
 
@@ -98,7 +99,7 @@ def test_the_loss_in_closed_form() -> None:
 
     config = load_config(AutoencoderConfig, {"data": ["x"], "kl_weight": 0.3, "edge_weight": 0.7, "motion_weight": 3})
     loss, parts = autoencoder_loss(
-        Fake(),  # type: ignore[arg-type]
+        cast(AutoencoderKL, Fake()),
         torch.tensor(pixels, dtype=torch.float32),
         torch.tensor(noise),
         config,
@@ -107,7 +108,7 @@ def test_the_loss_in_closed_form() -> None:
     np.testing.assert_allclose(decoded[0], mean + std * noise, rtol=1e-6)
     prior, posterior = (
         torch.distributions.Normal(0.0, 1.0),
-        torch.distributions.Normal(*map(torch.tensor, (mean, std))),
+        torch.distributions.Normal(torch.tensor(mean), torch.tensor(std)),
     )
     kl = torch.distributions.kl_divergence(posterior, prior).mean().item()
     weights = motion_weights(torch.tensor(pixels), 3.0).numpy()
@@ -183,9 +184,9 @@ def test_small_videos_are_enlarged(tmp_path: Path) -> None:
 
 
 def last_state(config: AutoencoderConfig) -> dict[str, torch.Tensor]:
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None and loaded.step == config.steps
-    return loaded.read_all()
+    checkpoint = last_checkpoint(config)
+    assert checkpoint.step == config.steps
+    return checkpoint.read_all()
 
 
 def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     write_videos(tmp_path / "videos")
     config = make_config(tmp_path, "steps=60", "learning_rate=1e-2", "checkpoint_every=1000")
     train_autoencoder(config)
-    losses = [json.loads(line)["loss"] for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines_of(config)]
     assert math.isclose(losses[0], losses[1], rel_tol=0.5)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 

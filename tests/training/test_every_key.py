@@ -1,9 +1,9 @@
-"""Every key of a run's configuration changes what the run does; none can be added without its place here."""
+"""Every key of a run's configuration changes what the run does; a new key needs an entry here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from conftest import MakeConfig
 from diffusers import AutoencoderKL
 from PIL import Image
+from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_broken, write_videos
 from tiny_text import CLIP, save_text_encoder
 from transformers import CLIPTextModelWithProjection
@@ -23,37 +24,30 @@ from lavita.data.clip_sources import VideoSource
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.models.blocks import Attention, compiled_mix
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig
 from lavita.training.train import train
 
 Observe = Callable[[RunConfig], Any]
 
 
-def _lines(config: RunConfig, name: str) -> list[dict[str, Any]]:
-    file = config.run_dir / name
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def losses(config: RunConfig) -> Any:
     """Loss and gradient norm of each step."""
-    return [(line["loss"], line["grad_norm"]) for line in _lines(config, "metrics.jsonl")]
+    return [(line["loss"], line["grad_norm"]) for line in lines_of(config)]
 
 
 def weights(config: RunConfig) -> Any:
-    """The last checkpoint's sum over each tensor."""
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None
-    return {name: tensor.double().sum().item() for name, tensor in loaded.read_all().items()}
+    """The sums over the tensors of the last checkpoint."""
+    return {name: tensor.double().sum().item() for name, tensor in last_checkpoint(config).read_all().items()}
 
 
 def files(config: RunConfig) -> Any:
-    """What stands in the run's folder."""
+    """Everything in the run's folder."""
     return sorted(path.relative_to(config.run_dir).as_posix() for path in config.run_dir.rglob("*"))
 
 
 def steps_logged(config: RunConfig) -> Any:
-    return [line["step"] for line in _lines(config, "metrics.jsonl")]
+    return [line["step"] for line in lines_of(config)]
 
 
 def checkpoints(config: RunConfig) -> Any:
@@ -61,11 +55,11 @@ def checkpoints(config: RunConfig) -> Any:
 
 
 def events(config: RunConfig) -> Any:
-    return [event["event"] for event in _lines(config, "events.jsonl")]
+    return [event["event"] for event in lines_of(config, "events.jsonl")]
 
 
 def validations(config: RunConfig) -> Any:
-    return _lines(config, "validation.jsonl")
+    return lines_of(config, "validation.jsonl")
 
 
 def model_config(config: RunConfig) -> Any:
@@ -73,7 +67,7 @@ def model_config(config: RunConfig) -> Any:
 
 
 def passes(config: RunConfig) -> Any:
-    """How often an attention of the model was computed."""
+    """Number of forward passes of attention layers."""
     return COUNTS["passes"]
 
 
@@ -83,7 +77,7 @@ def compiled(config: RunConfig) -> Any:
 
 
 def threads(config: RunConfig) -> Any:
-    """How many threads decode videos."""
+    """Number of threads that decode videos."""
     return COUNTS["threads"]
 
 
@@ -100,7 +94,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def starting(self: VideoSource, *arguments: Any) -> None:
         start(self, *arguments)
-        COUNTS["threads"] = self._pool._max_workers
+        COUNTS["threads"] = self.workers
 
     mix = compiled_mix()
 
@@ -115,15 +109,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Key:
-    """A key's other value, what shows its effect, and what both runs have besides."""
+    """How the effect of a key is shown: a run with another value differs from a plain one."""
 
     value: str
+    """Another value than the default."""
     observe: Observe = losses
+    """What differs."""
     also: tuple[str, ...] = ()
+    """Further settings of both runs."""
     only_with: tuple[str, ...] = ()
-    """What the changed run needs besides, and the plain one cannot have."""
+    """Further settings that the changed run needs and the plain one cannot have."""
     refused: str = ""
-    """Instead of an effect: what the refusal says, where only other machines or processes show one."""
+    """The message with which the changed run is refused, if an effect needs other machines or processes."""
 
 
 VALIDATED = ("data.validation={held_out}", "train.validate_every=2", "train.validation_clips=2")
@@ -300,8 +297,26 @@ def test_every_key_is_here() -> None:
     assert set(KEYS) == set(_fields(RunConfig))
 
 
+@pytest.fixture(scope="module")
+def plain_runs() -> dict[tuple[str, ...], dict[Observe, Any]]:
+    """What was observed of the plain runs so far, by their settings: keys with the same settings share one."""
+    return {}
+
+
+def observed(config: RunConfig, observers: Iterable[Observe]) -> dict[Observe, Any]:
+    """Trains, and observes the run."""
+    COUNTS.update(passes=0, threads=0, compiled=0)
+    train(config)
+    return {observe: observe(config) for observe in observers}
+
+
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_has_its_effect(key: str, make_config: MakeConfig, places: Callable[[str], str]) -> None:
+def test_a_key_has_its_effect(
+    key: str,
+    make_config: MakeConfig,
+    places: Callable[[str], str],
+    plain_runs: dict[tuple[str, ...], dict[Observe, Any]],
+) -> None:
     entry = KEYS[key]
     common = ["train.steps=2", *(places(text) for text in entry.also)]
     changed = [f"{key}={places(entry.value)}", *(places(text) for text in entry.only_with)]
@@ -309,10 +324,19 @@ def test_a_key_has_its_effect(key: str, make_config: MakeConfig, places: Callabl
         with pytest.raises(ValueError, match=entry.refused):
             train(make_config("changed", *common, *changed))
         return
-    seen = []
-    for name, overrides in (("plain", common), ("changed", [*common, *changed])):
-        COUNTS.update(passes=0, threads=0, compiled=0)
-        config = make_config(name, *overrides)
-        train(config)
-        seen.append(entry.observe(config))
-    assert seen[0] != seen[1]
+    if entry.also not in plain_runs:
+        observers = {other.observe for other in KEYS.values() if other.also == entry.also}
+        plain_runs[entry.also] = observed(make_config("plain", *common), observers)
+    after = observed(make_config("changed", *common, *changed), [entry.observe])
+    assert plain_runs[entry.also][entry.observe] != after[entry.observe]
+
+
+def test_without_a_change_nothing_differs(
+    make_config: MakeConfig, plain_runs: dict[tuple[str, ...], dict[Observe, Any]]
+) -> None:
+    """A plain run elsewhere is the same to every observer, so that the differences above are those of the keys."""
+    observers = {entry.observe for entry in KEYS.values() if not entry.also}
+    expected = plain_runs.get(()) or observed(make_config("other/plain", "train.steps=2"), observers)
+    again = observed(make_config("plain", "train.steps=2"), observers)
+    for observe, value in expected.items():
+        assert again[observe] == value, observe

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MakeConfig
+from run_folders import last_checkpoint, lines_of
 
 from lavita.core.config import save_config
 from lavita.training.batches import BatchMaker
-from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig
 from lavita.training.run_folder import only_run
 from lavita.training.train import train
-from lavita.video.formats import VideoError
+from lavita.video.formats import VideoError, VideoInfo
+from lavita.video.reading import probe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def lines_of(config: RunConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run_dir / name).read_text().splitlines()]
 
 
 def command(config: RunConfig, *launch: str) -> list[str]:
@@ -94,7 +93,7 @@ def test_a_video_that_becomes_unreadable_is_passed_over(
     shutil.rmtree(list_checkpoints(whole.run_dir / "checkpoints")[-1])
     expected = lines_of(whole)
     with monkeypatch.context() as patch:  # the header could be read when the first run began
-        patch.setattr("lavita.data.catalog._try_probe", _remembered(tmp_path))
+        patch.setattr("lavita.data.catalog._try_probe", _remembered)
         train(whole)
     for line, before in zip(lines_of(whole), expected, strict=True):
         assert line["loss"] == before["loss"]
@@ -105,17 +104,9 @@ def test_a_video_that_becomes_unreadable_is_passed_over(
         train(strict)
 
 
-def _remembered(root: Path) -> Any:
-    from dataclasses import replace
-
-    from lavita.video.formats import VideoInfo
-    from lavita.video.reading import probe
-
-    def answer(path: Path) -> VideoInfo:
-        whole = path.parent / "0.mp4" if path.name == "1.mp4" else path
-        return replace(probe(whole), path=path)
-
-    return answer
+def _remembered(path: Path) -> VideoInfo:
+    """The header of a damaged video is that of the one next to it."""
+    return replace(probe(path.parent / "0.mp4" if path.name == "1.mp4" else path), path=path)
 
 
 def test_a_clock_that_goes_back(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +116,7 @@ def test_a_clock_that_goes_back(make_config: MakeConfig, monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     train(make_config("run", "train.steps=4"))
     assert [line["step"] for line in lines_of(config)] == [1, 2, 3, 4]
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None and loaded.step == 4
+    assert last_checkpoint(config).step == 4
 
 
 def test_sigterm_saves_and_says_so(make_config: MakeConfig) -> None:
@@ -136,8 +126,7 @@ def test_sigterm_saves_and_says_so(make_config: MakeConfig) -> None:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, err
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None and f"stopped at step {loaded.step:,} of 1,000,000" in err
+    assert f"stopped at step {last_checkpoint(config).step:,} of 1,000,000; run the same command again" in err
 
 
 def test_a_killed_worker_is_replaced(make_config: MakeConfig) -> None:
@@ -189,8 +178,6 @@ def _children(pid: int) -> list[int]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return int(free.getsockname()[1])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import MakeConfig, Run
 from diffusers import AutoencoderKL, DiTTransformer2DModel
+from run_folders import last_checkpoint
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError
@@ -24,12 +25,11 @@ from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.schedulers import make_scheduler
 from lavita.training import train as module
-from lavita.training.checkpoint import load_last_checkpoint
 from lavita.training.config import RunConfig
 from lavita.training.ema import EMA
 from lavita.training.finetune import prepare, read_fresh, trained_parameters
 from lavita.training.optimizers import make_optimizers
-from lavita.training.run_folder import Stopped
+from lavita.training.run_folder import Stopped, stop_requested
 from lavita.training.snapshots import averaged_model
 from lavita.training.train import train
 
@@ -69,8 +69,7 @@ def weights_of(source: str | Path) -> State:
 
 def last_state(config: RunConfig) -> dict[str, State]:
     """Weights, their averages and the optimizers' moments of the last checkpoint, each by parameter."""
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None
+    loaded = last_checkpoint(config)
     moments = loaded.read_all("optimizer.")
     return {
         "model": loaded.read_all("model."),
@@ -300,7 +299,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     options = (option, f"data.path={tmp_path / 'other'}")
     whole, parts = make_config("whole", *options), make_config("parts", *options)
     train(whole)
-    real = module.stop_requested
+    real = stop_requested
 
     class Once(list[int]):
         def __bool__(self) -> bool:

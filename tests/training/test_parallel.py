@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import MakeConfig
+from run_folders import last_checkpoint, lines_of
 
 from lavita.core.config import ConfigError, save_config
 from lavita.sampling.pipeline import load_pipeline
-from lavita.training.checkpoint import load_last_checkpoint
 from lavita.training.config import RunConfig
 from lavita.training.train import train
 from lavita.video.reading import read_clip
@@ -26,7 +24,7 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 
 def torchrun(count: int, *configs: RunConfig) -> None:
     """Trains runs one after the other on several processes."""
-    files = []
+    files: list[Path] = []
     for config in configs:
         files.append(config.run_dir.with_suffix(f".{len(files)}.yaml"))
         save_config(config, files[-1])
@@ -41,22 +39,18 @@ def torchrun(count: int, *configs: RunConfig) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def lines_of(config: RunConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run_dir / name).read_text().splitlines()]
-
-
 def tensors_of(config: RunConfig) -> dict[str, torch.Tensor]:
-    checkpoint = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert checkpoint is not None and checkpoint.step == config.train.steps
+    checkpoint = last_checkpoint(config)
+    assert checkpoint.step == config.train.steps
     return checkpoint.read_all()
 
 
 def assert_alike(run: RunConfig, expected: RunConfig) -> None:
     """Two runs differ by the rounding of sums in another order alone (float32)."""
-    mine, theirs = lines_of(run), lines_of(expected)
-    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    lines, expected_lines = lines_of(run), lines_of(expected)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]
     for key in ("loss", "grad_norm", "lr"):
-        np.testing.assert_allclose([line[key] for line in mine], [line[key] for line in theirs], rtol=2e-5)
+        np.testing.assert_allclose([line[key] for line in lines], [line[key] for line in expected_lines], rtol=2e-5)
     tensors, others = tensors_of(run), tensors_of(expected)
     assert tensors.keys() == others.keys()
     for name, tensor in others.items():

@@ -14,11 +14,11 @@ from tiny_data import write_videos
 
 from lavita.core.config import load_config
 from lavita.core.seeds import generator
-from lavita.evaluation.clips import choose_clips, read_source
+from lavita.evaluation.clips import choose_clips, read_pixels
 from lavita.evaluation.distances.kernel import kernel_score
-from lavita.evaluation.features.compute import read_pixels
 from lavita.evaluation.features.extractors import EXTRACTORS
 from lavita.evaluation.features.networks import NETWORKS, load_network
+from lavita.evaluation.sources import VideoFolder
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.config import RunConfig
 from lavita.training.scoring import TrackingOptions, TrainingScorer
@@ -38,7 +38,7 @@ def test_a_pipeline_is_scored_in_memory(tmp_path: Path, pipeline: LavitaPipeline
 
     pipeline.transformer.eval()
     network, read = load_network(NETWORKS["efficientnet_lite0"]), EXTRACTORS["efficientnet_lite0_video"].read
-    side = choose_clips(read_source(videos, 3, False), 4, 2, 2, seed=0)
+    side = choose_clips(VideoFolder(videos).usable(3), 4, 2, 2, seed=0)
     real = np.stack([read_pixels(side, clip, 16) for clip in side.clips])
     made = np.concatenate(
         [

@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from run_folders import last_checkpoint, lines_of
 
 from lavita.training.batches import Batch, BatchMaker
-from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
-from lavita.training.config import RunConfig
+from lavita.training.checkpoint import list_checkpoints
 from lavita.training.stability import ENOUGH, LossScale, StepGuard
 from lavita.training.train import train
-
-
-def lines_of(config: RunConfig, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run_dir / name).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -70,8 +66,8 @@ def test_a_step_that_is_not_finite_names_its_clips_and_stops(make_config: MakeCo
     # The way out that the message names: the same run goes on over the bad step.
     train(make_config("run", "train.checkpoint_every=1", "train.bad_steps=skip"))
     assert [line["step"] for line in lines_of(config, "metrics.jsonl")] == [1, 2, 4]
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None and loaded.step == 4
+    loaded = last_checkpoint(config)
+    assert loaded.step == 4
     assert all(tensor.isfinite().all() for tensor in loaded.read_all().values())
     assert loaded.read_all()["optimizer.x_embedder.proj.weight.step"] == 3
 
@@ -90,10 +86,8 @@ def test_a_spike_is_reported_and_may_be_passed_over(make_config: MakeConfig, spo
     spikes = [event for event in lines_of(config, "events.jsonl") if event["event"] == "spike"]
     assert [(event["step"], event["skipped"]) for event in spikes] == [(ENOUGH + 2, bad_steps == "skip")]
     assert spikes[0]["clips"][0]["loss"] > 100 * spikes[0]["clips"][1]["loss"], "the worst comes first"
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None
     taken = ENOUGH + 3 - (bad_steps == "skip")
-    assert loaded.read_all()["optimizer.x_embedder.proj.weight.step"] == taken
+    assert last_checkpoint(config).read_all()["optimizer.x_embedder.proj.weight.step"] == taken
 
 
 def test_the_loss_scale_falls_on_overflow_and_rises_again() -> None:
@@ -124,7 +118,7 @@ def test_fp16_trains_like_fp32_and_resumes_exactly(make_config: MakeConfig) -> N
     again = make_config("again", *fields, "train.precision=fp16")
     train(make_config("again", "train.steps=2", *fields[1:], "train.precision=fp16"))
     train(again)
-    one, other = (load_last_checkpoint(config.run_dir / "checkpoints") for config in (half, again))
-    assert one is not None and other is not None and one.facts == other.facts
+    one, other = last_checkpoint(half), last_checkpoint(again)
+    assert one.facts == other.facts
     for name, tensor in one.read_all().items():
         assert torch.equal(tensor, other.read_all()[name]), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from diffusers import AutoencoderKL
+from run_folders import last_checkpoint, lines_of
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError, load_config, read_yaml
@@ -29,7 +29,7 @@ from lavita.sampling.pipeline import load_pipeline, make_pipeline
 from lavita.training import snapshots
 from lavita.training import train as module
 from lavita.training.batches import BatchMaker
-from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig
 from lavita.training.ema import EMA
 from lavita.training.run_folder import Stopped
@@ -40,14 +40,12 @@ from lavita.video.writing import write_video
 
 
 def metrics_of(config: RunConfig, *dropped: str) -> list[dict[str, float]]:
-    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in dropped} for line in lines]
+    return [{key: value for key, value in line.items() if key not in dropped} for line in lines_of(config)]
 
 
 def last_state(config: RunConfig) -> dict[str, Any]:
-    loaded = load_last_checkpoint(config.run_dir / "checkpoints")
-    assert loaded is not None
-    return {"step": loaded.step, **loaded.facts, **loaded.read_all()}
+    checkpoint = last_checkpoint(config)
+    return {"step": checkpoint.step, **checkpoint.facts, **checkpoint.read_all()}
 
 
 def assert_equal(one: Any, other: Any, where: str = "state") -> None:

@@ -73,7 +73,8 @@ def test_it_is_the_objective_on_held_out_clips(
 ) -> None:
     """Against a loop over single clips and timesteps, which takes noise and timesteps as the model saw them."""
     model = make_transformer(num_classes=3, class_names=["boxing", "enduro", "pong"], prediction_type=prediction_type)
-    diffusion, seen = GaussianDiffusion(prediction_type), []
+    diffusion = GaussianDiffusion(prediction_type)
+    seen: list[tuple[torch.Tensor, ...]] = []
     objective = diffusion.losses
 
     def spy(output: torch.Tensor, *inputs: torch.Tensor) -> Losses:
@@ -149,15 +150,20 @@ def test_shares_of_several_processes_make_the_whole(
     hook = tiny_transformer.register_forward_hook(lambda *_: passes.append(1))
     shares: list[Any] = []
     counts = []
+
+    def collect(team: Processes, share: Any) -> Any:
+        shares.append(share)
+        return share
+
     with monkeypatch.context() as patch:
-        patch.setattr(Processes, "collect", lambda self, mine: shares.append(mine) or mine)
+        patch.setattr(Processes, "collect", collect)
         for validation in team:
             passes.clear()
             validation.evaluate(tiny_transformer, diffusion, CPU, "fp32")
             counts.append(len(passes))
     hook.remove()
     assert len(set(counts)) == 1, "or sharded models would wait for each other"
-    monkeypatch.setattr(Processes, "gather", lambda self, mine: shares)
+    monkeypatch.setattr(Processes, "gather", lambda team, share: shares)
     for validation in team:
         assert validation.evaluate(tiny_transformer, diffusion, CPU, "fp32") == whole
 
@@ -272,10 +278,10 @@ def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValida
             ["train.validate_every=5", "data.validation=v", "data.captions=c.csv"],
             "validation_captions is missing: with captions, the held-out videos need theirs",
         ),
-        (["data.captions=c.csv", "data.validation_captions=v.csv"], "validation_captions is set, but they need"),
+        (["data.captions=c.csv", "data.validation_captions=v.csv"], "validation_captions is set, but needs"),
         (
             ["train.validate_every=5", "data.validation=v", "data.validation_captions=v.csv"],
-            "validation_captions is set, but they need validation and captions",
+            "validation_captions is set, but needs validation and captions",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Data sets: what a folder holds, and its latents."""
+"""Commands for data sets: `data inspect` and `encode`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import Annotated
 
 import typer
 
-from lavita.cli.options import DataSet, DataSetOption, SplitOption, app, data_app
+from lavita.cli.options import DataSet, SplitOption, app, data_app
+from lavita.core.names import DataSetName
 
 
 @data_app.command("inspect")
 def data_inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of videos.")],
     dataset: Annotated[
-        DataSetOption | None,
-        typer.Option(help="What it holds. default: any videos, with a guess", show_default=False),
+        DataSetName | None,
+        typer.Option(
+            help="Layout of the folder. default: any videos, with a guess at the data set", show_default=False
+        ),
     ] = None,
     split: SplitOption = None,
-    num_frames: Annotated[int, typer.Option(min=1, help="Of a clip.")] = 16,
-    frame_interval: Annotated[int, typer.Option(min=1, help="Of a clip: every how many frames one is taken.")] = 3,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = 16,
+    frame_interval: Annotated[
+        int, typer.Option(min=1, help="Step between the frames of a clip; 1 takes every frame.")
+    ] = 3,
     captions: Annotated[
         Path | None, typer.Option(help="Table of captions to compare with the videos.", show_default=False)
     ] = None,
@@ -30,16 +35,14 @@ def data_inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a folder of videos holds: classes, splits, sizes, rates, lengths, clips, what is broken."""
+    """Count what a folder of videos holds: classes, splits, sizes, rates, lengths, clips, broken videos."""
+    from lavita.core.files import write_json
     from lavita.data.inspect import inspect_dataset, print_inspection
 
     sheet = None if out is None else out / "contact_sheet.png"
-    found = inspect_dataset(
-        folder, None if dataset is None else dataset.value, split, num_frames, frame_interval, captions, sheet
-    )
+    found = inspect_dataset(folder, dataset, split, num_frames, frame_interval, captions, sheet)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "inspection.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+        write_json(out / "inspection.json", found.to_json())
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
@@ -53,25 +56,29 @@ def encode(
     data: Annotated[Path, typer.Option(help="Folder of videos.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
     autoencoder: Annotated[
-        str, typer.Option(help="Folder, hub id, builtin, or auto: builtin up to 128 pixels.")
+        str,
+        typer.Option(help="Folder, hub id, builtin, or auto: builtin up to 128 pixels, Stable Diffusion's above."),
     ] = "auto",
     resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 256,
-    flip: Annotated[bool, typer.Option(help="Encode mirrored frames, too.")] = True,
+    flip: Annotated[bool, typer.Option(help="Also encode the mirrored frames, for data.horizontal_flip=true.")] = True,
     images: Annotated[
-        bool, typer.Option("--images", help="Encode the image files below the folder instead, for joint training.")
+        bool,
+        typer.Option("--images", help="Encode the image files below the folder instead of videos, for joint training."),
     ] = False,
-    dataset: DataSet = DataSetOption.folder,
+    dataset: DataSet = "folder",
     split: SplitOption = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a file, which holds many videos.")] = 256,
+    shard_mb: Annotated[
+        int, typer.Option(min=1, help="Size of the cache's files in megabytes; each holds many videos.")
+    ] = 256,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read finished files back; damaged ones are made again.")
+        bool, typer.Option("--verify", help="Read finished files back, and write damaged ones again.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Encode every frame of every video once, so that training reads latents.
+    """Encode every frame of every video once, so that training can read latents.
 
-    Run it again to go on where it stopped, or after the videos have changed. Under torchrun, several processes share
-    the work.
+    Run the same command again to resume, or to update the cache after the videos have changed. Under torchrun, several
+    processes share the work.
     """
     from lavita.core.precision import pick_device
     from lavita.core.processes import processes
@@ -81,7 +88,7 @@ def encode(
     from lavita.models.packaged import autoencoder_source
 
     with processes() as team:
-        catalog = team.first_says(open_dataset(data, dataset.value, split, images=images) if team.is_first else None)
+        catalog = team.first_says(open_dataset(data, dataset, split, images=images) if team.is_first else None)
         vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
         manifest = encode_dataset(
             catalog, out, vae, resolution, flip, team=team, shard_bytes=shard_mb * 10**6, verify=verify

@@ -1,8 +1,7 @@
-"""What several commands share: the groups that they belong to, and their options."""
+"""Groups of commands, and the options that several commands share."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +9,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lavita.core.names import DataSetName
+
 
 class Group(TyperGroup):
-    """Commands that are listed with the whole first sentence of their help."""
+    """A group whose help lists each command with the whole first sentence of its help."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Writes the list."""
@@ -28,10 +29,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich is half the time of `--help`
+    rich_markup_mode=None,  # importing rich would double the time of `--help`
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 200},
 )
-data_app = typer.Typer(cls=Group, help="Look at data sets, and make one.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    cls=Group, help="Inspect data sets, and generate one.", no_args_is_help=True, rich_markup_mode=None
+)
 autoencoder_app = typer.Typer(
     cls=Group, help="Train and score autoencoders.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -39,50 +42,18 @@ app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")
 
 
-class SamplerName(StrEnum):
-    """The names of `pipeline.SAMPLERS`, here because that module takes seconds to load."""
-
-    unipc = "unipc"
-    dpmpp = "dpm++"
-    sde_dpmpp = "sde-dpm++"
-    ddim = "ddim"
-    ddpm = "ddpm"
-
-
-class RecipeName(StrEnum):
-    """The names of `recipes.RECIPES`, here for the help."""
-
-    default = "default"
-    paper = "paper"
-    fast = "fast"
-
-
-class DataSetOption(StrEnum):
-    """The names of `config.SPLITS`, here for the help."""
-
-    folder = "folder"
-    faceforensics = "faceforensics"
-    sky_timelapse = "sky_timelapse"
-    ucf101 = "ucf101"
-    taichi_hd = "taichi_hd"
-
-
-class VideoFormat(StrEnum):
-    """What generated videos are written as."""
-
-    mp4 = "mp4"
-    gif = "gif"
-    mkv = "mkv"
-
-
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Fields of the configuration, as a.b=c: train.steps=1000", show_default=False),
+    typer.Argument(help="Fields of the configuration, such as train.steps=1000", show_default=False),
 ]
-DataSet = Annotated[DataSetOption, typer.Option(help="What the folder holds: any videos, or a data set of the paper.")]
+DataSet = Annotated[DataSetName, typer.Option(help="Layout of the folder: any videos, or a data set of the paper.")]
 SplitOption = Annotated[
     str | None,
-    typer.Option("--split", help="Of a named data set: train, test, all ... default: the paper's", show_default=False),
+    typer.Option(
+        "--split",
+        help="Split of a named data set: train, test, all, ... default: the one that the paper trains on",
+        show_default=False,
+    ),
 ]
 ConfigFile = Annotated[
     str | None,

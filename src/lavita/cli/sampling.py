@@ -1,4 +1,4 @@
-"""Models: videos from them, and other people's weights."""
+"""Commands that generate videos and convert weights."""
 
 from __future__ import annotations
 
@@ -7,53 +7,55 @@ from typing import Annotated, Literal
 
 import typer
 
-from lavita.cli.options import RecipeName, SamplerName, VideoFormat, app
+from lavita.cli.options import app
+from lavita.core.names import RecipeName, SamplerName, Spacing, VideoFormat
 
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Option(help="Folder to write the videos into.")],
+    out: Annotated[Path, typer.Option(help="Folder for the videos.")],
     model: Annotated[
-        str, typer.Argument(help="Pipeline folder or hub id; builtin is the arcade model of the package.")
+        str, typer.Argument(help="Pipeline folder or hub id; builtin: the arcade model in the package.")
     ] = "builtin",
     classes: Annotated[
-        str, typer.Option(help="Names or numbers, comma separated, or all. Unused without classes.")
+        str, typer.Option(help="Names or numbers, separated by commas, or all. Ignored by a model without classes.")
     ] = "all",
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="For a model with texts; may be given several times.", show_default=False),
+        typer.Option(help="Text for a text-conditional model; may be repeated.", show_default=False),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Table of prompts: CSV, JSONL or Parquet with `file` and `caption`.", show_default=False),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="One video a class or prompt for each seed: 0-7 or 1,5,9.")] = "0-3",
+    seeds: Annotated[str, typer.Option(help="One video per seed and class or prompt: 0-7 or 1,5,9.")] = "0-3",
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="How to sample; the options below change parts of it. default: UniPC, 25 steps; paper: DDPM, 250; "
+            help="Preset, parts of which the options below change. default: UniPC, 25 steps; paper: DDPM, 250 steps; "
             "fast: 8 stochastic steps."
         ),
-    ] = RecipeName.default,
+    ] = "default",
     sampler: Annotated[
-        SamplerName | None, typer.Option(help="ddpm is the paper's. default: unipc", show_default=False)
+        SamplerName | None, typer.Option(help="Sampler; ddpm is the paper's. default: unipc", show_default=False)
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Network evaluations. default: 25; ddpm: 250", show_default=False),
+        typer.Option(min=1, max=1000, help="Number of steps. default: 25; with ddpm: 250", show_default=False),
     ] = None,
     spacing: Annotated[
-        Literal["trailing", "karras"] | None,
-        typer.Option(help="Where the steps lie. default: trailing", show_default=False),
+        Spacing | None,
+        typer.Option(help="Spacing of the steps. default: trailing", show_default=False),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="1 for no guidance. default: 1.5 with classes or texts", show_default=False)
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance; 1 for none. default: 1.5 with classes or texts", show_default=False
+        ),
     ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None,
-        typer.Option(
-            help="Timesteps, least and most, between which there is guidance: 100 900. default: all", show_default=False
-        ),
+        typer.Option(help="Lowest and highest timestep with guidance: 100 900. default: all", show_default=False),
     ] = None,
     cache: Annotated[
         Literal["pab", "fastercache", "taylorseer"] | None,
@@ -65,27 +67,33 @@ def sample(
     ] = None,
     quantize: Annotated[
         Literal["int8"] | None,
-        typer.Option(help="Compute in 8 bits: faster on a CPU, a little less exact. default: no", show_default=False),
+        typer.Option(help="Compute in 8 bits: faster on a CPU, slightly less exact. default: no", show_default=False),
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first: for many videos.")] = False,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="default: the model's", show_default=False)] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model first; pays off for many videos.")
+    ] = False,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Length of the videos. default: the model's", show_default=False)
+    ] = None,
     images: Annotated[
         bool, typer.Option("--images", help="Single images (.png) from the model without its temporal modules.")
     ] = False,
     lora: Annotated[
         Path | None,
-        typer.Option(help="Adapters trained on this model: RUN/pipeline/lora, or peft's.", show_default=False),
+        typer.Option(
+            help="Folder of adapters trained on this model: RUN/pipeline/lora, or one of peft.", show_default=False
+        ),
     ] = None,
     lora_scale: Annotated[
-        float | None, typer.Option(help="How much of the adapters. default: 1", show_default=False)
+        float | None, typer.Option(help="Weight of the adapters. default: 1", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Videos at once; does not change them.")] = 8,
-    video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = VideoFormat.mp4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Videos per batch; does not change them.")] = 8,
+    video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = "mp4",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Generate videos: OUT/<class or prompt>/<seed>.mp4. Finished files are left alone.
+    """Generate videos: OUT/<class or prompt>/<seed>.mp4. Existing files are kept.
 
-    Several processes of torchrun share them: torchrun --nproc-per-node 8 -m lavita sample ...
+    Several processes share the work: torchrun --nproc-per-node 8 -m lavita sample ...
     """
     from lavita.core.processes import processes
     from lavita.sampling.generate import generate
@@ -93,8 +101,8 @@ def sample(
 
     if lora is None and lora_scale is not None:
         raise ValueError(f"--lora-scale is {lora_scale:g}, but has no effect without --lora")
-    chosen = find_recipe(recipe.value).changed(
-        sampler=None if sampler is None else sampler.value,
+    chosen = find_recipe(recipe).changed(
+        sampler=sampler,
         steps=steps,
         spacing=spacing,
         guidance_scale=guidance_scale,
@@ -117,7 +125,7 @@ def sample(
             adapter=lora,
             adapter_scale=1.0 if lora_scale is None else lora_scale,
             batch_size=batch_size,
-            suffix=f".{video_format.value}",
+            suffix=f".{video_format}",
             device=device,
             team=team,
         )
@@ -127,23 +135,28 @@ def sample(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A Latte file (.pt); or a pipeline folder, to export it.")],
-    out: Annotated[Path, typer.Argument(help="Pipeline folder to write; or a file that ends in .pt, to export.")],
+    source: Annotated[str, typer.Argument(help="Latte file (.pt); or pipeline to export: folder, hub id, builtin.")],
+    out: Annotated[Path, typer.Argument(help="Pipeline folder to write; or, to export, a file that ends in .pt.")],
     weights: Annotated[
         Literal["ema", "model"] | None,
-        typer.Option(help="Needed where the file holds both; ema is the average.", show_default=False),
+        typer.Option(help="Required if the file holds both; ema: the averaged weights.", show_default=False),
     ] = None,
     autoencoder: Annotated[
         str,
-        typer.Option(help="Of its latents: folder, hub id, builtin, or auto: Stable Diffusion's. Unused to export."),
+        typer.Option(help="Autoencoder: folder, hub id, builtin, or auto: Stable Diffusion's. Not for export."),
     ] = "auto",
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="[default: that of the size of its width]", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Attention heads. default: those of the published size of this width", show_default=False
+        ),
     ] = None,
-    frame_interval: Annotated[int, typer.Option(min=1, help="That of its training clips. Unused to export.")] = 3,
-    fps: Annotated[float, typer.Option(min=0.1, help="Frames a second of generated videos. Unused to export.")] = 8.0,
+    frame_interval: Annotated[
+        int, typer.Option(min=1, help="Frame interval of its training clips. Not for export.")
+    ] = 3,
+    fps: Annotated[float, typer.Option(min=0.1, help="Frames per second of generated videos. Not for export.")] = 8.0,
 ) -> None:
-    """Make a pipeline of a Latte file, or a Latte file of a pipeline, and say what became of each tensor."""
+    """Convert a Latte file to a pipeline, or a pipeline to a Latte file, and report what became of each tensor."""
     from lavita.sampling.latte_files import convert_latte, export_latte
 
     if out.suffix == ".pt":

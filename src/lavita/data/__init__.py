@@ -1,1 +1,1 @@
-"""Data: the layouts of data sets, their clips, the latent cache and the demo data set."""
+"""Data: data sets and their layouts, clips, captions, and the latent cache."""

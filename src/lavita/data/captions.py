@@ -1,4 +1,4 @@
-"""Captions of videos and images: tables on disk, and which caption a clip gets."""
+"""Captions of videos and images: reading tables of them, and drawing a caption for a clip."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lavita.core.seeds import numpy_generator
 from lavita.data.catalog import Catalog
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-# The documented name of each column wins; of the others a table may have one.
+# The first name is the documented one and takes precedence; of the other names a table may have only one.
 FILE_COLUMNS = ("file", "video", "video_path", "image", "image_path", "path", "file_path", "file_name", "filename")
 TEXT_COLUMNS = ("caption", "text", "prompt")
-# WebVid's: the video is <page_dir>/<videoid>.mp4, its caption is in `name`.
+# The columns of WebVid: the video is <page_dir>/<videoid>.mp4, its caption is in `name`.
 WEBVID_FILE, WEBVID_FOLDER, WEBVID_TEXT = "videoid", "page_dir", "name"
 
 Row = Mapping[str, Any]
@@ -25,17 +25,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """What a table says of some files."""
+    """The captions of some files, and how many rows of their table were of no use."""
 
     captions: Mapping[str, tuple[str, ...]]
-    """The captions of each file, in the table's order."""
+    """The captions of each file, in the order of the table."""
     num_rows: int
     num_unused: int
-    """Rows of files that were not asked for."""
+    """Rows about other files."""
     num_empty: int
-    """Rows of files that were asked for, without a caption."""
+    """Rows about the files that have no caption."""
     example: str
-    """A file that was not asked for; empty where there is none."""
+    """One of the other files; empty if there are none."""
 
 
 def read_captions(file: Path) -> dict[str, tuple[str, ...]]:
@@ -43,15 +43,14 @@ def read_captions(file: Path) -> dict[str, tuple[str, ...]]:
 
     Args:
         file: CSV with a header, JSONL or Parquet (extra `tables`), with the columns `file` (path below the folder of
-            the videos, forward slashes) and `caption`, or one of the other names in `FILE_COLUMNS` and `TEXT_COLUMNS`,
-            or WebVid's. Further columns are ignored. A file of several captions stands on several lines.
+            the videos, with forward slashes) and `caption`, or other names from `FILE_COLUMNS` and `TEXT_COLUMNS`, or
+            the columns of WebVid. Other columns are ignored. A file with several captions has several rows.
 
     Returns:
-        The captions of each file, in the table's order.
+        The captions of each file, in the order of the table.
 
     Raises:
-        ValueError: for a missing or damaged table, columns that are missing or could be several, or an empty caption,
-            naming the line.
+        ValueError: if the table is missing or damaged, if a column is missing or ambiguous, or if a caption is empty.
     """
     captions: dict[str, list[str]] = {}
     for number, names, value in _entries(file):
@@ -67,11 +66,11 @@ def find_captions(file: Path, names: Collection[str]) -> CaptionTable:
     """Reads the captions of some files, and keeps nothing else: a table may be many times larger than the folder.
 
     Args:
-        file: as for `read_captions`.
-        names: the files, as the table calls them: paths below their folder.
+        file: see `read_captions`.
+        names: the files, as paths below their folder.
 
     Raises:
-        ValueError: as `read_captions`, but an empty caption is counted.
+        ValueError: for the reasons of `read_captions`; but empty captions are counted.
     """
     captions: dict[str, list[str]] = {}
     num_rows = num_unused = num_empty = 0
@@ -93,45 +92,45 @@ def find_captions(file: Path, names: Collection[str]) -> CaptionTable:
 def match_captions(
     file: Path, catalog: Catalog, broken: Literal["skip", "error"] = "skip"
 ) -> tuple[Mapping[str, tuple[str, ...]], Catalog]:
-    """The captions of a catalog's videos or images, and the catalog of those that have one.
+    """Finds the captions of a catalog, and reduces the catalog to the videos that have one.
 
-    What the table says of other files is counted on the console: tables of web videos name many that are gone.
+    Rows about other files are counted on stderr: tables of web videos list many that no longer exist.
 
     Args:
-        file: as for `read_captions`.
-        catalog: the videos.
-        broken: what a video without a caption does: `skip` leaves it out and says how many there are; `error` raises.
+        file: see `read_captions`.
+        catalog: the videos or images.
+        broken: `skip` leaves videos without a caption out and counts them on stderr; `error` raises at the first.
 
     Raises:
-        ValueError: for a table that cannot be used, one that has no caption for any of the videos, or, with `error`, a
-            video without one.
+        ValueError: if the table cannot be read, if it has no caption for any of the videos, or, with `broken="error"`,
+            if a video has no caption.
     """
     names = {video.name for video in catalog.videos}
     table = find_captions(file, names)
     if not table.captions:
         raise ValueError(
-            f"{file}: has no caption for any of the {len(names)} files in {catalog.root}: it names files as "
+            f"{file}: has no caption for any of the {len(names)} files in {catalog.root}: it lists files such as "
             f"{table.example or 'none'!r}, the folder holds {catalog.videos[0].name!r}"
         )
     if table.num_unused:
         print(
-            f"{file}: {table.num_unused:,} of {table.num_rows:,} rows are of files that are not in {catalog.root}, as "
-            f"{table.example}",
+            f"{file}: {table.num_unused:,} of {table.num_rows:,} rows are about files that are not in {catalog.root}, "
+            f"such as {table.example}",
             file=sys.stderr,
         )
-    bare = [video.name for video in catalog.videos if video.name not in table.captions]
-    if bare and broken == "error":
-        raise ValueError(f"{file}: has no caption for {bare[0]}, which is in {catalog.root}")
-    if bare:
+    if without := [video.name for video in catalog.videos if video.name not in table.captions]:
+        if broken == "error":
+            raise ValueError(f"{file}: has no caption for {without[0]}, which is in {catalog.root}")
         print(
-            f"skipped: {len(bare):,} of {len(names):,} files in {catalog.root} have no caption in {file}, as {bare[0]}",
+            f"skipped: {len(without):,} of {len(names):,} files in {catalog.root} have no caption in {file}, such as "
+            f"{without[0]}",
             file=sys.stderr,
         )
     return table.captions, catalog.only(table.captions)
 
 
 def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], object]]:
-    """For each row its number, the file's possible names, and what stands in the column of captions."""
+    """Yields for each row its number, the possible names of its file, and the value in the column of captions."""
     file_column = text_column = None
     for number, row in _rows(file):
         if file_column is None or text_column is None:
@@ -142,7 +141,7 @@ def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], object]]:
         if file_column == WEBVID_FILE:
             folder = _text(row.get(WEBVID_FOLDER))
             names: tuple[str, ...] = (f"{value}.mp4",)
-            if folder and folder.lower() != "nan":  # how pandas writes those that its authors did not download
+            if folder and folder.lower() != "nan":  # as pandas writes a missing value
                 names = (f"{folder}/{value}.mp4", *names)
         else:
             names = (value.replace("\\", "/").removeprefix("./"),)
@@ -150,12 +149,12 @@ def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], object]]:
 
 
 def _text(value: object) -> str:
-    """Tables hold numbers as identifiers, and None where there is nothing."""
+    """A value as text; tables also hold numbers as identifiers, and None if there is no value."""
     return "" if value is None else str(value).strip()
 
 
 def _caption(value: object) -> str:
-    """A caption on one line; empty where there is none."""
+    """A caption on one line; empty if there is none."""
     return " ".join(_text(value).split())
 
 
@@ -165,17 +164,19 @@ def _pick_columns(file: Path, columns: Sequence[str]) -> tuple[str, str]:
     if WEBVID_FILE in file_names and WEBVID_TEXT in columns:
         text_names.append(WEBVID_TEXT)
     picked = []
-    for what, names, known in (
+    for content, names, known in (
         ("files", file_names, (*FILE_COLUMNS, WEBVID_FILE)),
-        ("captions", text_names, (*TEXT_COLUMNS, f"{WEBVID_TEXT} beside {WEBVID_FILE}")),
+        ("captions", text_names, (*TEXT_COLUMNS, f"{WEBVID_TEXT} with {WEBVID_FILE}")),
     ):
         if not names:
             raise ValueError(
-                f"{file}: has no column of {what}, which is one of {', '.join(known)}; found: "
+                f"{file}: has no column of {content}, which is one of {', '.join(known)}; found: "
                 f"{', '.join(columns) or 'nothing'}"
             )
         if len(names) > 1 and names[0] != known[0]:
-            raise ValueError(f"{file}: {' and '.join(names)} could both be the column of {what}; call one {known[0]!r}")
+            raise ValueError(
+                f"{file}: {' and '.join(names)} could both be the column of {content}; call one of them {known[0]!r}"
+            )
         picked.append(names[0])
     return picked[0], picked[1]
 
@@ -183,7 +184,7 @@ def _pick_columns(file: Path, columns: Sequence[str]) -> tuple[str, str]:
 def _rows(file: Path) -> Iterator[tuple[int, Row]]:
     suffix = file.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{file}: a table of captions ends in {', '.join(TABLE_SUFFIXES)}")
+        raise ValueError(f"{file}: the name of a table of captions ends in {', '.join(TABLE_SUFFIXES)}")
     if suffix == ".parquet":
         yield from _parquet_rows(file)
         return
@@ -192,7 +193,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
             if suffix == ".csv":
                 reader = csv.reader(stream)
                 header = next(reader, [])
-                # A short line lacks its last columns.
+                # A short line has no values in its last columns.
                 yield from ((reader.line_num, dict(zip(header, values, strict=False))) for values in reader if values)
                 return
             for number, line in enumerate(stream, 1):
@@ -230,24 +231,20 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Row]]:
 
 
 class CaptionSampler:
-    """Draws a caption of a video or image, as its row in a list of all texts; row 0 is the empty text."""
+    """Draws captions of videos and images, as indices into a list of all texts; index 0 is the empty text."""
 
     def __init__(self, tables: Sequence[tuple[Mapping[str, tuple[str, ...]], Catalog]], seed: int) -> None:
-        """Takes the captions of the files of some catalogs, as `match_captions` gives them."""
+        """Numbers the captions of some catalogs, as `match_captions` returns them."""
         self.seed = seed
-        self.texts: list[str] = [""]
-        numbers = {"": 0}
-        self._rows: dict[tuple[Path, str], list[int]] = {}
+        index_of = {"": 0}
+        self._indices: dict[tuple[Path, str], list[int]] = {}
         for captions, catalog in tables:
             for video in catalog.videos:
-                rows = self._rows[catalog.root, video.name] = []
-                for text in captions[video.name]:
-                    if text not in numbers:
-                        numbers[text] = len(self.texts)
-                        self.texts.append(text)
-                    rows.append(numbers[text])
+                indices = [index_of.setdefault(text, len(index_of)) for text in captions[video.name]]
+                self._indices[catalog.root, video.name] = indices
+        self.texts = list(index_of)
 
     def draw(self, root: Path, name: str, step: int, index: int) -> int:
-        """The row of a caption, all of a file's equally likely; a pure function of (seed, step, index)."""
-        rows = self._rows[root, name]
-        return rows[int(numpy_generator(self.seed, "caption", step, index).integers(len(rows)))]
+        """Draws a caption of a file, each equally likely; a pure function of (seed, step, index)."""
+        indices = self._indices[root, name]
+        return indices[int(numpy_generator(self.seed, "caption", step, index).integers(len(indices)))]

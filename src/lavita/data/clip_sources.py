@@ -1,7 +1,7 @@
-"""Where clips of latents come from: the videos, encoded on the way, or a cache that `data/encode.py` wrote.
+"""Sources of latent clips: videos that are decoded and encoded on demand, or a latent cache (`latent_cache.encode`).
 
-A cache is a folder with `manifest.json` and shards (`data/shards.py`), from which any clip, start and interval can be
-drawn.
+A cache is a folder with `manifest.json` and shards (`latent_cache.shards`). It holds the latents of every frame, so
+that clips of any start and interval can be drawn from it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +17,8 @@ from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError
 from lavita.core.precision import Precision
-from lavita.data.catalog import Catalog, Video, find_videos, scan
+from lavita.core.prefetch import parallel_map
+from lavita.data.catalog import Catalog, Video, scan
 from lavita.data.clips import ClipDraw, clip_span, read_pixels
 from lavita.data.config import SPLITS, DataConfig
 from lavita.data.content_hash import source_bytes
@@ -27,28 +27,29 @@ from lavita.data.latent_cache.manifest import MANIFEST, read_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
 from lavita.models.autoencoder import encode, latent_size
 from lavita.models.fingerprint import fingerprint
-from lavita.video.formats import VideoInfo
+from lavita.video.formats import Frames, VideoInfo
+from lavita.video.frame_folders import find_videos
 
 LatentClip = tuple[torch.Tensor, torch.Tensor]
-"""Mean and standard deviation of a clip's latents, float32 (F, C, h, w) each."""
+"""Mean and standard deviation of the latents of a clip, each float32 (F, C, h, w)."""
 
 
 class ClipSource(Protocol):
-    """Where the latents of drawn clips come from."""
+    """Gives the latents of drawn clips."""
 
     catalog: Catalog
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
-        """The latents of a clip."""
+        """Reads the latents of a clip."""
         ...
 
     def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
-        """The latents of several clips, in their order."""
+        """Reads the latents of several clips, in order."""
         ...
 
 
 class VideoSource:
-    """Reads clips from the videos and encodes them on the way."""
+    """Decodes clips from the videos and encodes them."""
 
     def __init__(
         self,
@@ -58,26 +59,37 @@ class VideoSource:
         precision: Precision = "auto",
         workers: int | None = None,
     ) -> None:
-        """Latents of the catalog's videos at a resolution, decoded by some threads: by default a core each, up to 8."""
+        """Prepares to read the catalog's videos.
+
+        Args:
+            catalog: the videos.
+            vae: the autoencoder.
+            resolution: side of the frames in pixels, after center crop and resize.
+            precision: see `core.precision.autocast`.
+            workers: number of threads that decode; by default one per core, at most 8.
+        """
         self.catalog, self.vae, self.resolution, self.precision = catalog, vae, resolution, precision
-        # Decoding lets other threads run; processes would each hold a copy of the catalog.
-        self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), "decode")
+        # Threads: decoding releases the interpreter's lock, and processes would each hold a copy of the catalog.
+        self.workers = workers or min(8, os.cpu_count() or 1)
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
         """Decodes, crops, mirrors and encodes a clip."""
         return self.read_many([draw], num_frames, frame_interval)[0]
 
     def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
-        """Decodes several clips at once, and encodes each as soon as it and those before it are there.
+        """Decodes several clips in parallel while it encodes them in order.
 
         Raises:
-            VideoError: where one cannot be decoded.
+            VideoError: if one of them cannot be decoded.
         """
-        clips = self._pool.map(lambda draw: read_pixels(draw, num_frames, frame_interval, self.resolution), draws)
-        # Each by itself: what a clip is encoded with changes its last bits, and with them what processes that share a
-        # batch train on.
-        latents = (encode(self.vae, pixels, self.precision) for pixels in clips)
-        # What the cache stores: both ways give the same numbers.
+
+        def decode(draw: ClipDraw) -> Frames:
+            return read_pixels(draw, num_frames, frame_interval, self.resolution)
+
+        # Encoded one by one: the size of a batch changes the last bits of its latents, so that processes that share a
+        # training batch would train on other numbers than one process.
+        latents = (encode(self.vae, pixels, self.precision) for pixels in parallel_map(decode, draws, self.workers))
+        # Rounded as in the cache, so that both sources give the same numbers.
         return [(mean.half().float(), std.half().float()) for mean, std in latents]
 
 
@@ -91,23 +103,23 @@ class CacheSource:
         min_frames: int = 1,
         broken: Literal["skip", "error"] = "skip",
     ) -> None:
-        """Opens a cache; its videos become a catalog as that of their data set was.
+        """Opens a cache and makes a catalog of its videos, the same as that of their data set.
 
         Args:
-            folder: of the cache.
-            class_folders: label the videos: by the class that the cache names, or else by their parent folder.
+            folder: the cache.
+            class_folders: label the videos, by the class in the cache if it has classes, else by their parent folder.
             min_frames: shorter videos are left out.
-            broken: `error`: broken or too short videos are one; `skip`: they are left out.
+            broken: `skip` leaves out broken and too short videos; `error` raises if there are any.
 
         Raises:
-            ValueError: for a folder that is no finished cache, a shard that is missing or cut off, a cache without
-                usable videos, or, with `error`, one that was made of broken videos as well.
+            ValueError: if the folder holds no finished cache, if a shard is missing or cut off, if no video is usable,
+                or, with `broken="error"`, if a video is broken or too short.
         """
         self.folder = folder
         self.manifest = read_manifest(folder)
         rows = [row for row in self.manifest["videos"] if row["num_frames"] >= min_frames]
         if not rows:
-            raise ValueError(f"{folder}: none of its videos has the {min_frames} frames that a clip needs")
+            raise ValueError(f"{folder}: no video has the {min_frames} frames that a clip needs")
         labels = [_class_of(row, folder) for row in rows] if class_folders else []
         classes = sorted(set(labels))
         problems = list(self.manifest["broken"])
@@ -127,14 +139,16 @@ class CacheSource:
         self.catalog = Catalog(folder, tuple(videos), tuple(classes), tuple(problems))
 
     def _open_shards(self) -> None:
-        """Reads the header of every shard: where each video's latents are."""
+        """Reads from the headers of the shards where the latents of each video are."""
         self._offsets: dict[str, tuple[int, ...]] = {}
         shards = {file: read_shard(self.folder / file) for file in {row["shard"] for row in self.manifest["videos"]}}
         for row in self.manifest["videos"]:
             shard = shards[row["shard"]]
-            inside = shard.videos.get(row["name"])
-            if inside is None or inside.source_sha256 != row["source_sha256"]:
-                raise ValueError(f"{shard.path}: lacks {row['name']} of the manifest; run `lavita encode` again")
+            stored = shard.videos.get(row["name"])
+            if stored is None or stored.source_sha256 != row["source_sha256"]:
+                raise ValueError(
+                    f"{shard.path}: lacks {row['name']}, which the manifest lists; run `lavita encode` again"
+                )
             self._offsets[row["name"]] = shard.offsets[row["name"]]
             self._frame_shape = shard.frame_shape
 
@@ -146,30 +160,30 @@ class CacheSource:
         path: Path | None,
         names: Collection[str] | None = None,
     ) -> None:
-        """Refuses a cache that was made in another way, or of other videos, than this run asks for.
+        """Checks that the cache fits a run: the same autoencoder and resolution, and the same videos.
 
         Videos are compared by name and size; `lavita encode` compares their contents.
 
         Args:
             vae: the run's autoencoder.
-            resolution: side of its frames.
-            horizontal_flip: whether it mirrors clips.
-            path: folder of the videos; None where only the cache is at hand.
-            names: of the videos below `path` that the run trains on; by default all.
+            resolution: side of the run's frames in pixels.
+            horizontal_flip: whether the run mirrors clips.
+            path: folder of the videos; None if there is only the cache.
+            names: names of the videos below `path` that the run trains on; by default all.
 
         Raises:
-            ValueError: naming what differs: autoencoder, resolution, mirrored frames, or the videos in `path`.
+            ValueError: if something differs: the autoencoder, the resolution, mirrored frames, or the videos in `path`.
         """
         manifest = self.manifest
         if manifest["autoencoder"] != fingerprint(vae):
-            raise ValueError(f"{self.folder}: was made with another autoencoder than this run's; encode again")
+            raise ValueError(f"{self.folder}: was made with another autoencoder than that of this run; encode again")
         if manifest["resolution"] != resolution:
             raise ValueError(
                 f"{self.folder}: was made at resolution {manifest['resolution']}, but data.resolution is {resolution}"
             )
         if horizontal_flip and not manifest["horizontal_flip"]:
             raise ValueError(
-                f"{self.folder}: holds no mirrored frames; encode with --flip or set data.horizontal_flip=false"
+                f"{self.folder}: has no mirrored frames; encode with --flip or set data.horizontal_flip=false"
             )
         if path is not None:
             self._check_videos(path, names)
@@ -180,32 +194,34 @@ class CacheSource:
             raise ValueError(f"{path}: no such folder")
         for name, size in sizes.items():
             try:
-                now = source_bytes(path / name)
+                current_size = source_bytes(path / name)
             except OSError:
-                now = None
-            if now is None or (names is not None and name not in names):
+                current_size = None
+            if current_size is None or (names is not None and name not in names):
                 raise ValueError(
                     f"{path / name}: is in the cache {self.folder}, but not in data.path; `lavita encode` removes it"
                 )
-            if now != size:
+            if current_size != size:
                 raise ValueError(
-                    f"{path / name}: has changed since the cache {self.folder} was made; `lavita encode` renews it"
+                    f"{path / name}: has changed since the cache {self.folder} was made; `lavita encode` updates it"
                 )
-        found = (video.relative_to(path).as_posix() for video in find_videos(path)) if names is None else names
-        new = [name for name in found if name not in sizes]
-        if new := [name for name in new if not any(m.startswith(f"{name}: ") for m in self.manifest["broken"])]:
+        if names is None:
+            names = [video.relative_to(path).as_posix() for video in find_videos(path).videos]
+        broken = self.manifest["broken"]
+        new = [n for n in names if n not in sizes and not any(message.startswith(f"{n}: ") for message in broken)]
+        if new:
             raise ValueError(
-                f"{path}: holds videos that the cache {self.folder} lacks ({len(new)}, the first: {min(new)}); "
+                f"{path}: holds {len(new)} videos that the cache {self.folder} lacks, the first: {min(new)}; "
                 "`lavita encode` adds them"
             )
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
-        """Reads a clip's latents; ValueError where the file is damaged."""
+        """Reads the latents of a clip; ValueError if the file is damaged."""
         rows = range(draw.start, draw.start + clip_span(num_frames, frame_interval), frame_interval)
         path, offsets = draw.video.info.path, self._offsets[draw.video.name]
         first = TENSORS.index("mean_flip" if draw.flip else "mean")
         try:
-            # Opened for each clip: cheap beside a step, and nothing is held however many shards there are.
+            # Opened for each clip, which is cheap, so that the number of open files does not grow with the shards.
             with path.open("rb", buffering=0) as stream:
                 mean, std = (
                     read_rows(stream.fileno(), offset, self._frame_shape, rows) for offset in offsets[first : first + 2]
@@ -215,7 +231,7 @@ class CacheSource:
         return mean, std
 
     def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
-        """Reads the latents of several clips; ValueError where a file is damaged."""
+        """Reads the latents of several clips; ValueError if a file is damaged."""
         return [self.read(draw, num_frames, frame_interval) for draw in draws]
 
 
@@ -223,12 +239,21 @@ def _class_of(row: dict[str, Any], folder: Path) -> str:
     if row["class"] is not None:
         return str(row["class"])
     if "/" not in row["name"]:
-        raise ValueError(f"{folder}: holds videos that lie in no class folder, such as {row['name']}")
+        raise ValueError(f"{folder}: holds videos that are in no class folder, such as {row['name']}")
     return Path(row["name"]).parent.name
 
 
 def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
-    """The latent cache if the configuration names one, else the videos."""
+    """Opens the training clips: the latent cache if `data.latent_cache` is set, else the videos of `data.path`.
+
+    Args:
+        data: the configuration.
+        vae: the run's autoencoder.
+        precision: precision of the autoencoder, see `core.precision.autocast`.
+
+    Raises:
+        ValueError: if there are no usable videos, or if the cache does not fit the configuration.
+    """
     span = clip_span(data.num_frames, data.frame_interval)
     latent_size(vae, data.resolution)
     if data.latent_cache is not None:
@@ -252,7 +277,7 @@ def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> C
 
 
 def open_images(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
-    """The image files of `data.images`, or the cache of them that it names."""
+    """Opens `data.images`: a folder of image files or a latent cache of one; see `open_videos`."""
     assert data.images is not None
     if (data.images / MANIFEST).exists():
         cache = CacheSource(data.images, data.has_classes, broken=data.broken)
@@ -263,11 +288,7 @@ def open_images(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> C
 
 
 def open_validation(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
-    """The held-out videos of a run, or the cache of them that `data.validation` names.
-
-    Raises:
-        ValueError: where there are no usable ones, or the cache was made in another way than the run asks for.
-    """
+    """Opens `data.validation`: a folder of held-out videos or a latent cache of one; see `open_videos`."""
     assert data.validation is not None
     span = clip_span(data.num_frames, data.frame_interval)
     latent_size(vae, data.resolution)
@@ -275,7 +296,7 @@ def open_validation(data: DataConfig, vae: AutoencoderKL, precision: Precision) 
         cache = CacheSource(data.validation, data.has_classes, span, data.broken)
         cache.check(vae, data.resolution, False, None)
         return cache
-    # All of the folder: it is named for what is held out.
+    # The whole folder is held out.
     split = None if data.dataset == "folder" else "all"
     catalog = open_dataset(
         data.validation, data.dataset, split, data.class_folders, span, data.broken, use_classes=data.use_classes

@@ -1,4 +1,4 @@
-"""Which frames of which video make a clip, and how they become the pixels that a model sees."""
+"""Drawing clips from videos, and the pixels of a clip: center crop, resize, mirror."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from lavita.core.seeds import numpy_generator
 from lavita.data.catalog import Catalog, Video
+from lavita.video.formats import Frames
 from lavita.video.reading import read_clip
-
-Frames = npt.NDArray[np.uint8]
 
 
 def clip_span(num_frames: int, frame_interval: int) -> int:
-    """Frames of the file from a clip's first to its last, both included."""
+    """Number of frames in the file from the first to the last frame of a clip, both included."""
     return (num_frames - 1) * frame_interval + 1
 
 
 @dataclass(frozen=True)
 class ClipDraw:
-    """One clip: where it comes from and whether it is mirrored."""
+    """A drawn clip: its video, its first frame, and whether it is mirrored."""
 
     video: Video
     start: int
@@ -34,8 +32,8 @@ class ClipDraw:
 class ClipSampler:
     """Draws clips uniformly: every (video, start) is equally likely, the last start included.
 
-    A draw is a pure function of (seed, step, index): a resumed run, and any number of processes, draw what
-    one uninterrupted process would have drawn.
+    A draw is a pure function of (seed, step, index): a resumed run and any number of processes draw what one
+    uninterrupted process would have drawn.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class ClipSampler:
         """Prepares the draws; samplers of another `stream` draw independently.
 
         Raises:
-            ValueError: where a video is shorter than a clip; `scan(min_frames=clip_span(...))` names those.
+            ValueError: if a video is shorter than a clip; `scan(min_frames=clip_span(...))` leaves those out.
         """
         span = clip_span(num_frames, frame_interval)
         starts = [video.info.num_frames - span + 1 for video in catalog.videos]
@@ -67,11 +65,11 @@ class ClipSampler:
 
     @property
     def num_clips(self) -> int:
-        """Distinct (video, start) pairs."""
+        """Number of distinct (video, start) pairs."""
         return self._ends[-1]
 
     def draw(self, step: int, index: int, attempt: int = 0) -> ClipDraw:
-        """The clip at a place of a step's batch, or the `attempt`-th in its stead where it cannot be read."""
+        """Draws the clip at an index of a step's batch, or the `attempt`-th replacement of one that cannot be read."""
         rng = numpy_generator(self.seed, self.stream, step, index, *([attempt] if attempt else []))
         number = int(rng.integers(self.num_clips))
         video = bisect_right(self._ends, number)
@@ -81,7 +79,7 @@ class ClipSampler:
 
 
 def read_pixels(draw: ClipDraw, num_frames: int, frame_interval: int, resolution: int) -> Frames:
-    """Reads a clip from its video: center crop, resize, mirror.
+    """Reads a clip from its video, crops and resizes it, and mirrors it if it was drawn so.
 
     Returns:
         uint8 `(F, resolution, resolution, 3)`.
@@ -97,20 +95,20 @@ def mirror(frames: Frames) -> Frames:
 
 
 def center_crop_resize(frames: Frames, resolution: int) -> Frames:
-    """Scales the shorter side to `resolution` and cuts the middle square out.
+    """Cuts out the middle square of frames and scales it to `resolution`.
 
     Args:
         frames: uint8 `(F, H, W, 3)`.
-        resolution: side of the result.
+        resolution: side of the result in pixels.
 
     Returns:
-        uint8 `(F, resolution, resolution, 3)`; antialiased bicubic where the size changes.
+        uint8 `(F, resolution, resolution, 3)`, by antialiased bicubic interpolation if the size changes.
     """
     height, width = frames.shape[1:3]
     side = min(height, width)
     if side == height == width == resolution:
         return frames
-    # Whole pixels: half of one would blur a crop that is not resized.
+    # Whole pixels: an offset of half a pixel would blur a crop that is not resized.
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)
     size = (resolution, resolution)

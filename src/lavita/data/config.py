@@ -1,4 +1,4 @@
-"""Configuration of the data: which videos, which frames of them, at what size."""
+"""Configuration of the data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lavita.core.config import ConfigError, StrictConfig
+from lavita.core.names import DataSetName
 
-DataSetName = Literal["folder", "faceforensics", "sky_timelapse", "ucf101", "taichi_hd"]
 SPLITS: Mapping[DataSetName, tuple[str, ...]] = {
     "folder": (),
     "faceforensics": ("train", "val", "test", "all"),
@@ -18,12 +18,12 @@ SPLITS: Mapping[DataSetName, tuple[str, ...]] = {
     "ucf101": ("all", "train", "test", "val", "train01", "test01", "train02", "test02", "train03", "test03"),
     "taichi_hd": ("train", "test", "all"),
 }
-"""What `split` can be for each data set, first what the paper trains on."""
+"""The splits of each data set; the first is what the paper trains on."""
 SETS_WITH_CLASSES = frozenset({"ucf101"})
 
 
 def check_split(dataset: DataSetName, split: str) -> None:
-    """Refuses a split that a data set does not have; ConfigError names those that it has."""
+    """Raises a ConfigError if a data set has no such split."""
     if dataset == "folder":
         raise ConfigError(f"split is {split!r}, but dataset=folder has no splits: name the subfolder in path instead")
     if split not in SPLITS[dataset]:
@@ -31,53 +31,59 @@ def check_split(dataset: DataSetName, split: str) -> None:
 
 
 class DataConfig(StrictConfig):
-    """Which videos, which frames of them, and at what size."""
+    """The data: which videos, which of their frames, and at what size."""
 
     path: Path | None = None
-    """Folder of videos (any tree of video files or frame folders); not needed beside a `latent_cache`."""
+    """Folder of the training videos: any tree of video files and frame folders. Required unless `latent_cache` is
+    set."""
     dataset: DataSetName = "folder"
-    """What `path` holds: `folder`, any tree of videos, or one of the paper's data sets, which know their splits and
-    classes (docs/data.md)."""
+    """Layout of `path`: `folder` for any tree of videos, or one of the paper's data sets (`faceforensics`,
+    `sky_timelapse`, `ucf101`, `taichi_hd`), whose splits and classes are known (docs/data.md)."""
     split: str | None = None
-    """Part of a named data set; by default what the paper trains on: `train`, of UCF101 `all`."""
+    """Part of a named data set to train on; docs/data.md lists the splits of each. Default: what the paper trains on,
+    which is `all` for `ucf101` and `train` for the others."""
     use_classes: bool = True
-    """Train with the classes of a named data set that has some; `false` for a model without classes."""
+    """Train with the classes of a named data set that has classes (`ucf101`); `false` trains a model without
+    classes."""
     class_folders: bool = False
-    """Take the name of each video's parent folder as its class; with `dataset=folder`."""
+    """Use the name of each video's parent folder as its class; only with `dataset=folder`."""
     num_frames: int = Field(16, ge=1)
     """Frames of a clip."""
     frame_interval: int = Field(3, ge=1)
-    """Every how many frames of the file one is taken; 3 in the paper."""
+    """Step between the frames of a clip, in frames of the file: 1 takes every frame; 3 in the paper."""
     resolution: int = Field(256, ge=8)
     """Side of the square frames in pixels, after a center crop."""
     horizontal_flip: bool = True
-    """Mirror each clip with probability 1/2; the paper's only augmentation."""
+    """Mirror each clip with probability 1/2, the paper's only augmentation."""
     latent_cache: Path | None = None
-    """Folder that `lavita encode` wrote; without it the videos are read and encoded at every step."""
+    """Folder that `lavita encode` has written, from which latents are read. Default: none; videos are decoded and
+    encoded in every step."""
     workers: int | None = Field(None, ge=1)
-    """Threads that decode the videos, or image files, of a step; by default one a core, at most 8."""
+    """Threads that decode videos or image files. Default: one per core, at most 8."""
     captions: Path | None = None
-    """Table of captions, CSV with a header, JSONL or Parquet, of `file` (below the folder of videos) and `caption`, or
-    as WebVid's; a file may have several. Makes the model text-conditional; videos without a caption are broken ones."""
+    """Table of captions of the training videos, which makes the model text-conditional: CSV with a header, JSONL or
+    Parquet, with the columns `file` (path below the folder of videos) and `caption`, or WebVid's columns
+    (docs/data.md). A file may have several captions. Videos without a caption count as broken."""
     num_images: int = Field(0, ge=0)
-    """Image frames that follow every clip in joint training; 8 in the paper. Frames of videos drawn independently, or
-    images of `images`."""
+    """Images that follow the frames of every clip in joint training; 0 for training on videos only, 8 in the paper.
+    They are frames of independently drawn videos, or image files if `images` is set."""
     images: Path | None = None
-    """Folder of image files for `num_images`, or a cache of one made by `lavita encode --images`."""
+    """Folder of image files for `num_images`, or a latent cache of one, written by `lavita encode --images`. Default:
+    frames of the training videos."""
     image_captions: Path | None = None
-    """Table of captions of `images`, like `captions`."""
+    """Table of captions of `images`, in the format of `captions`; required if both are set."""
     validation: Path | None = None
-    """Folder of held-out videos, laid out as the training videos are, or a latent cache of one: the loss on the same
-    clips of them is measured every `train.validate_every` steps."""
+    """Folder of held-out videos in the layout of the training videos, all of which are used, or a latent cache of one.
+    Every `train.validate_every` steps the loss is measured on the same clips of them."""
     validation_captions: Path | None = None
-    """Table of captions of `validation`, like `captions`."""
+    """Table of captions of `validation`, in the format of `captions`; required if both are set."""
     broken: Literal["skip", "error"] = "skip"
-    """What a video that cannot be used does: it is always named, or, where many lack a caption, counted; `error` stops
-    the run there."""
+    """Treatment of videos that are broken, too short or without a caption: `skip` reports them and leaves them out;
+    `error` stops the run at the first."""
 
     @property
     def has_classes(self) -> bool:
-        """Whether the videos have classes."""
+        """Whether the model is trained with classes."""
         return self.class_folders or (self.dataset in SETS_WITH_CLASSES and self.use_classes)
 
     @model_validator(mode="after")
@@ -85,12 +91,12 @@ class DataConfig(StrictConfig):
         if self.split is not None:
             check_split(self.dataset, self.split)
         if self.class_folders and self.dataset != "folder":
-            raise ValueError(f"class_folders is set, but dataset={self.dataset} knows its classes; leave it out")
+            raise ValueError(f"class_folders is set, but dataset={self.dataset} has its own classes; leave it out")
         if not self.use_classes and self.dataset not in SETS_WITH_CLASSES:
-            raise ValueError(f"use_classes is false, but has no effect: dataset={self.dataset} knows no classes")
+            raise ValueError(f"use_classes is false, but has no effect: dataset={self.dataset} has no classes")
         if self.captions is not None and self.dataset in SETS_WITH_CLASSES and self.use_classes:
             raise ValueError(
-                f"captions and the classes of dataset={self.dataset} are both there, but a model has texts or classes: "
+                f"captions are set and dataset={self.dataset} has classes, but a model has either texts or classes: "
                 "set use_classes=false"
             )
         if self.path is None and self.latent_cache is not None:
@@ -103,18 +109,20 @@ class DataConfig(StrictConfig):
     @model_validator(mode="after")
     def _has_an_effect(self) -> DataConfig:
         if self.captions is not None and self.class_folders:
-            raise ValueError("captions and class_folders are both set, but a model has texts or classes")
+            raise ValueError("captions and class_folders are both set, but a model has either texts or classes")
         if self.images is not None and not self.num_images:
-            raise ValueError("images is set, but num_images is 0: no image would be used")
+            raise ValueError("images is set, but has no effect with num_images=0")
         decodes = self.latent_cache is None or self.images is not None or self.validation is not None
         if self.workers is not None and not decodes:
-            raise ValueError(f"workers is {self.workers}, but has no effect with latent_cache: nothing is decoded")
+            raise ValueError(f"workers is {self.workers}, but has no effect with latent_cache: no video is decoded")
         if self.image_captions is not None and (self.images is None or self.captions is None):
-            raise ValueError("image_captions is set, but they need images and captions")
+            raise ValueError("image_captions is set, but needs images and captions")
         if self.images is not None and self.captions is not None and self.image_captions is None:
-            raise ValueError("image_captions is missing: with captions, the images need theirs")
+            raise ValueError("image_captions is missing: a run with captions needs captions of the images")
         if self.validation_captions is not None and (self.validation is None or self.captions is None):
-            raise ValueError("validation_captions is set, but they need validation and captions")
+            raise ValueError("validation_captions is set, but needs validation and captions")
         if self.validation is not None and self.captions is not None and self.validation_captions is None:
-            raise ValueError("validation_captions is missing: with captions, the held-out videos need theirs")
+            raise ValueError(
+                "validation_captions is missing: a run with captions needs captions of the held-out videos"
+            )
         return self

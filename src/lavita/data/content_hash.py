@@ -1,4 +1,8 @@
-"""Hashes that say whether files have changed."""
+"""Sizes and SHA-256 digests of the contents of videos, by which caches and protocols recognize them.
+
+The digests of a video file are its plain SHA-256. Frame folders have two digests, because each is stored on users'
+disks: `source_digest` in latent caches, `content_hash` in the manifests and caches of evaluations.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,18 @@ from lavita.video.formats import FRAME_SUFFIXES
 
 
 def source_bytes(path: Path) -> int:
-    """Size of a video file or image, or of all frames of a folder; OSError where it is missing."""
-    return path.stat().st_size if not path.is_dir() else sum(file.stat().st_size for file in _frames(path))
+    """Size in bytes of a video file or image, or of all images of a frame folder.
+
+    Raises:
+        OSError: if it is missing.
+    """
+    return sum(file.stat().st_size for file in _images(path)) if path.is_dir() else path.stat().st_size
 
 
 def source_digest(path: Path) -> str:
-    """SHA-256 of a video file or image; of a folder of frames, that of their names, sizes and bytes."""
+    """SHA-256 of a video file or image, or of the names, sizes and contents of the images of a frame folder."""
     digest = hashlib.sha256()
-    for file in _frames(path) if path.is_dir() else [path]:
+    for file in _images(path) if path.is_dir() else [path]:
         with file.open("rb") as stream:
             if file != path:
                 digest.update(f"{file.name}\0{os.fstat(stream.fileno()).st_size}\0".encode())
@@ -27,27 +35,33 @@ def source_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _frames(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
-    return [folder / name for name in sorted(names) if Path(name).suffix.lower() in FRAME_SUFFIXES]
-
-
 def content_hash(path: Path) -> str:
-    """SHA-256 of a video file, or of the names and contents of a folder's frames."""
+    """SHA-256 of a video file, or of the names and digests of all files of a frame folder.
+
+    A file is read again only if its size or time of modification changes.
+    """
     if not path.is_dir():
-        status = path.stat()
-        return _file_hash(str(path.absolute()), status.st_mtime_ns, status.st_size)
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            status = file.stat()
-            content = _file_hash(str(file.absolute()), status.st_mtime_ns, status.st_size)
-            digest.update(repr((file.name, content)).encode())
-    return digest.hexdigest()
+        return file_hash(path)
+    names_and_digests = [(file.name, file_hash(file)) for file in _visible_files(path)]
+    return hashlib.sha256("".join(map(repr, names_and_digests)).encode()).hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, which is read again only if its time or size has changed."""
+    status = file.stat()
+    return _digest_of_version(str(file.absolute()), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=65536)
-def _file_hash(path: str, mtime_ns: int, size: int) -> str:
+def _digest_of_version(path: str, mtime_ns: int, size: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [folder / name for name in sorted(e.name for e in entries if e.is_file()) if not name.startswith(".")]
+
+
+def _images(folder: Path) -> list[Path]:
+    return [file for file in _visible_files(folder) if file.suffix.lower() in FRAME_SUFFIXES]

@@ -1,4 +1,4 @@
-"""Text embeddings, computed once and kept: the encoder is not even loaded where they are at hand."""
+"""Text embeddings that are computed once and stored: if they are there, the encoder is not even loaded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lavita.core.files import replacing
 from lavita.core.processes import Processes
 from lavita.models.text_encoder import DEFAULT_TEXT_ENCODER, folder_digest, load_text_encoder
 
@@ -24,22 +25,22 @@ def embed_texts(
     device: torch.device | str = "cpu",
     team: Processes | None = None,
 ) -> torch.Tensor:
-    """Embeddings of texts, from `texts-<key>.safetensors` in a folder, which is written where it is missing.
+    """Reads the embeddings of texts from `texts-<key>.safetensors` in a folder, and writes that file if it is missing.
 
-    The key is of the encoder's files, or of the weights of one from the hub, and of the texts and their order.
+    The key is a digest of the encoder (its files, or its weights if it comes from the hub) and of the texts in order.
 
     Args:
-        texts: what to embed.
-        source: of the encoder, see `load_text_encoder`.
-        folder: where the file is; made if missing.
-        device: where the encoder runs.
-        team: processes that all need the embeddings; the first computes them.
+        texts: the texts.
+        source: the encoder, see `load_text_encoder`.
+        folder: folder of the file; created if missing.
+        device: device of the encoder.
+        team: processes that all need the embeddings; the first one computes them.
 
     Returns:
         float32 (texts, text_dim) on the CPU.
 
     Raises:
-        ValueError: where the encoder cannot be loaded.
+        ValueError: if the encoder cannot be loaded.
     """
     team = team or Processes()
     table: torch.Tensor = team.first_says(_embed(texts, source, folder, device) if team.is_first else None)
@@ -47,7 +48,7 @@ def embed_texts(
 
 
 def texts_folder(latent_cache: Path | None, run_dir: Path) -> Path:
-    """Where a run keeps its text embeddings: with the latents, for other runs to use, or else with the run."""
+    """Folder of the text embeddings of a run: its latent cache, so that other runs can use them, or else its own."""
     return latent_cache if latent_cache is not None and os.access(latent_cache, os.W_OK) else run_dir
 
 
@@ -69,13 +70,8 @@ def _embed(texts: Sequence[str], source: str | None, folder: Path, device: torch
                 return table
         except (SafetensorError, OSError):
             pass
-        print(f"{file}: damaged: made again", file=sys.stderr)
+        print(f"{file}: damaged, is written again", file=sys.stderr)
     table = (encoder or load_text_encoder(source, device))(texts).cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Runs that share the folder may write the same file at the same time.
-    partial = file.with_suffix(f".partial-{os.getpid()}")
-    save_file({"embeddings": table}, partial)
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    with replacing(file, durable=True) as partial:
+        save_file({"embeddings": table}, partial)
     return table

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# Sorted as Python sorts, not as classInd.txt, which takes no notice of case: labels then do not depend on whether that
-# file is there, and are those of the public code, which sorts the folders.
+# Sorted as Python sorts, not as in classInd.txt, which ignores case: the labels then do not depend on that file, and
+# equal those of the public code, which sorts the folders.
 _NAMES = """
 ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball BasketballDunk
 BenchPress Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling BoxingPunchingBag BoxingSpeedBag
@@ -27,9 +27,9 @@ _LIST = re.compile(r"(train|test)list(0[123])\.txt")
 
 
 def class_of(path: Path) -> str | None:
-    """The class of a video by its name, `v_<Class>_g01_c01`, else by its folder; None where neither names one.
+    """The class of a video by its name, `v_<Class>_g01_c01`, else by its folder; None if neither is that of a class.
 
-    The videos of HandstandPushups are called v_HandStandPushups: a class's spelling is that of its folder.
+    The spelling of a class is that of its folder: the videos of HandstandPushups are called v_HandStandPushups.
     """
     match = _VIDEO.fullmatch(path.name)
     name = match[1] if match else path.parent.name
@@ -37,14 +37,14 @@ def class_of(path: Path) -> str | None:
 
 
 def read_split_lists(root: Path) -> dict[str, list[str]]:
-    """The lists of the three splits, in the folder or in `ucfTrainTestlist` in it or beside it.
+    """Reads the lists of the three splits in the folder, or in `ucfTrainTestlist` in it or next to it.
 
     Returns:
-        For train01, test01, ... names of videos without folder and suffix, in lower case; `train` and `test` are those
-        of the first split. Empty where there is no list.
+        The names of the videos in train01, test01, ..., without folder and suffix, in lower case; `train` and `test`
+        are those of the first split. Empty if there are no lists.
 
     Raises:
-        ValueError: for a list that cannot be read.
+        ValueError: if a list cannot be read.
     """
     lists: dict[str, list[str]] = {}
     for folder in (root, root / "ucfTrainTestlist", root.resolve().parent / "ucfTrainTestlist"):
@@ -55,7 +55,7 @@ def read_split_lists(root: Path) -> dict[str, list[str]]:
                 lines = file.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"{file}: cannot be read ({error})") from error
-            # ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1: the label is in the lists of training only.
+            # ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1: only training lists have labels.
             entries = [line.split()[0] for line in lines if line.strip()]
             lists[match[1] + match[2]] = [Path(entry).stem.lower() for entry in entries]
         if lists:

@@ -1,1 +1,1 @@
-"""Evaluation: whether generated videos show what was asked for, and move as real ones do."""
+"""Evaluation: scores of generated videos against real ones."""

@@ -1,53 +1,58 @@
-"""The clips of each side: chosen by a seed and the content of the files, written down, and used again.
+"""Which clips of real and generated videos are compared, and their pixels.
 
-Videos are told apart by the hash of their content, not by name or place, so that renamed files give the same clips.
+Clips are chosen by a seed and the content of the files. A video is identified by the hash of its content, not by its
+name, so renamed or moved files give the same clips.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
+import numpy.typing as npt
 
+from lavita.core.progress import Progress
 from lavita.core.seeds import numpy_generator
-from lavita.data.catalog import Catalog, Video, read_generation, scan
-from lavita.data.clips import clip_span
-from lavita.data.content_hash import content_hash
+from lavita.data.catalog import Video
+from lavita.data.clips import center_crop_resize, clip_span
 from lavita.evaluation.protocol import Protocol
-from lavita.video.formats import VideoInfo
-from lavita.video.frame_folders import is_frame_folder
+from lavita.evaluation.sources import Source
+from lavita.video.reading import iter_frames, read_clip
 
+Frames = npt.NDArray[np.uint8]
 VERSION = 1
+"""Version of the choice of clips and of manifests; part of every digest."""
 
 
 @dataclass(frozen=True)
-class ClipRef:
-    """One clip."""
+class Clip:
+    """Some frames of one video."""
 
     name: str
-    """Path of its video below the side's folder."""
+    """Path of the video below the folder of its set."""
     sha256: str
-    """Of the video's content."""
+    """Hash of the video's content (`data.content_hash`)."""
     label: str | None
-    """Name of the class folder, or None where the video lies in none."""
+    """Name of the class folder; None for a video directly in the root folder."""
     start: int
+    """Index of the first frame."""
     num_frames: int
 
 
 @dataclass(frozen=True)
-class Side:
-    """The clips of one side, in an order that depends on content only."""
+class ClipSet:
+    """Clips of one folder, at one frame interval."""
 
     root: Path
-    clips: tuple[ClipRef, ...]
+    clips: tuple[Clip, ...]
     frame_interval: int
+    """Step from one frame of a clip to the next, in frames of the video."""
 
     @property
     def labels(self) -> list[str | None]:
@@ -56,61 +61,51 @@ class Side:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that decides the frames: equal for equal clips, wherever they lie."""
+        """SHA-256 of everything that decides the frames: equal for equal clips, wherever the files are."""
         rows = [(clip.sha256, clip.start, clip.num_frames) for clip in self.clips]
         return hashlib.sha256(repr((VERSION, self.frame_interval, rows)).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Source:
-    """A folder of videos, read once."""
+def read_pixels(clips: ClipSet, clip: Clip, resolution: int) -> Frames:
+    """Reads one clip of a set, real or generated.
 
-    catalog: Catalog
-    hashes: dict[str, str]
-    """SHA-256 of each video by its name."""
-
-    def facts(self) -> dict[str, Any]:
-        """What was found, for a report."""
-        infos = [video.info for video in self.catalog.videos]
-        return {
-            "folder": str(self.catalog.root),
-            "num_videos": len(infos),
-            "num_broken": len(self.catalog.broken),
-            "broken": list(self.catalog.broken),
-            "sizes": dict(Counter(f"{info.width}x{info.height}" for info in infos).most_common(5)),
-            "frames": [min(info.num_frames for info in infos), max(info.num_frames for info in infos)],
-            "codecs": dict(sorted(Counter(codec(info) for info in infos).items())),
-        }
-
-
-def read_source(root: Path, min_frames: int, skip_broken: bool, without: Collection[str] = ()) -> Source:
-    """Reads the headers and hashes the content of all videos below a folder.
-
-    Args:
-        root: the folder.
-        min_frames: shorter videos count as broken.
-        skip_broken: go on without broken videos, which are counted, instead of raising.
-        without: names of videos to count as broken, because decoding them failed.
+    Returns:
+        uint8 `(F, resolution, resolution, 3)`, after center crop and resize.
 
     Raises:
-        ValueError: for a folder that is missing or empty, or broken videos.
+        VideoError: if the video cannot be decoded.
     """
-    catalog = scan(root, min_frames=min_frames)
-    if without:
-        kept = tuple(video for video in catalog.videos if video.name not in without)
-        lost = tuple(f"{video.info.path}: cannot be decoded" for video in catalog.videos if video.name in without)
-        catalog = Catalog(root, kept, (), catalog.broken + lost)
-    refuse_broken(catalog, skip_broken)
-    return Source(catalog, {video.name: content_hash(video.info.path) for video in catalog.videos})
+    frames = read_clip(clips.root / clip.name, clip.start, clip.num_frames, clips.frame_interval)
+    return center_crop_resize(frames, resolution)
 
 
-def codec(info: VideoInfo) -> str:
-    """What a video is compressed with, as `h264 yuv420p`; for a folder of frames the suffixes of its files."""
-    if is_frame_folder(info.path):
-        return "frames " + " ".join(sorted({file.suffix.lower() for file in info.path.iterdir() if file.suffix}))
-    with av.open(str(info.path.absolute()), metadata_errors="replace") as container:
-        context = container.streams.video[0].codec_context
-        return f"{context.name} {context.format.name if context.format else ''}".strip()
+def iter_pixels(clips: ClipSet, resolution: int) -> Iterator[tuple[Clip, Frames]]:
+    """Reads all clips of a set in order, decoding each video once from its first to its last frame.
+
+    Args:
+        clips: those of one video in succession, without overlap.
+        resolution: as for `read_pixels`.
+
+    Yields:
+        A clip and what `read_pixels` returns for it.
+
+    Raises:
+        VideoError: if a video cannot be decoded.
+    """
+    progress, done = Progress(f"{clips.root}: clip", len(clips.clips)), 0
+    for name, group in groupby(clips.clips, key=lambda clip: clip.name):
+        pending, kept = list(group), []
+        for index, frame in enumerate(iter_frames(clips.root / name)):
+            if not pending:
+                continue  # to the end of the video, as damage there would otherwise pass unnoticed
+            offset = index - pending[0].start
+            if offset >= 0 and offset % clips.frame_interval == 0:
+                kept.append(frame)
+            if len(kept) == pending[0].num_frames:
+                yield pending.pop(0), center_crop_resize(np.stack(kept), resolution)
+                kept, done = [], done + 1
+                progress.update(done)
+        assert not pending, f"{name} has fewer frames than its header says"
 
 
 def choose_clips(
@@ -123,45 +118,40 @@ def choose_clips(
     order: Literal["random", "first"] = "random",
     max_clips_a_video: int | None = None,
     random_start: bool = True,
-    without: Collection[tuple[str, int]] = (),
+    without: Collection[str] = (),
     field: str = "num_real_clips",
-) -> Side:
+) -> ClipSet:
     """Chooses exactly `count` clips, spread over as many videos as possible.
 
     Args:
-        source: the videos, each of at least a clip's length.
-        count: clips, >= 1.
-        num_frames: of a clip, F.
-        frame_interval: frames of the video from one frame of a clip to the next.
-        seed: of the order of videos and of the starts; each is a function of the seed and the video's content.
-        order: `first` takes videos by name.
-        max_clips_a_video: by default as many as needed; starts differ.
-        random_start: False takes frames from the first on, one clip a video.
-        without: (hash of a video, start) of clips that are taken already; -1 as start stands for all of a video.
-        field: of the protocol, for the message.
+        source: videos, each at least as long as a clip.
+        count: number of clips, >= 1.
+        num_frames: frames of a clip, F.
+        frame_interval: step from one frame of a clip to the next, in frames of the video.
+        seed: decides the order of the videos and the starts, together with the content of each video.
+        order: `first` takes the videos by name instead.
+        max_clips_a_video: most clips of one video, at different starts; by default as many as needed.
+        random_start: False takes one clip of each video, from its first frame.
+        without: hashes of videos that are not to be used.
+        field: field of the protocol that gives `count`, for the error message.
 
     Raises:
-        ValueError: where the folder holds too few clips.
+        ValueError: if the videos give fewer clips.
     """
     span = clip_span(num_frames, frame_interval)
-    taken: dict[str, set[int]] = {}
-    for content, start in without:
-        taken.setdefault(content, set()).add(start)
     queue: list[tuple[Video, list[int]]] = []
     copies: Counter[str] = Counter()
     for video in source.catalog.videos:
-        content = source.hashes[video.name]
-        if -1 in taken.get(content, ()):
+        content = source.folder.sha256(video)
+        if content in without:
             continue
         num_starts = video.info.num_frames - span + 1 if random_start else 1
-        free = np.array([start for start in range(num_starts) if start not in taken.get(content, ())], dtype=np.int64)
-        # Copies of one file draw differently, by their number, not by their names.
+        # Copies of one file are numbered, so that they draw different starts whatever their names.
         rng = numpy_generator(seed, "start", content, copies[content])
         copies[content] += 1
-        most = len(free) if max_clips_a_video is None else min(len(free), max_clips_a_video)
-        queue.append((video, [int(start) for start in rng.permutation(free)[:most]]))
+        queue.append((video, rng.permutation(np.arange(num_starts))[:max_clips_a_video].tolist()))
     if order == "random":
-        queue.sort(key=lambda row: hashlib.sha256(f"{seed} {source.hashes[row[0].name]} {row[1]}".encode()).digest())
+        queue.sort(key=lambda row: hashlib.sha256(f"{seed} {source.folder.sha256(row[0])} {row[1]}".encode()).digest())
     available = sum(len(starts) for _, starts in queue)
     if available < count:
         limit = "" if max_clips_a_video is None else f" with max_clips_a_video={max_clips_a_video}"
@@ -169,106 +159,85 @@ def choose_clips(
             f"{source.catalog.root}: {field} is {count}, but its {len(queue)} videos give {available} clips of "
             f"{num_frames} frames at interval {frame_interval}{limit}; allowed: at most {available}"
         )
-    clips: list[ClipRef] = []
+    clips: list[Clip] = []
     turn = 0
     while len(clips) < count:
         for video, starts in queue:
             if turn < len(starts) and len(clips) < count:
-                clips.append(_clip(source, video, starts[turn], num_frames))
+                clips.append(make_clip(source, video, starts[turn], num_frames))
         turn += 1
-    return Side(source.catalog.root, tuple(clips), frame_interval)
+    return ClipSet(source.catalog.root, tuple(clips), frame_interval)
 
 
-def all_frames(source: Source, num_frames: int) -> Side:
-    """Every frame of every video, once, in clips of at most `num_frames`, by content."""
+def every_frame(source: Source, num_frames: int) -> ClipSet:
+    """Every frame of every video, once, in clips of at most `num_frames`, ordered by content."""
     clips = [
-        _clip(source, video, start, min(num_frames, video.info.num_frames - start))
-        for video in sorted(source.catalog.videos, key=lambda video: source.hashes[video.name])
+        make_clip(source, video, start, min(num_frames, video.info.num_frames - start))
+        for video in sorted(source.catalog.videos, key=source.folder.sha256)
         for start in range(0, video.info.num_frames, num_frames)
     ]
-    return Side(source.catalog.root, tuple(clips), 1)
+    return ClipSet(source.catalog.root, tuple(clips), 1)
 
 
-def _clip(source: Source, video: Video, start: int, num_frames: int) -> ClipRef:
-    folder = video.info.path.parent
-    label = None if folder == source.catalog.root else folder.name
-    return ClipRef(video.name, source.hashes[video.name], label, start, num_frames)
+def successive_clips(source: Source, videos: Iterable[Video], num_frames: int, frame_interval: int) -> ClipSet:
+    """Cuts videos into clips that do not overlap, from the first frame on; a rest at the end is left out."""
+    span = clip_span(num_frames, frame_interval)
+    clips = [
+        make_clip(source, video, start, num_frames)
+        for video in videos
+        for start in range(0, video.info.num_frames - span + 1, span)
+    ]
+    return ClipSet(source.catalog.root, tuple(clips), frame_interval)
 
 
-def write_manifest(file: Path, sides: dict[str, Side], settings: dict[str, Any]) -> None:
-    """Writes the chosen clips as JSON, whole or not at all.
-
-    Args:
-        file: where; missing folders are made.
-        sides: by name.
-        settings: what they were chosen by; `read_manifest` insists on the same.
-    """
-    content = {
-        "version": VERSION,
-        "settings": settings,
-        "sides": {
-            name: {
-                "folder": str(side.root),
-                "frame_interval": side.frame_interval,
-                "digest": side.digest,
-                "clips": [asdict(clip) for clip in side.clips],
-            }
-            for name, side in sides.items()
-        },
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
+def make_clip(source: Source, video: Video, start: int, num_frames: int) -> Clip:
+    """Some frames of a video; the folder that it is in is its class."""
+    parent = video.info.path.parent
+    label = None if parent == source.catalog.root else parent.name
+    return Clip(video.name, source.folder.sha256(video), label, start, num_frames)
 
 
-def read_manifest(file: Path, sources: dict[str, Source], settings: dict[str, Any]) -> dict[str, Side]:
-    """Reads the clips of sides from a manifest, and checks that the videos are those it was written for.
+@dataclass(frozen=True)
+class Selection:
+    """The clips whose features are compared."""
 
-    Args:
-        file: see `write_manifest`.
-        sources: the videos of each side that is wanted, where the manifest has it; found by content.
-        settings: see `write_manifest`.
+    protocol: Protocol
+    """Without gaps; see `complete_protocol`."""
+    sources: Mapping[str, Source]
+    """Videos by name: `real`, `generated`, `held_out`."""
+    sets: Mapping[str, ClipSet]
+    """Clips by name; see `choose_all`."""
+    warnings: Sequence[str]
 
-    Raises:
-        ValueError: where the file is damaged, was written for other settings, or names a video that is not there.
-    """
-    try:
-        content = json.loads(file.read_text())
-        sides = {
-            name: (side["frame_interval"], [ClipRef(**clip) for clip in side["clips"]])
-            for name, side in content["sides"].items()
-        }
-        written = content["settings"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: is no manifest of clips ({type(error).__name__})") from error
-    for key, value in settings.items():
-        if written.get(key) != value:
-            raise ValueError(f"{file}: was written with {key}={written.get(key)}, but {value} was asked for")
-    result = {}
-    for name, source in sources.items():
-        if name not in sides:
-            continue
-        interval, clips = sides[name]
-        videos: dict[str, list[Video]] = {}
-        for video in source.catalog.videos:
-            videos.setdefault(source.hashes[video.name], []).append(video)
-        found = []
-        for clip in clips:
-            if clip.sha256 not in videos:
-                raise ValueError(f"{file}: names {clip.name}, but no video below {source.catalog.root} has its content")
-            same = next((v for v in videos[clip.sha256] if v.name == clip.name), videos[clip.sha256][0])
-            found.append(_clip(source, same, clip.start, clip.num_frames))
-        result[name] = Side(source.catalog.root, tuple(found), interval)
-    return result
+    @property
+    def resolution(self) -> int:
+        """Side of the clips in pixels."""
+        assert self.protocol.resolution is not None
+        return self.protocol.resolution
 
 
-def check_one_size(videos: Sequence[Video]) -> None:
-    """Refuses generated videos of several sizes.
+def complete_protocol(protocol: Protocol, generated: Source, frame_interval: int) -> Protocol:
+    """Fills in the clip length, frame interval and resolution that a protocol leaves to the generated videos.
 
     Raises:
-        ValueError: naming two that differ.
+        ValueError: if the videos differ in size, or are smaller than the resolution.
     """
+    _check_one_size(generated.catalog.videos)
+    infos = [video.info for video in generated.catalog.videos]
+    side = min(infos[0].width, infos[0].height)
+    resolution = protocol.resolution or side
+    if resolution > side:
+        raise ValueError(
+            f"resolution is {resolution}, but the videos of {generated.catalog.root} are "
+            f"{infos[0].width}x{infos[0].height}; allowed: at most {side}"
+        )
+    num_frames = protocol.num_frames or min(info.num_frames for info in infos)
+    return protocol.model_copy(
+        update={"frame_interval": frame_interval, "num_frames": num_frames, "resolution": resolution}
+    )
+
+
+def _check_one_size(videos: Sequence[Video]) -> None:
     first = videos[0].info
     for video in videos:
         if (video.info.width, video.info.height) != (first.width, first.height):
@@ -278,59 +247,57 @@ def check_one_size(videos: Sequence[Video]) -> None:
             )
 
 
-def _floor(real: Side, sources: Mapping[str, Source], protocol: Protocol, rules: Mapping[str, Any]) -> Side | str:
-    """As many other real clips as generated ones, of videos that the real side has none of; or why there are none."""
-    assert protocol.num_frames is not None and protocol.frame_interval is not None
-    source = sources.get("held_out", sources["real"])
-    # Clips of one video are too alike for a floor.
-    used = [] if "held_out" in sources else [(clip.sha256, -1) for clip in real.clips]
-    count, shape = protocol.num_generated_clips, (protocol.num_frames, protocol.frame_interval)
-    try:
-        return choose_clips(
-            source, count, *shape, protocol.seed, **rules, without=used, field="num_generated_clips of the floor"
-        )
-    except ValueError as error:
-        return f"no floor: {error}; --held-out gives one"
-
-
-def _manifest_settings(protocol: Protocol) -> dict[str, Any]:
-    fields = ("num_real_clips", "num_generated_clips", "num_frames", "frame_interval", "real_videos")
-    return {key: getattr(protocol, key) for key in (*fields, "max_clips_a_video", "seed")}
-
-
-def check_interval(generated: Path, frame_interval: int | None) -> int | None:
-    """The frame interval of generated videos.
+def choose_all(
+    sources: Mapping[str, Source], protocol: Protocol, known: Mapping[str, ClipSet], with_every_frame: bool
+) -> tuple[dict[str, ClipSet], list[str]]:
+    """Chooses the clips whose features are compared.
 
     Args:
-        generated: their folder.
-        frame_interval: what was asked for, or None.
+        sources: usable videos: `real`, `generated` and, if there are any, `held_out`.
+        protocol: as `complete_protocol` returns it.
+        known: sets that a manifest gives (`real`, `floor`) and that are not chosen again.
+        with_every_frame: also take every frame of the real videos.
 
     Returns:
-        What was asked for, else what is recorded beside the videos, else None.
+        Sets by name: `real`, `generated`, and, if they were asked for, `every_frame` and `floor`: other real clips, as
+        many as generated ones. And a warning if there are too few other real clips.
 
     Raises:
-        ValueError: where the two differ, or it is below 1.
+        ValueError: if there are too few videos.
     """
-    recorded: int | None = (read_generation(generated) or {}).get("frame_interval")
-    if frame_interval is None:
-        return recorded
-    if frame_interval < 1:
-        raise ValueError(f"frame_interval is {frame_interval}; it must be at least 1")
-    if recorded not in (None, frame_interval):
-        raise ValueError(f"frame_interval is {frame_interval}, but the model of {generated} has {recorded}")
-    return frame_interval
-
-
-def refuse_broken(catalog: Catalog, skip_broken: bool) -> Catalog:
-    """The catalog itself, where it may be used.
-
-    Raises:
-        ValueError: where it has broken videos and these are not to be skipped.
-    """
-    if catalog.broken and not skip_broken:
-        total = len(catalog.broken) + len(catalog.videos)
-        raise ValueError(
-            f"{catalog.root}: {len(catalog.broken)} of {total} videos cannot be used, the first: "
-            f"{catalog.broken[0]}; --skip-broken goes on without them"
+    assert protocol.num_frames is not None and protocol.frame_interval is not None
+    shape = protocol.num_frames, protocol.frame_interval
+    rules: dict[str, Any] = {"order": protocol.real_videos, "max_clips_a_video": protocol.max_clips_a_video}
+    real = known.get("real") or choose_clips(sources["real"], protocol.num_real_clips, *shape, protocol.seed, **rules)
+    generated = choose_clips(
+        sources["generated"],
+        protocol.num_generated_clips,
+        protocol.num_frames,
+        1,
+        protocol.seed,
+        max_clips_a_video=1,
+        random_start=False,
+        field="num_generated_clips",
+    )
+    sets = {"real": real, "generated": generated}
+    if with_every_frame:
+        sets["every_frame"] = every_frame(sources["real"], protocol.num_frames)
+    if not protocol.floor:
+        return sets, []
+    if "floor" in known:
+        return {**sets, "floor": known["floor"]}, []
+    # Without held-out videos, only real videos that no real clip is from: clips of one video are too much alike.
+    used = set() if "held_out" in sources else {clip.sha256 for clip in real.clips}
+    try:
+        sets["floor"] = choose_clips(
+            sources.get("held_out", sources["real"]),
+            protocol.num_generated_clips,
+            *shape,
+            protocol.seed,
+            **rules,
+            without=used,
+            field="num_generated_clips of the floor",
         )
-    return catalog
+    except ValueError as error:
+        return sets, [f"no floor: {error}; --held-out gives one"]
+    return sets, []

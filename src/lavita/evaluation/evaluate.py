@@ -1,31 +1,27 @@
-"""The scores of generated videos: one call, one report that says how it was made."""
+"""Evaluation: from a folder of videos, or a model, to scores and a report that says how they were made.
+
+Folders are scanned (`sources`), clips chosen (`clips`), shown to networks (`features`), compared (`distances`,
+`feature_metrics`, `classes`), and the result is written (`report`). The protocol decides the numbers.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavita.core.processes import Processes
+import torch
+
+from lavita.core.precision import pick_device
+from lavita.core.processes import Processes, processes
 from lavita.data.catalog import read_generation
 from lavita.data.clips import clip_span
-from lavita.evaluation.classes.clips import compare
+from lavita.evaluation.classes.clips import select_videos
 from lavita.evaluation.classes.scores import CLASS_METRICS
-from lavita.evaluation.clips import (
-    Side,
-    Source,
-    _floor,
-    _manifest_settings,
-    all_frames,
-    check_interval,
-    check_one_size,
-    choose_clips,
-    read_manifest,
-    read_source,
-    write_manifest,
-)
+from lavita.evaluation.clips import Selection, choose_all, complete_protocol
 from lavita.evaluation.feature_metrics import (
     FEATURE_METRICS,
     Sample,
@@ -35,286 +31,346 @@ from lavita.evaluation.feature_metrics import (
     score_features,
     score_name,
 )
-from lavita.evaluation.features.compute import BrokenVideos, compute_outputs, pixel_facts
-from lavita.evaluation.features.extractors import EXTRACTORS
-from lavita.evaluation.features.networks import Network, load_network
+from lavita.evaluation.features.compute import BrokenVideos, compute_outputs
+from lavita.evaluation.features.extractors import Extractor
+from lavita.evaluation.features.networks import Network, load_network, parse_weights
+from lavita.evaluation.manifest import read_manifest, write_manifest
+from lavita.evaluation.model_samples import is_model, sample_model
 from lavita.evaluation.nearest_clips import Neighbour, neighbour_report
-from lavita.evaluation.protocol import Protocol
+from lavita.evaluation.protocol import NEEDED_BY, Protocol, make_protocol
+from lavita.evaluation.report.page import write_page
 from lavita.evaluation.report.paper_numbers import quoted_rows
-from lavita.evaluation.result import NUM_SHOWN, Evaluation, _class_facts, _versions
+from lavita.evaluation.report.table import print_scores, write_scores
+from lavita.evaluation.result import NUM_SHOWN, Evaluation, class_facts, feature_report, versions
+from lavita.evaluation.sources import VideoFolder, find_interval
+from lavita.sampling.recipes import find_recipe
 
 METRICS = (*CLASS_METRICS, *FEATURE_METRICS)
-"""What `score` can compute, by name."""
+"""Names of all metrics."""
 DEFAULT_METRICS = ("accuracy", "motion")
+DEFAULT_SAMPLES = Path("runs/evaluate/samples")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What does not change the numbers: where things are and where they go."""
+class EvaluationOptions:
+    """The options of `lavita evaluate`; None if one is not given."""
 
-    cache_dir: Path | None = None
-    """Trained classifiers and the outputs of networks are kept here."""
-    weights: Mapping[str, Path] = field(default_factory=dict)
-    """See `networks.find_weights`."""
-    skip_broken: bool = False
-    """Go on without videos that are broken or too short; the report counts them."""
+    real: Path
+    """Folder of the videos that the model was trained on. `accuracy` and `motion` need class folders."""
+    generated: str | Path
+    """Folder of generated videos, all of one size; or a model to sample: `builtin`, or the folder of a pipeline."""
+    held_out: Path | None = None
+    """Folder of real videos that the model was not trained on: to check the classifier, and for the floor."""
+    metrics: Sequence[str] = DEFAULT_METRICS
+    """Names in `METRICS`."""
+    preset: str | None = None
+    """Name in `protocol.PRESETS`."""
+    overrides: Sequence[str] = ()
+    """Fields of the protocol, as `field=value`."""
+    weights: Sequence[str] = ()
+    """Weight files of networks; see `features.networks.parse_weights`."""
     manifest: Path | None = None
-    """The clips: used where the file exists, written where it does not."""
-    device: str = "cpu"
-    processes: Processes = field(default_factory=Processes)
-    model: Mapping[str, Any] | None = None
-    """What is known of the model beside `generation.json`: its weights (`ema` or `raw`), seeds."""
+    """JSON file of the chosen clips: used if it exists, otherwise written."""
+    skip_broken: bool = False
+    """Leave out broken and too short videos, and count them, instead of stopping."""
+    samples: Path | None = None
+    """Folder for the samples of a model."""
+    recipe: str | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    """How to sample a model; see `sampling.recipes.Recipe`."""
+    first_seed: int | None = None
+    """Seed of the first sample of each class."""
+    model_weights: str | None = None
+    """Which weights of the model were sampled, `ema` or `raw`: a note for the report."""
+    cache: Path | None = None
+    """Folder that keeps trained classifiers and the outputs of networks."""
+    out: Path | None = None
+    """JSON file of the report."""
+    page: Path | None = None
+    """Folder of the page."""
+    device: str = "auto"
+    """See `core.precision.pick_device`."""
 
 
-def score(
-    real: Path,
-    generated: Path,
-    held_out: Path | None = None,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    protocol: Protocol | None = None,
-    options: Options | None = None,
-) -> Evaluation:
+def run_evaluation(options: EvaluationOptions) -> None:
+    """Evaluates, prints the scores, and writes the report and the page.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    with processes() as team:
+        evaluation = evaluate(options, team)
+        if not team.is_first:
+            return
+        print_scores(evaluation.report)
+        if options.out is not None:
+            write_scores(evaluation.report, options.out)
+        if options.page is not None:
+            print(write_page(evaluation, options.page))
+
+
+def evaluate(options: EvaluationOptions, team: Processes | None = None) -> Evaluation:
     """Scores generated videos against real ones.
 
     Args:
-        real: folder of the videos that the model was trained on. `accuracy` and `motion` need class folders.
-        generated: folder of generated clips, all of one size; for these two in class folders named as the real ones.
-        held_out: real videos that the model was not trained on: they check the classifier, and give the floor.
-        metrics: names in `METRICS`.
-        protocol: everything that decides the numbers.
-        options: everything that does not.
+        options: what to evaluate, and how.
+        team: processes that share the work; the numbers are those of one process.
 
     Returns:
-        The report: `protocol`; `accuracy` and `motion` as parts of their own; `scores` by name, `sides` and
-        `neighbours` where features were asked for.
+        The report, with `protocol`; `accuracy` and `motion`; and `scores` by name, `sides` and `neighbours` if there
+        are metrics of features. Only the first process computes the scores.
 
     Raises:
-        ValueError: an unknown metric or none, folders that cannot be compared, too few videos, weights that are missing
-            or wrong.
+        ValueError: for an unknown metric or field, an option without effect, folders that cannot be compared, too few
+            videos, or weights that are missing or wrong. The message is one line.
     """
-    settings, chosen = protocol or Protocol(), options or Options()
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        given = repr(unknown[0]) if unknown else "empty"
-        raise ValueError(f"metrics is {given}; allowed: {', '.join(METRICS)}")
-    metrics = list(dict.fromkeys(metrics))
+    protocol = make_protocol(options.preset, options.overrides)
+    parse_weights(options.weights)
+    _check_options(options)
+    team = team or Processes()
+    options, model = _with_samples(replace(options, device=_device(options.device, team)), protocol, team)
+    metrics = list(dict.fromkeys(options.metrics))
     class_metrics = [name for name in metrics if name in CLASS_METRICS]
     feature_metrics = [name for name in metrics if name in FEATURE_METRICS]
-    # First the quick checks of both kinds, then the work.
-    comparison = None
+    folders = {"real": VideoFolder(options.real), "generated": VideoFolder(Path(options.generated))}
+    if options.held_out is not None:
+        folders["held_out"] = VideoFolder(options.held_out)
+    # Both kinds of metrics check their videos before either does its work.
+    videos = None
     if class_metrics:
-        interval, seed = settings.frame_interval, settings.seed
-        comparison = compare(real, generated, held_out, interval, seed, chosen.skip_broken)
+        videos = select_videos(
+            folders["real"], folders["generated"], folders.get("held_out"), protocol, options.skip_broken
+        )
     evaluation = Evaluation({"protocol": {}})
     if feature_metrics:
-        evaluation = _score_features(real, generated, held_out, feature_metrics, settings, chosen)
+        evaluation = _evaluate_features(folders, feature_metrics, protocol, options, team)
     report = evaluation.report
     report["protocol"] = {
-        **({} if comparison is None else _class_facts(comparison)),
+        **({} if videos is None else class_facts(videos)),
         **report["protocol"],
-        "real": str(real),
-        "generated": str(generated),
-        "held_out": None if held_out is None else str(held_out),
+        "real": str(options.real),
+        "generated": str(options.generated),
+        "held_out": None if options.held_out is None else str(options.held_out),
         "metrics": metrics,
-        "generation": read_generation(generated),
-        "model": None if chosen.model is None else dict(chosen.model),
-        "seed": settings.seed,
-        "versions": _versions(),
+        "generation": read_generation(folders["generated"].root),
+        "model": model,
+        "seed": protocol.seed,
+        "versions": versions(),
     }
     comparable: dict[str, Any] = report["protocol"].setdefault("comparable", {})
-    if comparison is not None and chosen.processes.is_first:
+    if videos is not None and team.is_first:
         for name in class_metrics:
-            report[name] = CLASS_METRICS[name](comparison, chosen.cache_dir)
+            report[name] = CLASS_METRICS[name](videos, options.cache)
         facts = ("classes", "num_frames", "frame_interval", "resolution", "num_real_videos", "num_generated_clips")
         comparable["classes"] = {key: report["protocol"][key] for key in facts}
-        comparable["classes"]["seed"] = settings.seed
+        comparable["classes"]["seed"] = protocol.seed
     return evaluation
 
 
-def _score_features(
-    real: Path,
-    generated: Path,
-    held_out: Path | None,
-    metrics: list[str],
+def _check_options(options: EvaluationOptions) -> None:
+    """Refuses unknown metrics and options without effect, before a model is sampled."""
+    unknown = [name for name in options.metrics if name not in METRICS]
+    if unknown or not options.metrics:
+        given = repr(unknown[0]) if unknown else "empty"
+        raise ValueError(f"metrics is {given}; allowed: {', '.join(METRICS)}")
+    chosen = [FEATURE_METRICS[name] for name in options.metrics if name in FEATURE_METRICS]
+    fields = [text.partition("=")[0] for text in options.overrides]
+    if not chosen:
+        fields += [name for name in ("preset", "page", "weights", "manifest") if getattr(options, name)]
+        useless = [name for name in fields if name not in ("frame_interval", "seed")]
+        if useless:
+            raise ValueError(f"{useless[0]} is set, but has no effect without a metric of features, as kernel-video")
+    for name in fields:
+        key, value = NEEDED_BY.get(name, ("", ""))
+        if key and not any(getattr(metric, key) == value for metric in chosen):
+            raise ValueError(f"{name} is set, but has no effect on {', '.join(options.metrics)}")
+    if not is_model(str(options.generated)):
+        for name in ("samples", "recipe", "sampler", "steps", "guidance_scale", "first_seed"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name} is set, but has no effect: {options.generated} is not a model to sample")
+
+
+def _device(name: str, team: Processes) -> str:
+    """The device of this process: if there are several GPUs, each process has its own."""
+    device = pick_device(name)
+    if str(device) == "cuda" and team.count > 1:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return str(device)
+
+
+def _with_samples(
+    options: EvaluationOptions, protocol: Protocol, team: Processes
+) -> tuple[EvaluationOptions, dict[str, Any] | None]:
+    """The options with a folder of videos in place of a model, and what is known of the model."""
+    stated = options.model_weights
+    if not is_model(str(options.generated)):
+        return options, None if stated is None else {"weights": stated}
+    recipe = find_recipe(options.recipe or "default").changed(
+        sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
+    )
+    folder = options.samples or DEFAULT_SAMPLES
+    model = sample_model(
+        str(options.generated),
+        folder,
+        protocol.num_generated_clips,
+        protocol.num_frames,
+        recipe,
+        options.first_seed or 0,
+        options.device,
+        team,
+    )
+    if stated is not None:
+        if model["weights"] not in ("not recorded", stated):
+            raise ValueError(f"model_weights is {stated}, but {options.generated} has {model['weights']}")
+        model["weights"] = stated
+    return replace(options, generated=folder), model
+
+
+def _evaluate_features(
+    folders: Mapping[str, VideoFolder],
+    metrics: Sequence[str],
     protocol: Protocol,
-    options: Options,
+    options: EvaluationOptions,
+    team: Processes,
 ) -> Evaluation:
     began = time.monotonic()
     seconds: dict[str, float] = {}
+    manifest = _manifest_file(options, team)
     extractors = extractors_of(metrics, protocol)
-    without: dict[str, set[str]] = {"real": set(), "generated": set(), "held_out": set()}
     networks: dict[str, Network] = {}
+    undecodable: dict[str, set[str]] = {name: set() for name in folders}
     while True:
-        sides, sources, resolved, warnings = _choose(real, generated, held_out, metrics, protocol, options, without)
+        selection = _select(folders, metrics, protocol, manifest, options.skip_broken, undecodable)
         seconds["find and hash videos"] = time.monotonic() - began - sum(seconds.values())
         if not networks:
             start = time.monotonic()
-            for extractor in extractors.values():
-                if extractor.network.name not in networks:
-                    network = load_network(extractor.network, options.weights, options.device)
-                    networks[extractor.network.name] = network
+            weights = parse_weights(options.weights)
+            for spec in {extractor.network.name: extractor.network for extractor in extractors.values()}.values():
+                networks[spec.name] = load_network(spec, weights, options.device)
             seconds["load networks"] = time.monotonic() - start
-        assert resolved.resolution is not None
         samples: dict[str, Sample] = {}
         try:
-            for name, side in sides.items():
-                # Where every frame is compared with, image metrics look at that side instead of the real clips.
-                unused = {"every_frame": ("clip", "labels"), "real": ("frame",) if "every_frame" in sides else ()}
-                wanted = {
-                    extractor.network.name
-                    for extractor in extractors.values()
-                    if extractor.level not in unused.get(name, ())
-                }
-                outputs = compute_outputs(
-                    side,
-                    [network for network in networks.values() if network.spec.name in wanted],
-                    resolved.resolution,
-                    None if options.cache_dir is None else options.cache_dir / "features",
-                    options.processes,
-                    seconds,
+            for name, clips in selection.sets.items():
+                samples[name] = Sample(
+                    clips,
+                    compute_outputs(
+                        clips,
+                        _networks_for(name, selection, extractors, networks),
+                        selection.resolution,
+                        None if options.cache is None else options.cache / "features",
+                        team,
+                        seconds,
+                    ),
                 )
-                samples[name] = Sample(side, outputs)
         except BrokenVideos as error:
             if not options.skip_broken:
                 raise
-            origin = "generated" if name == "generated" else "held_out" if name == "floor" and held_out else "real"
-            without[origin] |= error.names
+            origin = {"floor": "held_out" if "held_out" in folders else "real", "every_frame": "real"}.get(name, name)
+            undecodable[origin] |= error.names
             continue
         break
-    if options.manifest is not None and not options.manifest.exists() and options.processes.is_first:
-        write_manifest(options.manifest, sides, _manifest_settings(resolved))
-    gathered = Samples(samples["real"], samples["generated"], samples.get("floor"), samples.get("every_frame"))
+    if manifest is not None and not manifest.exists() and team.is_first:
+        write_manifest(manifest, selection.sets, selection.protocol)
+    start = time.monotonic()
     scores: dict[str, Any] = {}
     neighbours: dict[str, Any] | None = None
     rows: list[Neighbour] = []
-    start = time.monotonic()
-    if options.processes.is_first:
-        for name in metrics:
-            metric = FEATURE_METRICS[name]
-            called = score_name(metric, metric.extractor(protocol, name))
-            if called in scores:
-                continue
-            before = time.monotonic()
-            scores[called] = score_features(name, gathered, resolved)
-            quoted = quoted_rows(called, resolved.model_dump())
-            if quoted:
-                scores[called]["quoted"] = [asdict(row) for row in quoted]
-            seconds[f"score {called}"] = time.monotonic() - before
+    if team.is_first:
+        all_samples = Samples(**samples)
+        scores = _scores(metrics, all_samples, selection.protocol, seconds)
         of_clips = [extractor for extractor in extractors.values() if extractor.level == "clip"]
         if of_clips:
-            neighbours, rows = neighbour_report(of_clips[0], gathered, NUM_SHOWN)
+            neighbours, rows = neighbour_report(of_clips[0], all_samples, NUM_SHOWN)
     seconds["scores and neighbours"] = time.monotonic() - start
     seconds["in all"] = time.monotonic() - began
-    comparable = {
-        **{key: value for key, value in resolved.model_dump().items() if key not in _NOT_COMPARED},
-        "metrics": sorted(scores),
-        "real_clips": sides["real"].digest,
-        "every_frame": sides["every_frame"].digest if "every_frame" in sides else None,
-        "pixels": pixel_facts(),
-        "networks": {name: network.facts() for name, network in sorted(networks.items())},
-    }
-    report = {
-        "protocol": {
-            "settings": resolved.model_dump(),
-            "num_frames": resolved.num_frames,
-            "frame_interval": resolved.frame_interval,
-            "resolution": resolved.resolution,
-            "extractors": {name: extractors[name].network.name for name in extractors},
-            "comparable": {"features": comparable},
-        },
-        "scores": scores,
-        "neighbours": neighbours,
-        "sides": {
-            **{name: source.facts() for name, source in sources.items()},
-            "clips": {name: {"num_clips": len(side.clips), "digest": side.digest} for name, side in sides.items()},
-        },
-        "warnings": warnings,
-        "seconds": {key: round(value, 2) for key, value in seconds.items()},
-    }
-    return Evaluation(report, sides["real"], sides["generated"], rows, resolved.resolution or 0)
+    report = feature_report(selection, extractors, networks, scores, neighbours, seconds)
+    return Evaluation(report, selection, rows)
 
 
-_NOT_COMPARED = {"split", "seed", "floor"}
-"""A note; what the digest of the real clips says better; a row of its own."""
+def _manifest_file(options: EvaluationOptions, team: Processes) -> Path | None:
+    """The manifest to use or to write; by default a new one next to the report."""
+    if options.manifest is not None or options.out is None:
+        return options.manifest
+    manifest = options.out.with_suffix(".clips.json")
+    if team.is_first:
+        manifest.unlink(missing_ok=True)
+    team.wait()
+    return manifest
 
 
-def _choose(
-    real: Path,
-    generated: Path,
-    held_out: Path | None,
-    metrics: list[str],
+def _select(
+    folders: Mapping[str, VideoFolder],
+    metrics: Sequence[str],
     protocol: Protocol,
-    options: Options,
-    without: Mapping[str, set[str]],
-) -> tuple[dict[str, Side], dict[str, Source], Protocol, list[str]]:
-    """The clips of each side, the videos they come from, the protocol without gaps, and warnings."""
-    interval = check_interval(generated, protocol.frame_interval)
+    manifest: Path | None,
+    skip_broken: bool,
+    undecodable: Mapping[str, set[str]],
+) -> Selection:
+    """Chooses the clips, after checking that there are enough for every metric."""
+    root = folders["generated"].root
+    interval = find_interval(root, protocol.frame_interval)
     if interval is None:
         raise ValueError(
-            f"frame_interval is not set, and nothing beside {generated} records that of its model: say "
-            "frame_interval=K (1 for every frame)"
+            f"frame_interval is not set, and {root} does not record the interval of its model: add frame_interval=K "
+            "(1 for every frame)"
         )
-    skip = options.skip_broken
-    made = read_source(generated, protocol.num_frames or 1, skip, without["generated"])
-    check_one_size(made.catalog.videos)
-    infos = [video.info for video in made.catalog.videos]
-    num_frames = protocol.num_frames or min(info.num_frames for info in infos)
-    resolution = protocol.resolution or min(infos[0].width, infos[0].height)
-    if resolution > min(infos[0].width, infos[0].height):
-        raise ValueError(
-            f"resolution is {resolution}, but the videos of {generated} are {infos[0].width}x{infos[0].height}; "
-            f"allowed: at most {min(infos[0].width, infos[0].height)}"
-        )
-    resolved = protocol.model_copy(
-        update={"frame_interval": interval, "num_frames": num_frames, "resolution": resolution}
-    )
-    span = clip_span(num_frames, interval)
-    sources = {"real": read_source(real, span, skip, without["real"]), "generated": made}
-    real_infos = [video.info for video in sources["real"].catalog.videos]
-    num_small = sum(min(info.width, info.height) < resolution for info in real_infos)
-    frames_in_all = sum(video.info.num_frames for video in sources["real"].catalog.videos)
-    warnings: list[str] = []
-    if num_small:
-        warnings.append(f"{num_small} of {len(real_infos)} real videos are enlarged to {resolution} pixels")
-    for name in metrics:
-        extractor = FEATURE_METRICS[name].extractor(protocol, name)
-        num_real = protocol.num_real_clips * (num_frames if extractor.level == "frame" else 1)
-        if extractor.level == "frame" and protocol.real_frames == "all":
-            num_real = frames_in_all
-        warnings += check_enough(name, protocol, num_real, num_frames)
-    if held_out is not None:
-        sources["held_out"] = read_source(held_out, span, skip, without["held_out"])
-    settings = _manifest_settings(resolved)
-    known: dict[str, Side] = {}
-    if options.manifest is not None and options.manifest.exists():
-        origins = {"real": sources["real"], "floor": sources.get("held_out", sources["real"])}
-        known = read_manifest(options.manifest, origins, settings)
-    rules: dict[str, Any] = {"order": protocol.real_videos, "max_clips_a_video": protocol.max_clips_a_video}
-    sides = {
-        "real": known["real"]
-        if "real" in known
-        else choose_clips(sources["real"], protocol.num_real_clips, num_frames, interval, protocol.seed, **rules),
-        "generated": choose_clips(
-            made,
-            protocol.num_generated_clips,
-            num_frames,
-            1,
-            protocol.seed,
-            max_clips_a_video=1,
-            random_start=False,
-            field="num_generated_clips",
-        ),
+    sources = {
+        "generated": folders["generated"].usable(protocol.num_frames or 1, skip_broken, undecodable["generated"])
     }
-    if protocol.real_frames == "all" and any(EXTRACTORS[name].level == "frame" for name in _names(metrics, protocol)):
-        sides["every_frame"] = all_frames(sources["real"], num_frames)
-    if protocol.floor:
-        floor = known.get("floor") or _floor(sides["real"], sources, resolved, rules)
-        if isinstance(floor, str):
-            warnings.append(floor)
-        else:
-            sides["floor"] = floor
-    return sides, sources, resolved, warnings
+    protocol = complete_protocol(protocol, sources["generated"], interval)
+    assert protocol.num_frames is not None and protocol.resolution is not None
+    span = clip_span(protocol.num_frames, interval)
+    for name in folders:
+        if name != "generated":
+            sources[name] = folders[name].usable(span, skip_broken, undecodable[name])
+    real = [video.info for video in sources["real"].catalog.videos]
+    warnings = []
+    num_small = sum(min(info.width, info.height) < protocol.resolution for info in real)
+    if num_small:
+        warnings.append(f"{num_small} of {len(real)} real videos are enlarged to {protocol.resolution} pixels")
+    with_every_frame = False
+    for name in metrics:
+        of_frames = FEATURE_METRICS[name].extractor(protocol, name).level == "frame"
+        num_real = protocol.num_real_clips * (protocol.num_frames if of_frames else 1)
+        if of_frames and protocol.real_frames == "all":
+            with_every_frame = True
+            num_real = sum(info.num_frames for info in real)
+        warnings += check_enough(name, protocol, num_real)
+    known = {}
+    if manifest is not None and manifest.exists():
+        origins = {"real": sources["real"], "floor": sources.get("held_out", sources["real"])}
+        known = read_manifest(manifest, origins, protocol)
+    sets, more = choose_all(sources, protocol, known, with_every_frame)
+    return Selection(protocol, {name: sources[name] for name in folders}, sets, warnings + more)
 
 
-def _names(metrics: Sequence[str], protocol: Protocol) -> list[str]:
-    return list(extractors_of(metrics, protocol))
+def _networks_for(
+    name: str, selection: Selection, extractors: Mapping[str, Extractor], networks: Mapping[str, Network]
+) -> list[Network]:
+    """The networks that are run on a set of clips."""
+    if name == "every_frame":
+        levels = {"frame"}
+    elif name == "real" and "every_frame" in selection.sets:
+        levels = {"clip", "labels"}  # images are compared with every frame instead
+    else:
+        levels = {"clip", "labels", "frame"}
+    wanted = {extractor.network.name for extractor in extractors.values() if extractor.level in levels}
+    return [network for network in networks.values() if network.spec.name in wanted]
+
+
+def _scores(metrics: Sequence[str], samples: Samples, protocol: Protocol, seconds: dict[str, float]) -> dict[str, Any]:
+    scores: dict[str, Any] = {}
+    for name in metrics:
+        metric = FEATURE_METRICS[name]
+        called = score_name(metric, metric.extractor(protocol, name))
+        if called in scores:
+            continue
+        start = time.monotonic()
+        scores[called] = score_features(name, samples, protocol)
+        quoted = quoted_rows(called, protocol.model_dump())
+        if quoted:
+            scores[called]["quoted"] = [asdict(row) for row in quoted]
+        seconds[f"score {called}"] = time.monotonic() - start
+    return scores

@@ -1,6 +1,6 @@
-"""Scores of features: which there are, what each is called, and what surrounds its number.
+"""Metrics of features: their names, the extractors they need, and their scores with floor, limit and classes.
 
-A score is called FVD, FID, KVD, KID or IS only where it is computed on the network that these names stand for.
+A score is called FVD, FID, KVD, KID or IS only if it is computed on the network that these names stand for.
 """
 
 from __future__ import annotations
@@ -12,40 +12,38 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lavita.evaluation.clips import Side
+from lavita.evaluation.clips import ClipSet
 from lavita.evaluation.distances.frechet import frechet_distance, frechet_score
 from lavita.evaluation.distances.inception_score import inception_score
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.distances.precision_recall import neighbour_scores
 from lavita.evaluation.features.compute import Outputs
-from lavita.evaluation.features.extractors import EXTRACTORS, Extractor, get_extractor
+from lavita.evaluation.features.extractors import Extractor, get_extractor
 from lavita.evaluation.protocol import Protocol
 
 Features = npt.NDArray[np.float64]
 Kind = Literal["frechet", "kernel", "prdc", "inception-score"]
 
 FEW_SAMPLES = 2048
-"""Below so many clips a Frechet distance is mostly bias, which the report says."""
-
-
-_CLIPS_READ = 64  # at a time, to bound memory
+"""With fewer clips a Frechet distance is mostly bias, and the report warns."""
+_CHUNK = 64  # clips whose features are read from the outputs at a time, to bound memory
 
 
 @dataclass(frozen=True)
 class FeatureMetric:
-    """A score of features that can be asked for."""
+    """A metric of features."""
 
     kind: Kind
     field: str
-    """Of the protocol, that names the extractor."""
+    """Field of the protocol that names the extractor."""
     needs: tuple[str, ...] = ()
-    """Extractors without which the name would be false; empty for names that fit all."""
+    """Extractors that the metric's name stands for; empty if it may use any."""
 
     def extractor(self, protocol: Protocol, name: str) -> Extractor:
-        """The extractor that a protocol gives it.
+        """The extractor of the protocol for this metric, which is called `name` in messages.
 
         Raises:
-            ValueError: where it is unknown, or does not bear the name.
+            ValueError: if the extractor is unknown, or not one that the name stands for.
         """
         chosen = getattr(protocol, self.field)
         level: Literal["clip", "frame", "labels"] = {
@@ -82,7 +80,7 @@ FEATURE_METRICS: dict[str, FeatureMetric] = {
     "kernel-image": FeatureMetric("kernel", "image_extractor"),
     "inception-score": FeatureMetric("inception-score", "label_extractor"),
 }
-"""By name; `fvd` and its like insist on the network of the field, `frechet-video` and its like take any."""
+"""By name. `fvd`, `fid`, `kvd`, `kid` and `is` insist on the networks that the field uses; the others take any."""
 
 _SHORT = {
     "frechet-video": "fvd",
@@ -94,89 +92,90 @@ _SHORT = {
 
 
 def score_name(metric: FeatureMetric, extractor: Extractor) -> str:
-    """What a score may be called: `fvd` on I3D, `frechet-video[efficientnet_lite0_video]` elsewhere."""
-    general = {"video_extractor": "-video", "image_extractor": "-image", "label_extractor": ""}[metric.field]
-    long = f"{metric.kind}{general}"
-    bearers = FEATURE_METRICS[_SHORT[long]].needs if long in _SHORT else ()
-    if extractor.name not in bearers:
-        return f"{long}[{extractor.name}]"
-    # Inception resized in StyleGAN's way gives other numbers than the FID that papers cite.
-    return _SHORT[long] if extractor.name == bearers[0] else f"{_SHORT[long]}[{extractor.name}]"
+    """The name of a score: `fvd` on I3D, `frechet-video[efficientnet_lite0_video]` on another extractor."""
+    suffix = {"video_extractor": "-video", "image_extractor": "-image", "label_extractor": ""}[metric.field]
+    general = f"{metric.kind}{suffix}"
+    standard = FEATURE_METRICS[_SHORT[general]].needs if general in _SHORT else ()
+    if extractor.name not in standard:
+        return f"{general}[{extractor.name}]"
+    # Inception with StyleGAN's resize gives other numbers than the FID that papers cite.
+    return _SHORT[general] if extractor.name == standard[0] else f"{_SHORT[general]}[{extractor.name}]"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One side's clips with their network outputs."""
+    """Clips with the outputs of networks for them."""
 
-    side: Side
+    clips: ClipSet
     outputs: Outputs
 
     def features(self, extractor: Extractor) -> Features:
-        """(N, D) for clips and labels; (all frames, D) for frames."""
+        """Features: (clips, D), or (frames of all clips, D) for an extractor of frames."""
         rows = self.outputs[extractor.network.name]
         if extractor.level == "frame":
-            # Clips may differ in length here.
+            # Clip by clip, since they may differ in length.
             return np.concatenate([extractor.read(row[None])[0] for row in rows]).astype(np.float64)
-        parts = [np.stack(rows[first : first + _CLIPS_READ]) for first in range(0, len(rows), _CLIPS_READ)]
+        parts = [np.stack(rows[first : first + _CHUNK]) for first in range(0, len(rows), _CHUNK)]
         return np.concatenate([extractor.read(part) for part in parts]).astype(np.float64)
 
     def videos(self, extractor: Extractor) -> npt.NDArray[np.int64]:
-        """A number for each row of `features`, equal for rows of one video: those are not independent."""
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(clip.name for clip in self.side.clips))}
-        own = np.array([numbers[clip.name] for clip in self.side.clips])
-        return np.repeat(own, self._lengths) if extractor.level == "frame" else own
+        """The index of the video of each row of `features`; rows of one video are not independent."""
+        indices = {name: index for index, name in enumerate(dict.fromkeys(clip.name for clip in self.clips.clips))}
+        return self._per_row(np.array([indices[clip.name] for clip in self.clips.clips]), extractor)
 
-    def sparse(self, extractor: Extractor, frames_a_clip: int) -> npt.NDArray[np.int64]:
-        """The rows of `features` that costly metrics look at: all clips, or some frames of each."""
+    def labels(self, extractor: Extractor) -> npt.NDArray[np.str_]:
+        """The class of each row of `features`, "" without one."""
+        return self._per_row(np.array([label or "" for label in self.clips.labels]), extractor)
+
+    def _per_row(self, per_clip: npt.NDArray[Any], extractor: Extractor) -> npt.NDArray[Any]:
+        return np.repeat(per_clip, self._lengths) if extractor.level == "frame" else per_clip
+
+    def sparse(self, extractor: Extractor, frames_per_clip: int) -> npt.NDArray[np.int64]:
+        """The rows of `features` for costly metrics: all clips, or evenly spaced frames of each."""
         if extractor.level != "frame":
-            return np.arange(len(self.side.clips))
+            return np.arange(len(self.clips.clips))
         starts = np.cumsum(self._lengths) - self._lengths
         picked = [
-            start + np.unique(((np.arange(frames_a_clip) + 0.5) * length / frames_a_clip).astype(int))
+            start + np.unique(((np.arange(frames_per_clip) + 0.5) * length / frames_per_clip).astype(int))
             for start, length in zip(starts, self._lengths, strict=True)
         ]
         return np.concatenate(picked)
 
-    def labels(self, extractor: Extractor) -> npt.NDArray[np.str_]:
-        """The class of each row, "" without one."""
-        own = np.array([clip.label or "" for clip in self.side.clips])
-        return np.repeat(own, self._lengths) if extractor.level == "frame" else own
-
     @property
     def _lengths(self) -> npt.NDArray[np.int64]:
-        return np.array([clip.num_frames for clip in self.side.clips])
+        return np.array([clip.num_frames for clip in self.clips.clips])
 
 
 @dataclass(frozen=True)
 class Samples:
-    """All that is scored."""
+    """The samples that are compared."""
 
     real: Sample
     generated: Sample
-    floor: Sample | None
+    floor: Sample | None = None
     """Other real clips, as many as generated ones."""
-    every_frame: Sample | None
-    """Every frame of the real videos, where the protocol compares images with these."""
+    every_frame: Sample | None = None
+    """Every frame of the real videos, if the protocol compares images with these."""
 
     def reference(self, extractor: Extractor) -> Sample:
-        """The real side of an extractor."""
+        """The real sample that an extractor's features are compared with."""
         return self.every_frame if self.every_frame is not None and extractor.level == "frame" else self.real
 
 
 def score_features(name: str, samples: Samples, protocol: Protocol) -> dict[str, Any]:
-    """Computes one metric of `FEATURE_METRICS`.
+    """Computes one metric.
 
     Args:
-        name: of the metric.
-        samples: features of both sides.
-        protocol: the formulas' fields.
+        name: name in `FEATURE_METRICS`.
+        samples: the samples to compare.
+        protocol: decides the formulas.
 
     Returns:
-        JSON-able: `value`, `num_real`, `num_generated` and `extractor`, and by kind an interval, the limit for many
-        samples, the floor, the same by class.
+        JSON-able: `value`, `num_real`, `num_generated` and `extractor`; depending on the metric also an interval, the
+        limit for infinitely many samples, the floor, and the same per class.
 
     Raises:
-        ValueError: where there are too few samples for the metric.
+        ValueError: if there are too few samples.
     """
     metric = FEATURE_METRICS[name]
     extractor = metric.extractor(protocol, name)
@@ -189,21 +188,22 @@ def score_features(name: str, samples: Samples, protocol: Protocol) -> dict[str,
     }
 
 
-def check_enough(name: str, protocol: Protocol, num_real: int, num_frames: int) -> list[str]:
-    """Refuses what cannot be computed, before hours are spent on features.
+def check_enough(name: str, protocol: Protocol, num_real: int) -> list[str]:
+    """Checks that there are enough samples for a metric, before hours are spent on features.
 
     Args:
-        name: of the metric.
-        protocol: the numbers of clips.
-        num_real: rows of the real side: clips, or frames for images.
-        num_frames: of a clip.
+        name: name in `FEATURE_METRICS`.
+        protocol: numbers of clips and frames, without gaps.
+        num_real: number of real samples: clips, or frames for an extractor of frames.
 
     Returns:
         Warnings.
 
     Raises:
-        ValueError: naming the field of the protocol.
+        ValueError: if there are not; the message names the field of the protocol.
     """
+    num_frames = protocol.num_frames
+    assert num_frames is not None
     metric = FEATURE_METRICS[name]
     extractor = metric.extractor(protocol, name)
     least = extractor.network.min_frames
@@ -234,7 +234,6 @@ def check_enough(name: str, protocol: Protocol, num_real: int, num_frames: int) 
 def _frechet(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict[str, Any]:
     ddof = protocol.image_ddof if extractor.level == "frame" else protocol.video_ddof
     reference = samples.reference(extractor)
-
     real, real_videos = reference.features(extractor), reference.videos(extractor)
     score = frechet_score(
         real,
@@ -326,7 +325,7 @@ def _inception_score(extractor: Extractor, samples: Samples, protocol: Protocol)
         "num_real": 0,
         "num_generated": variant.num_samples,
         "variant": protocol.inception_score,
-        # What real clips score is the ceiling: here more is better.
+        # More is better here, so the score of real clips is rather a ceiling.
         "floor": None if samples.floor is None else compute(samples.floor)["value"],
     }
 
@@ -337,35 +336,46 @@ def _by_class(
     generated: Sample,
     compute: Callable[..., dict[str, Any]],
     least: int,
-    frames_a_clip: int | None = None,
+    frames_per_clip: int | None = None,
 ) -> dict[str, dict[str, Any] | None] | None:
-    """The same score of each class that both sides have, None for classes of too few; None without classes."""
-    labels = [set(sample.side.labels) for sample in (reference, generated)]
-    names = sorted(name for name in labels[0] & labels[1] if name is not None)
+    """Computes a score per class.
+
+    Args:
+        extractor: the extractor of the features.
+        reference: real sample.
+        generated: generated sample.
+        compute: the score of real and generated features, and the videos that these are from.
+        least: fewest rows of features that a class needs.
+        frames_per_clip: for `Sample.sparse`; None takes all rows.
+
+    Returns:
+        The score of each class that both samples have, None for a class with too few rows or videos; or None if fewer
+        than two classes are shared.
+    """
+    shared = set(reference.clips.labels) & set(generated.clips.labels)
+    names = sorted(name for name in shared if name is not None)
     if len(names) < 2:
         return None
-    result: dict[str, dict[str, Any] | None] = {}
     parts = []
     for sample in (reference, generated):
-        rows = (
-            np.arange(len(sample.videos(extractor)))
-            if frames_a_clip is None
-            else sample.sparse(extractor, frames_a_clip)
-        )
+        rows = slice(None) if frames_per_clip is None else sample.sparse(extractor, frames_per_clip)
         parts.append((sample.features(extractor)[rows], sample.videos(extractor)[rows], sample.labels(extractor)[rows]))
+    result: dict[str, dict[str, Any] | None] = {}
     for name in names:
         chosen = [(rows[labels == name], videos[labels == name]) for rows, videos, labels in parts]
         enough = all(len(rows) >= least and len(set(videos.tolist())) >= 3 for rows, videos in chosen)
-        (x, cx), (y, cy) = chosen
-        result[name] = {**compute(x, y, cx, cy), "num_real": len(x), "num_generated": len(y)} if enough else None
+        (x, videos_x), (y, videos_y) = chosen
+        result[name] = (
+            {**compute(x, y, videos_x, videos_y), "num_real": len(x), "num_generated": len(y)} if enough else None
+        )
     return result
 
 
 def extractors_of(metrics: Sequence[str], protocol: Protocol) -> Mapping[str, Extractor]:
-    """Every extractor that the metrics need, by name.
+    """The extractors that the metrics need, by name.
 
     Raises:
-        ValueError: for one that is unknown or does not bear a metric's name.
+        ValueError: if an extractor is unknown, or not one that a metric's name stands for.
     """
-    needed = [FEATURE_METRICS[name].extractor(protocol, name) for name in metrics if name in FEATURE_METRICS]
-    return {extractor.name: EXTRACTORS[extractor.name] for extractor in needed}
+    needed = [FEATURE_METRICS[name].extractor(protocol, name) for name in metrics]
+    return {extractor.name: extractor for extractor in needed}

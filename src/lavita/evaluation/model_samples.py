@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,14 @@ from lavita.core.processes import Processes
 from lavita.models.packaged import BUILTIN, model_source
 from lavita.sampling.generate import generate
 from lavita.sampling.pipeline import load_pipeline
-from lavita.sampling.recipes import RECIPES, Recipe
+from lavita.sampling.recipes import Recipe
 
 LOSSLESS = ".mkv"
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How a model is sampled; all of it is recorded in `generation.json` beside the samples."""
-
-    recipe: Recipe = RECIPES["default"]
-    first_seed: int = 0
-    batch_size: int = 8
+"""Suffix of the samples, which are written without loss."""
 
 
 def is_model(generated: str) -> bool:
-    """Whether what is to be scored is a model, `builtin` or a pipeline's folder, and not a folder of videos."""
+    """Whether this is a model, `builtin` or the folder of a pipeline, rather than a folder of videos."""
     return generated == BUILTIN or (Path(generated) / "model_index.json").is_file()
 
 
@@ -34,50 +25,43 @@ def sample_model(
     out: Path,
     num_clips: int,
     num_frames: int | None,
-    options: SamplingOptions,
+    recipe: Recipe,
+    first_seed: int = 0,
     device: str = "auto",
-    processes: Processes | None = None,
+    team: Processes | None = None,
 ) -> dict[str, Any]:
-    """Generates at least `num_clips` videos, as many of each class; finished ones are left alone.
+    """Generates at least `num_clips` videos, equally many of each class; finished ones are kept.
 
     Args:
         model: see `is_model`.
-        out: folder of the samples, `<class>/<seed>.mkv`, without loss.
-        num_clips: how many are needed.
-        num_frames: of a video; by default the model's.
-        options: recipe, seeds.
-        device: see `runtime.pick_device`.
-        processes: those that share the work.
+        out: folder of the samples, `<class>/<seed>.mkv`; `generation.json` in it records how they were made.
+        num_clips: number of clips that are needed.
+        num_frames: frames of a video; by default those of the model.
+        recipe: how to sample.
+        first_seed: seed of the first video of each class; the following seeds follow.
+        device: see `core.precision.pick_device`.
+        team: processes that share the work.
 
     Returns:
-        What is known of the model, for the report.
+        Facts of the model for the report.
 
     Raises:
-        ValueError: for a model that cannot be loaded or has texts, or a folder whose videos were made in another way.
+        ValueError: if the model cannot be loaded or needs texts, or `out` has videos that were made differently.
     """
     source = model_source(model)
     config = load_pipeline(source).transformer.config
     if config["text_dim"]:
-        raise ValueError(f"generated is {model}, which has texts: use `lavita sample`, then score its folder")
-    num_classes = config["num_classes"] or 1
-    seeds_a_class = -(-num_clips // num_classes)
-    seeds = range(options.first_seed, options.first_seed + seeds_a_class)
-    generate(
-        model,
-        out,
-        seeds=f"{seeds[0]}-{seeds[-1]}",
-        recipe=options.recipe,
-        num_frames=num_frames,
-        batch_size=options.batch_size,
-        suffix=LOSSLESS,
-        device=device,
-        team=processes,
-    )
-    return {"source": model, "weights": _weights(source, model), "seeds": f"{seeds[0]}-{seeds[-1]}"}
+        raise ValueError(
+            f"generated is {model}, a model that needs texts: use `lavita sample`, then score the folder of its videos"
+        )
+    clips_per_class = -(-num_clips // (config["num_classes"] or 1))
+    seeds = f"{first_seed}-{first_seed + clips_per_class - 1}"
+    generate(model, out, seeds=seeds, recipe=recipe, num_frames=num_frames, suffix=LOSSLESS, device=device, team=team)
+    return {"source": model, "weights": _weights(source, model), "seeds": seeds}
 
 
 def _weights(source: str, model: str) -> str:
-    """Which weights a pipeline has, where that is certain: `lavita train` writes averaged ones only."""
+    """Which weights a pipeline has, if that is certain: `lavita train` only writes averaged ones."""
     run = Path(source).parent
     trained_here = (run / "config.yaml").is_file() and (run / "checkpoints").is_dir()
     return "ema" if model == BUILTIN or trained_here else "not recorded"

@@ -1,4 +1,4 @@
-"""The real clips that are nearest to generated ones."""
+"""The nearest real clip of each generated clip: is the model copying?"""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from lavita.evaluation.features.extractors import Extractor
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A generated clip and the real clip that it resembles most."""
+    """A generated clip and the real clip nearest to it."""
 
     generated: int
-    """Index into the generated side."""
+    """Index into the generated clips."""
     real: int
-    """Index into the real side."""
+    """Index into the real clips."""
     distance: float
+    """Euclidean, in feature space."""
 
 
 def neighbour_report(extractor: Extractor, samples: Samples, num_shown: int) -> tuple[dict[str, Any], list[Neighbour]]:
-    """Whether generated clips are nearer to the real ones than other real clips are: is the model copying?
+    """Compares how near generated clips, and other real clips, are to the real clips.
 
     Args:
-        extractor: of clips.
-        samples: both sides, and other real clips.
-        num_shown: how many of the nearest and of the farthest are listed.
+        extractor: an extractor of clip features.
+        samples: generated, real and, if there are any, other real clips.
+        num_shown: number of nearest and of farthest clips to list.
 
     Returns:
-        A JSON-able part of the report, and every generated clip's neighbour, nearest first.
+        A JSON-able part of the report, and the neighbour of every generated clip, nearest first.
     """
-    real, generated = samples.real.features(extractor), samples.generated.features(extractor)
-    indices, distances = nearest(generated, real)
+    real_features = samples.real.features(extractor)
+    indices, distances = nearest(samples.generated.features(extractor), real_features)
     order = np.lexsort((np.arange(len(distances)), distances))
     rows = [Neighbour(int(i), int(indices[i]), float(distances[i])) for i in order]
     floor = None
     if samples.floor is not None:
-        others = np.sort(nearest(samples.floor.features(extractor), real)[1])
-        # The chance that a generated clip is nearer than another real one is; ties count half.
+        others = np.sort(nearest(samples.floor.features(extractor), real_features)[1])
+        # The chance that a generated clip is nearer than another real clip; ties count half.
         below, not_above = np.searchsorted(others, distances), np.searchsorted(others, distances, side="right")
         nearer = 1 - (below + not_above) / (2 * len(others))
         fifth = float(np.quantile(others, 0.05))
@@ -53,12 +54,12 @@ def neighbour_report(extractor: Extractor, samples: Samples, num_shown: int) -> 
         }
 
     def listed(neighbours: Sequence[Neighbour]) -> list[dict[str, Any]]:
-        clips = samples.generated.side.clips, samples.real.side.clips
+        generated, real = samples.generated.clips.clips, samples.real.clips.clips
         return [
             {
-                "generated": clips[0][row.generated].name,
-                "real": clips[1][row.real].name,
-                "real_start": clips[1][row.real].start,
+                "generated": generated[row.generated].name,
+                "real": real[row.real].name,
+                "real_start": real[row.real].start,
                 "distance": row.distance,
             }
             for row in neighbours

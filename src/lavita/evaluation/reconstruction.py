@@ -1,8 +1,7 @@
-"""How much of a picture survives the autoencoder."""
+"""How well an autoencoder reconstructs frames."""
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import islice
 from pathlib import Path
@@ -14,30 +13,33 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
+from lavita.core.files import write_json
 from lavita.data.catalog import scan
 from lavita.data.clips import center_crop_resize
 from lavita.models.autoencoder import decode, encode
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
+NUM_FRAMES = 16
+"""Number of frames that are scored, from the first one of each video on."""
 
 
-def reconstruction_quality(vae: AutoencoderKL, root: Path, resolution: int, frames_a_video: int = 16) -> dict[str, Any]:
-    """PSNR of reconstructed frames, of the whole picture and of its moving pixels, a group of videos each.
+def reconstruction_quality(vae: AutoencoderKL, root: Path, resolution: int) -> dict[str, Any]:
+    """Computes the PSNR of reconstructed frames, and that of their moving pixels, for each group of videos.
 
     Args:
         vae: the autoencoder.
         root: folder of videos; groups are the parent folders of the videos.
         resolution: side of the frames in pixels, after center crop and resize.
-        frames_a_video: the first so many frames of each video are scored.
 
     Returns:
-        `{group: {"psnr": dB, "moving_psnr": dB, "frames": n}}` with the group `all` last; a pixel moves where it
-        differs from the frame before or after by more than 10% of the range.
+        `{group: {"psnr": dB, "moving_psnr": dB, "frames": n}}` with the group `all` last, and None for a PSNR of no
+        pixels or without error. A pixel moves if it differs by more than 10% of the range from the frame before or
+        after.
     """
     errors: dict[str, list[tuple[float, int, float, int, int]]] = {}
     for video in scan(root).videos:
-        real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), frames_a_video))), resolution)
+        real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), NUM_FRAMES))), resolution)
         mean, _ = encode(vae, real)
         squared = (decode(vae, mean).astype(np.float64) - real) ** 2
         moving = _moving_pixels(real)
@@ -70,7 +72,7 @@ def _psnr(squared_error: float, count: int) -> float | None:
 
 
 def show_quality(quality: dict[str, dict[str, Any]], out: Path | None = None) -> None:
-    """Prints a table of `reconstruction_quality` a folder, and writes it as JSON where `out` is given."""
+    """Prints the results of `reconstruction_quality` for several folders, and writes them to a JSON file, `out`."""
     table = Table("folder", "videos of", "PSNR, dB", "PSNR of moving pixels, dB", "frames")
     for folder, groups in quality.items():
         for group, row in groups.items():
@@ -78,5 +80,4 @@ def show_quality(quality: dict[str, dict[str, Any]], out: Path | None = None) ->
             table.add_row(folder, group, *numbers, str(row["frames"]))
     Console().print(table)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(quality, indent=1))
+        write_json(out, quality)

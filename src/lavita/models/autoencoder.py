@@ -1,48 +1,39 @@
-"""Frames <-> latents: diffusers' `AutoencoderKL`, which owns its scaling factor.
+"""The autoencoder between frames and latents: diffusers' `AutoencoderKL`, whose configuration has its scaling factor.
 
-Tensor order: frames uint8 `(..., H, W, 3)` outside, latents float32 `(..., C, h, w)`.
+Legend: N frames, H W pixels, C channels of the latents, h w latent size. Frames are uint8 (..., H, W, 3), latents
+float32 (..., C, h, w).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
+
+# mypy knows this class by its own module only: diffusers' lazy `__init__` hides it. Other modules import it from here.
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lavita.core.precision import Precision, autocast, without_fp16
 from lavita.models.autoencoder_cpu import decode_pixels, encode_moments
 
-# The architecture of Stable Diffusion's autoencoder, the paper's, whose latents a preset is for.
-STABLE_DIFFUSION_AUTOENCODER: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-
-Frames = npt.NDArray[np.uint8]
-
-BUILTIN = "builtin"
+# On a CPU so few pixels go through the network at once that their activations stay near the cache.
 PIXELS_AT_ONCE = 2**14
-MOST_AT_ONCE = 16
+MOST_FRAMES_AT_ONCE = 16
 
 
 def load_autoencoder(source: str, device: torch.device | str = "cpu") -> AutoencoderKL:
     """Loads an autoencoder in float32, for inference.
 
     Args:
-        source: a folder (one with the model, or a pipeline's with it in `vae/`) or a hub id.
-        device: where it goes.
+        source: a hub id, the folder of an autoencoder, or that of a pipeline, which has one in `vae/`.
+        device: device to load it to.
 
     Raises:
-        ValueError: where there is none, or its file lacks weights.
+        ValueError: if the source holds no autoencoder, or its file lacks weights.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists() and (folder / "vae").is_dir():
@@ -63,66 +54,77 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
 
 
 def downsampling(vae: AutoencoderKL) -> int:
-    """Pixels of a latent pixel's side."""
+    """Side of a latent pixel in pixels: H / h."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def latent_size(vae: AutoencoderKL, resolution: int) -> int:
-    """Side of the latents of frames of a resolution; ValueError where it is not a whole number."""
+    """Side of the latents of frames with the given side in pixels.
+
+    Raises:
+        ValueError: if it is not a whole number.
+    """
     factor = downsampling(vae)
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}, but this autoencoder needs a multiple of {factor}")
     return resolution // factor
 
 
-def to_pixels(frames: Frames, device: torch.device | str = "cpu") -> torch.Tensor:
-    """uint8 `(..., H, W, 3)` in 0..255 to float32 `(..., 3, H, W)` in [-1, 1]."""
+def to_pixels(frames: npt.NDArray[np.uint8], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Converts uint8 (..., H, W, 3) in 0..255 to float32 (..., 3, H, W) in [-1, 1]."""
     return torch.from_numpy(frames).to(device).movedim(-1, -3).float().div(127.5).sub(1.0)
 
 
-def to_frames(pixels: torch.Tensor) -> Frames:
-    """Float `(..., 3, H, W)` in [-1, 1] to uint8 `(..., H, W, 3)`, rounded."""
+def to_frames(pixels: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Converts floats (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3), rounded."""
     scaled = pixels.float().add(1.0).mul(127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
 def frames_at_once(device: torch.device, resolution: int) -> int:
-    """Frames that go through a network at once: on a CPU so many pixels that their activations stay near the cache."""
-    return min(MOST_AT_ONCE, max(1, PIXELS_AT_ONCE // resolution**2)) if device.type == "cpu" else MOST_AT_ONCE
+    """Number of frames, of the given side in pixels, that go through the network at once."""
+    return (
+        min(MOST_FRAMES_AT_ONCE, max(1, PIXELS_AT_ONCE // resolution**2))
+        if device.type == "cpu"
+        else MOST_FRAMES_AT_ONCE
+    )
 
 
 def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
-    """The numbers of `count` frames, up to `size` at once.
+    """Divides the indices of `count` frames into pieces of up to `size`.
 
-    On a CPU the last one is repeated until there are `size`: the kernels that libraries choose for a shape differ in
-    their last bits, so that a frame is the same among any others only where all pieces have one shape.
+    On a CPU the last piece repeats the last index until it has `size` of them. Libraries choose their kernels by shape,
+    and kernels differ in the last bits: with pieces of one shape a frame's result does not depend on the number of
+    frames.
     """
     for start in range(0, count, size):
         stop = start + size if device.type == "cpu" else min(start + size, count)
-        yield [min(number, count - 1) for number in range(start, stop)]
+        yield [min(index, count - 1) for index in range(start, stop)]
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, frames: Frames, precision: Precision = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    vae: AutoencoderKL, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes frames to the mean and standard deviation of their scaled latents.
 
-    A latent is `mean + std * noise` (Rombach et al. 2022, Sec. 3.1), already shifted and scaled, so that
-    the latents of the data set have about unit variance. On a CPU it depends on its own frame alone, to the bit.
+    A latent is `mean + std * noise` (Rombach et al. 2022, Sec. 3.1), already shifted and scaled, so that the latents of
+    a data set have about unit variance. On a CPU a frame's latents depend on this frame alone, to the bit.
 
     Args:
         vae: the autoencoder.
-        frames: uint8 `(N, H, W, 3)`.
-        precision: see `runtime.low_precision`; fp16 is taken for fp32.
+        frames: uint8 (N, H, W, 3).
+        precision: see `low_precision`; fp16 is treated as fp32.
 
     Returns:
-        Two float32 tensors `(N, C, h, w)` on the CPU.
+        Two float32 tensors (N, C, h, w) on the CPU.
     """
     scale, shift = _scale_and_shift(vae)
     precision = without_fp16(vae.device, precision)
     means, stds = [], []
-    for numbers in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
+    for indices in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
         with autocast(vae.device, precision):
-            moments = encode_moments(vae, to_pixels(frames[numbers], vae.device), precision)
+            moments = encode_moments(vae, to_pixels(frames[indices], vae.device), precision)
             posterior = DiagonalGaussianDistribution(moments)
         means.append(((posterior.mean.float() - shift) * scale).cpu())
         stds.append((posterior.std.float() * scale).cpu())
@@ -130,17 +132,17 @@ def encode(vae: AutoencoderKL, frames: Frames, precision: Precision = "auto") ->
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "auto") -> Frames:
-    """Decodes scaled latents `(..., C, h, w)` to frames, uint8 `(..., H, W, 3)`.
+def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
+    """Decodes scaled latents (..., C, h, w) to frames, uint8 (..., H, W, 3).
 
-    On a CPU a frame depends on its own latents alone, to the bit.
+    On a CPU a frame depends on its own latents alone, to the bit. `precision` is as in `encode`.
     """
     scale, shift = _scale_and_shift(vae)
     precision = without_fp16(vae.device, precision)
     flat = latents.flatten(0, -4)
     parts = []
-    for numbers in pieces(len(flat), frames_at_once(vae.device, flat.shape[-1] * downsampling(vae)), vae.device):
-        unscaled = flat[numbers].to(vae.device).float() / scale + shift
+    for indices in pieces(len(flat), frames_at_once(vae.device, flat.shape[-1] * downsampling(vae)), vae.device):
+        unscaled = flat[indices].to(vae.device).float() / scale + shift
         with autocast(vae.device, precision):
             parts.append(to_frames(decode_pixels(vae, unscaled, precision)))
     frames = np.concatenate(parts)[: len(flat)]
@@ -148,4 +150,5 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "au
 
 
 def _scale_and_shift(vae: AutoencoderKL) -> tuple[float, float]:
+    """Scale and shift of the latents: scaled = (latents - shift) * scale."""
     return float(vae.config["scaling_factor"]), float(vae.config["shift_factor"] or 0.0)

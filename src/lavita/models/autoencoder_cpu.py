@@ -1,6 +1,14 @@
-"""Stable Diffusion's autoencoder in float32 on a CPU: the same weights, fewer products and fewer copies.
+"""Faster float32 passes on a CPU through an autoencoder of Stable Diffusion's architecture.
 
-Measured against diffusers' own forward passes by `benchmarks/speed/autoencoder.py`. B frames, C channels, H x W pixels.
+They use the modules and weights of diffusers' `AutoencoderKL`, but
+- fuse each upsampling with the convolution after it, at 4/9 of the products;
+- keep the decoder's activations in channels-last layout, which saves copies in every convolution;
+- compute SiLU in place and add the residual in place, which saves memory traffic;
+- send frames through the attention one by one, so that a frame does not depend on the others of its batch.
+
+`benchmarks/speed/autoencoder.py` measures them against diffusers' own passes.
+
+Legend: B frames, C channels, H W pixels, h w latent size.
 """
 
 from __future__ import annotations
@@ -9,18 +17,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from lavita.core.precision import Precision
 
 
 def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Mean and log-variance of unscaled latents: those of `vae.encode`, to the bit, faster where `is_covered`.
+    """Computes mean and log-variance of the unscaled latents, equal to those of `vae.encode` to the bit.
+
+    Faster than `vae.encode` if `precision` is fp32 and `is_covered`; otherwise it calls it.
 
     Args:
         vae: the autoencoder.
         pixels: (B, 3, H, W) in [-1, 1].
-        precision: that of the autocast around it, never `auto`.
+        precision: precision of the surrounding autocast, but not `auto`.
 
     Returns:
         (B, 2C, h, w).
@@ -39,12 +49,14 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor, precision: Precisio
 
 
 def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Pixels of unscaled latents: those of `vae.decode`, up to rounding, faster where `is_covered`.
+    """Computes the pixels of unscaled latents, equal to those of `vae.decode` up to rounding.
+
+    Faster than `vae.decode` if `precision` is fp32 and `is_covered`; otherwise it calls it.
 
     Args:
         vae: the autoencoder.
         latents: (B, C, h, w).
-        precision: that of the autocast around it, never `auto`.
+        precision: precision of the surrounding autocast, but not `auto`.
 
     Returns:
         (B, 3, H, W), nominally in [-1, 1].
@@ -52,8 +64,8 @@ def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor, precision: Precisio
     if precision != "fp32" or not is_covered(vae):
         return vae.decode(latents).sample
     decoder: Any = vae.decoder
-    # Convolutions take channels-last activations as they are, and otherwise copy them into blocks and back. The weights
-    # stay as they were read: laid out anew, they would no longer be shared with the file.
+    # Convolutions use channels-last activations directly; in another layout they copy them into blocks and back. The
+    # weights keep their layout: a copy of them would no longer share the memory of the mapped file.
     hidden = latents.contiguous(memory_format=torch.channels_last)
     hidden = decoder.conv_in(hidden if vae.post_quant_conv is None else vae.post_quant_conv(hidden))  # (B, C, h, w)
     hidden = _middle(decoder.mid_block, hidden)
@@ -66,7 +78,7 @@ def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor, precision: Precisio
 
 
 def is_covered(vae: AutoencoderKL) -> bool:
-    """Whether the autoencoder computes here what this file does: on a CPU, in Stable Diffusion's layout."""
+    """Whether these passes apply: float32 inference on a CPU, with the blocks of Stable Diffusion's architecture."""
     config = vae.config
     return (
         vae.device.type == "cpu"
@@ -79,16 +91,16 @@ def is_covered(vae: AutoencoderKL) -> bool:
 
 
 def upsample(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Nearest-neighbour upsampling by 2 and then a 3 x 3 convolution, at 4/9 of its products.
+    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution, at 4/9 of its products.
 
-    Above a repeated pixel two or three of the kernel's nine weights meet the same value and can be summed first, so
-    that each of the four phases of the output is a 2 x 2 convolution of the input (Shi et al. 2016, "Is the
-    deconvolution layer the same as a convolutional layer?"). All four are one convolution, whose row r has input rows
-    r - 1 and r.
+    After the upsampling several of the kernel's nine weights meet copies of the same input pixel and can be summed
+    first. Each of the four phases of the output (even or odd row, even or odd column) is then a 2 x 2 convolution of
+    the input (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). All four run as one
+    convolution, whose output row r depends on the input rows r - 1 and r.
 
     Args:
         hidden: (B, C, H, W).
-        weight: (O, C, 3, 3), of a convolution with padding 1.
+        weight: (O, C, 3, 3), weight of the convolution, whose padding is 1.
         bias: (O,).
 
     Returns:
@@ -106,26 +118,29 @@ def upsample(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
 
 def _phases(weight: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What 3 weights along an axis become for even pixels and for odd ones, 2 each."""
+    """Sums the 3 weights along an axis to 2 weights for even output pixels and 2 for odd ones."""
     first, second, third = weight.split(1, dim)
     return torch.cat([first, second + third], dim), torch.cat([first + second, third], dim)
 
 
 def _resnet(block: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """A residual block of diffusers, with SiLU and the addition in place."""
     inner = block.conv1(F.silu(block.norm1(hidden), inplace=True))  # (B, C, H, W)
     inner = block.conv2(F.silu(block.norm2(inner), inplace=True))
     return inner.add_(hidden if block.conv_shortcut is None else block.conv_shortcut(hidden))
 
 
 def _middle(block: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The blocks at the latents' resolution: residual blocks with attention between them."""
     hidden = _resnet(block.resnets[0], hidden)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         if attention is not None:
-            # One by one: a matrix product's last bits may depend on the number of its rows.
+            # Frame by frame: the last bits of a matrix product may depend on its number of rows.
             hidden = torch.cat([attention(frame) for frame in hidden.split(1)])
         hidden = _resnet(resnet, hidden)
     return hidden
 
 
 def _last(network: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Norm, SiLU and convolution at the end of encoder or decoder."""
     return network.conv_out(F.silu(network.conv_norm_out(hidden), inplace=True))

@@ -1,9 +1,10 @@
-"""Transformer blocks (Sec. 3.2, 3.4, A.2): what mixes along space and time, and how the condition enters.
+"""Transformer blocks (Sec. 3.2, 3.4, A.2): attention in space and time, MLPs, and how the condition enters.
 
-Legend: B batch, F frames (tokens in time), N tokens a frame, D width, h heads, d = D / h, R conditions a sample: 1,
-or 1 + I where I images with labels of their own follow the video. Tokens are always (B, F, N, D): linear layers
-don't care about the order of tokens, so only attention looks along an axis. The first V of the F frames are the
-video's; the others are images, which nothing temporal may touch.
+Legend: B batch, F frames (tokens in time), V frames of the video, I = F - V images after it, N tokens per frame,
+D width, h heads, d = D / h, R conditions per sample: 1, or 1 + I if each image has its own.
+
+Tokens are always (B, F, N, D): linear layers ignore the order of tokens, so only attention needs to know an axis.
+Temporal layers must not touch the images.
 """
 
 from __future__ import annotations
@@ -21,44 +22,43 @@ from torch import nn
 
 from lavita.models.embeddings import rotate
 
-# What a block's attention mixes: a frame's tokens; a place's tokens over time; the one, then the other, in two
-# attentions; or both at once, half of the heads each.
+# The tokens that a block's attention mixes: those of one frame; those at one place of all frames; first the former,
+# then the latter, in two attentions; or both at once, with half of the heads each.
 Mixing = Literal["space", "time", "space_then_time", "space_and_time"]
 Conditioning = Literal["s_adaln", "all_tokens"]
 Vectors = tuple[torch.Tensor, ...]
 
-
-@dataclass(frozen=True)
-class Frames:
-    """What the blocks know about the frames of a batch."""
-
-    num_video: int
-    """V: the first frames, which temporal modules see; 0 runs the model without them (A.4)."""
-    rotation: torch.Tensor | None = None
-    """Rotary positions of the V frames, (2, V, d/2)."""
-    condition_rows: torch.Tensor | None = None
-    """int64 (F,): which of the R conditions a frame has; None where all have the only one."""
-
-
-# Below this many tokens the plain product beats the fused kernel on a CPU, most of all in its backward pass
-# (docs/design.md has the measurement).
+# Up to this many tokens, on a CPU, plain matrix products are faster than the fused kernel, above all in the backward
+# pass (docs/design.md has the measurement).
 PLAIN_ATTENTION_TOKENS = 128
 
 
+@dataclass(frozen=True)
+class FrameLayout:
+    """How the frames of a batch divide into video and images, and which positions and conditions they have."""
+
+    num_video: int
+    """V, the leading frames that temporal layers mix; 0 leaves these layers out (A.4)."""
+    rotation: torch.Tensor | None = None
+    """Rotary positions of the V frames, (2, V, d/2); None without rotary positions."""
+    condition_rows: torch.Tensor | None = None
+    """Index of each frame's condition among the R, int64 (F,); None if R is 1."""
+
+
 def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v over the last two axes (..., tokens, d), by the device's best kernel."""
+    """Computes softmax(q k^T / sqrt(d)) v over the last two axes (..., tokens, d), by the device's fastest kernel."""
     if query.device.type == "cpu" and query.shape[-2] <= PLAIN_ATTENTION_TOKENS:
         weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # (..., tokens, tokens)
         return weights.softmax(dim=-1).to(value.dtype) @ value
-    # The fused kernels take four axes; given five, the slow one would run.
+    # With five axes torch would choose a slow kernel; the fused ones take four.
     mixed = F.scaled_dot_product_attention(query.flatten(0, -4), key.flatten(0, -4), value.flatten(0, -4))
     return mixed.unflatten(0, query.shape[:-3])
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention along space, time, or, with half of the heads each, both.
+    """Multi-head self-attention in space, in time, or in both with half of the heads each.
 
-    The mixin is how diffusers' step caches recognise it; it has no processors.
+    The mixin marks it as an attention for diffusers' step caches; it has no processors.
     """
 
     processor = None
@@ -72,14 +72,14 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, x: torch.Tensor, mixing: Literal["space", "time", "space_and_time"], frames: Frames
+        self, x: torch.Tensor, mixing: Literal["space", "time", "space_and_time"], frames: FrameLayout
     ) -> torch.Tensor:
-        """Tokens (B, F, N, D) to (B, F, N, D).
+        """Tokens (B, F, N, D) to tokens (B, F, N, D).
 
-        Each attends to its frame (`space`), to its place in the other frames (`time`; all must be the video's), or to
-        its frame by the first half of the heads and to its place by the second. The heads' outputs go through one
-        linear layer, which adds up what the two halves bring (Sec. 3.2, Variant 4); to an image the second half
-        brings nothing.
+        A token attends to the tokens of its frame (`space`), to those at its place in the other frames (`time`; all
+        frames must be the video's), or to the former with the first half of the heads and to the latter with the second
+        (`space_and_time`). One linear layer then adds the two halves' contributions (Sec. 3.2, Variant 4); for an image
+        the second half's is zero.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, F, N, 3, h, d)
         if mixing == "space":
@@ -99,13 +99,13 @@ class Attention(nn.Module, AttentionModuleMixin):
 
 
 def attend_in_space(qkv: torch.Tensor) -> torch.Tensor:
-    """Queries, keys and values (B, F, N, 3, h, d) to (B, F, N, h, d): each token attends to its frame."""
+    """Attention within each frame: queries, keys and values (B, F, N, 3, h, d) to (B, F, N, h, d)."""
     query, key, value = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, F, h, N, d)
     return dot_product_attention(query, key, value).transpose(2, 3)
 
 
 def attend_in_time(qkv: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
-    """Queries, keys and values (B, F, N, 3, h, d) to (B, F, N, h, d): each token attends to its place."""
+    """Attention over time at each place: queries, keys and values (B, F, N, 3, h, d) to (B, F, N, h, d)."""
     query, key, value = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, N, h, F, d)
     if rotation is not None:
         query, key = rotate(query, rotation), rotate(key, rotation)
@@ -113,7 +113,7 @@ def attend_in_time(qkv: torch.Tensor, rotation: torch.Tensor | None) -> torch.Te
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a tanh GELU between."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
         """The hidden layer is `mlp_ratio` times as wide."""
@@ -123,16 +123,16 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(inner, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) to (..., D)."""
+        """Tokens (..., D) to tokens (..., D)."""
         return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU in its tanh form (Hendrycks & Gimpel 2016).
 
-    Compiled float32 takes the same function as `x sigmoid(2 u)` for `x (1 + tanh u) / 2`: a CPU's vector code has an
-    exponential that is three times as fast as its hyperbolic tangent. Compiled bf16 keeps the form that frozen weights
-    let oneDNN fuse into the product.
+    Compiled float32 computes `x (1 + tanh u) / 2` as the equal `x sigmoid(2 u)`: vectorised on a CPU, the exponential
+    is three times as fast as the hyperbolic tangent. Compiled bf16 keeps torch's operator, which oneDNN fuses into the
+    matrix product before it if the weights are frozen.
     """
     if torch.compiler.is_compiling() and x.dtype == torch.float32:
         return x * torch.sigmoid(x * (2 * math.sqrt(2 / math.pi)) * (1 + 0.044715 * x * x))
@@ -140,35 +140,35 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 def modulation(hidden_size: int, num_vectors: int) -> nn.Sequential:
-    """SiLU, then the linear layer that gives S-AdaLN's vectors."""
+    """SiLU, then the linear layer that computes S-AdaLN's vectors."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_vectors * hidden_size))
 
 
 def modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """LayerNorm(x) (1 + scale) + shift: the norm has no weights of its own, eps 1e-6."""
+    """LayerNorm(x) (1 + scale) + shift, where the norm has no weights of its own; eps 1e-6."""
     normed = F.layer_norm(x, (x.shape[-1],), eps=1e-6)
     return torch.addcmul(shift, normed.to(shift.dtype), 1 + scale)
 
 
 class TransformerBlock(nn.Module):
-    """The vanilla block (A.2): attention, or two, then an MLP, each after a LayerNorm and beside a residual path.
+    """The vanilla block (A.2): one or two attentions, then an MLP, each after a LayerNorm and with a residual path.
 
-    With S-AdaLN, in adaLN-Zero form, each f of them adds `gate * f(LayerNorm(x) (1 + scale) + shift)` to x; the two
-    attentions of Variant 3 share their three vectors, as its parameter count in Table 3 says. With all tokens, the
-    condition is among the tokens, and each adds `f(LayerNorm(x))`, the norm with weights of its own.
+    With S-AdaLN, in its adaLN-Zero form, each layer f adds `gate * f(LayerNorm(x) (1 + scale) + shift)` to x; the two
+    attentions of Variant 3 share their three vectors, as its parameter count in Table 3 implies. With all tokens, the
+    condition is among the tokens, and each layer adds `f(LayerNorm(x))`, where the norm has weights of its own.
 
-    With `gradient_checkpointing`, which `LavitaTransformer3DModel.enable_gradient_checkpointing` sets, autograd keeps
-    its input only, and the backward pass computes the rest again (Chen et al. 2016). With `compiled` it runs as
-    `compiled_mix` says.
+    With `gradient_checkpointing`, set by `LavitaTransformer3DModel.enable_gradient_checkpointing`, autograd keeps only
+    the block's input, and the backward pass computes the rest again (Chen et al. 2016). With `compiled`, the block runs
+    as `compiled_mix`.
     """
 
-    # What is checkpointed is inside the block's own call: FSDP's hooks, which gather the block's weights, are outside.
+    # Checkpointing happens inside the block's call, so that FSDP's hooks, which gather its weights, stay outside.
     _gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, mixing: Mixing, conditioning: Conditioning = "s_adaln"
     ) -> None:
-        """`mixing` is what its attention looks along; `space_and_time` needs an even `num_heads`."""
+        """Builds a block; `space_and_time` needs an even `num_heads`."""
         super().__init__()
         self.gradient_checkpointing = False
         self.compiled = False
@@ -183,16 +183,16 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6) if plain else None
 
     def forward(
-        self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames, vectors: torch.Tensor | None = None
+        self, x: torch.Tensor, condition: torch.Tensor | None, frames: FrameLayout, vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Tokens (B, F, N, D) to tokens (B, F, N, D).
 
         Args:
             x: the tokens.
-            condition: for S-AdaLN, (B, R, 1, D).
-            frames: which of them are the video's.
-            vectors: what `adaLN_modulation` makes of `condition`, (B, R, 1, 6 D), where that is known already; then
-                `condition` is not looked at.
+            condition: with S-AdaLN, (B, R, 1, D).
+            frames: layout of the F frames.
+            vectors: the output of `adaLN_modulation` for `condition`, (B, R, 1, 6 D), if it is known already; then
+                `condition` is ignored.
         """
         mix = compiled_mix() if self.compiled else TransformerBlock._mix
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -200,11 +200,11 @@ class TransformerBlock(nn.Module):
         return mix(self, x, condition, frames, vectors)
 
     def _mix(
-        self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames, vectors: torch.Tensor | None
+        self, x: torch.Tensor, condition: torch.Tensor | None, frames: FrameLayout, vectors: torch.Tensor | None
     ) -> torch.Tensor:
         if self.adaLN_modulation is not None and vectors is None:
             assert condition is not None
-            # Nothing temporal happens to images, so their conditions are not needed there.
+            # A temporal block leaves images as they are, so it needs no conditions of theirs.
             vectors = self.adaLN_modulation(condition[:, :1] if self.mixing == "time" else condition)
         if self.mixing == "time":
             moving, still = x[:, : frames.num_video], x[:, frames.num_video :]
@@ -226,10 +226,10 @@ class TransformerBlock(nn.Module):
 
 @cache
 def compiled_mix() -> Callable[..., torch.Tensor]:
-    """The compiled body of all blocks: those that are alike share a graph for each shape.
+    """Compiles the body of the blocks: blocks that are alike share a graph per shape.
 
-    Without inductor's pattern matcher, which would turn a plain attention back into the fused kernel, whose backward
-    pass is slow on CPUs.
+    Inductor's pattern matcher is off: it would turn a plain attention back into the fused kernel, whose backward pass
+    is slow on CPUs.
     """
     mix: Callable[..., torch.Tensor] = torch.compile(
         TransformerBlock._mix, fullgraph=True, dynamic=False, options={"pattern_matcher": False}
@@ -238,9 +238,9 @@ def compiled_mix() -> Callable[..., torch.Tensor]:
 
 
 def split_vectors(vectors: torch.Tensor | None, rows: torch.Tensor | None) -> tuple[Vectors | None, ...]:
-    """Shift, scale and gate of the attention, and those of the MLP, each (B, 1 or F, 1, D), from (B, R, 1, 6 D).
+    """Splits S-AdaLN's vectors (B, R, 1, 6 D) into shift, scale and gate, (B, 1 or F, 1, D), of attention and MLP.
 
-    `rows` says which of the R a frame has; without it all have the first.
+    `rows` is the index of each frame's condition among the R, (F,); without it all frames have the first.
     """
     if vectors is None:
         return None, None
@@ -261,17 +261,17 @@ def residual(
 
 
 def join(video: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """The frames of a video, then the images; no copy where there is only the one or the other."""
+    """Concatenates the frames of a video and the images; without one of the two, no copy is made."""
     if not images.shape[1]:
         return video
     return torch.cat([video, images], dim=1) if video.shape[1] else images
 
 
 class FinalLayer(nn.Module):
-    """The linear decoder (Sec. 3.2): tokens to patches, behind one more norm."""
+    """The linear decoder (Sec. 3.2), after one more norm: tokens to patches."""
 
     def __init__(self, hidden_size: int, patch_values: int, conditioning: Conditioning = "s_adaln") -> None:
-        """Each token becomes `patch_values` numbers."""
+        """Builds a decoder of each token to `patch_values` numbers."""
         super().__init__()
         self.linear = nn.Linear(hidden_size, patch_values)
         self.adaLN_modulation: nn.Sequential | None = None
@@ -281,9 +281,9 @@ class FinalLayer(nn.Module):
             self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
 
     def forward(
-        self, x: torch.Tensor, condition: torch.Tensor | None, frames: Frames, vectors: torch.Tensor | None = None
+        self, x: torch.Tensor, condition: torch.Tensor | None, frames: FrameLayout, vectors: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Tokens (B, F, N, D) to patches (B, F, N, values); `vectors`, (B, R, 1, 2 D), as a block's."""
+        """Tokens (B, F, N, D) to patches (B, F, N, patch_values); arguments as a block's, `vectors` (B, R, 1, 2 D)."""
         if self.adaLN_modulation is None:
             return self.linear(self.norm(x))
         both = self.adaLN_modulation(condition) if vectors is None else vectors

@@ -1,4 +1,4 @@
-"""Compiling a transformer's blocks: one graph for all blocks that are alike."""
+"""Compilation of a transformer's blocks, which share one graph per kind of block and shape."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from lavita.models.blocks import TransformerBlock
 from lavita.models.transformer import LavitaTransformer3DModel
 
-# Batches with guidance and without, the last, smaller batch, training and validation: each has its own graph.
+# Graphs that torch may compile for one block: batches with and without guidance, the last, smaller batch, training and
+# validation each need their own.
 GRAPHS = 32
 
 
 def compile_blocks(model: LavitaTransformer3DModel) -> None:
     """Makes a model's blocks run compiled, in training and in inference.
 
-    Blocks that mix along the same axis share a graph for each shape, so that a model of 28 compiles as fast as one of
-    two. Graphs are kept on disk, below `~/.cache/lavita` unless TORCHINDUCTOR_CACHE_DIR says otherwise: the second
-    start finds them. The output differs from the uncompiled model's by rounding.
+    Blocks that mix along the same axis share a graph per shape, so 28 blocks compile as fast as two. Graphs are cached
+    on disk, in `~/.cache/lavita` unless TORCHINDUCTOR_CACHE_DIR names another folder, so only the first start compiles.
+    The output differs from the uncompiled model's by rounding.
 
     Args:
         model: changed in place.
 
     Raises:
-        ValueError: where there is no C++ compiler, which a CPU's code needs.
+        ValueError: if the model is on a CPU and there is no C++ compiler.
     """
     if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("compile needs a C++ compiler, g++ or clang++, and there is none; install one, or go without")

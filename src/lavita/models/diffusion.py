@@ -24,11 +24,11 @@ class Losses:
     mse: torch.Tensor
     """L_simple: mean squared error of the noise (Eq. 1 of the paper), or of the velocity."""
     vlb: torch.Tensor
-    """The timestep's term of L_vlb in bits a value; 0 without a learned variance."""
+    """The timestep's term of L_vlb, in bits per value; 0 without a learned variance."""
 
 
 class GaussianDiffusion:
-    """A linear schedule of T = 1000 steps from 1e-4 to 0.02; its tables are float64."""
+    """A linear noise schedule, beta from 1e-4 to 0.02, with its objective; the tables are float64 (T,)."""
 
     def __init__(self, prediction_type: str = "epsilon", num_timesteps: int = NUM_TIMESTEPS) -> None:
         """Computes the tables of the schedule.
@@ -36,11 +36,11 @@ class GaussianDiffusion:
         Args:
             prediction_type: what the model's first channels predict: `epsilon`, the noise, as in the paper; or
                 `v_prediction`, the velocity sqrt(alpha-bar_t) noise - sqrt(1 - alpha-bar_t) z_0 (Salimans & Ho 2022,
-                App. D), whose error counts alike at all noise levels.
+                App. D), whose error weighs the same at all noise levels.
             num_timesteps: T.
 
         Raises:
-            ValueError: for another prediction type.
+            ValueError: for an unknown prediction type.
         """
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}")
@@ -52,24 +52,24 @@ class GaussianDiffusion:
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         # q(z_{t-1} | z_t, z_0): Ho et al. 2020, Eq. 6-7.
         self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
-        # Its first value is 0, whose logarithm does not exist: the second stands in for it.
+        # The first variance is 0 and has no logarithm; the second is used in its place.
         self.posterior_log_variance = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
         self.posterior_mean_start = self.betas * previous.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_noisy = (1 - previous) * alphas.sqrt() / (1 - self.alphas_cumprod)
 
     def q_sample(self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """z_t = sqrt(alpha-bar_t) z_0 + sqrt(1 - alpha-bar_t) noise (Sec. 3.1).
+        """Adds noise: z_t = sqrt(alpha-bar_t) z_0 + sqrt(1 - alpha-bar_t) noise (Sec. 3.1).
 
         Args:
             latents: z_0, (B, ...).
             timesteps: int64 (B,) in 0..T-1.
-            noise: standard normal, like `latents`.
+            noise: standard normal, of the shape of `latents`.
         """
         signal, sigma = self._signal_and_sigma(timesteps, latents)
         return signal * latents + sigma * noise
 
     def velocity(self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The velocity sqrt(alpha-bar_t) noise - sqrt(1 - alpha-bar_t) z_0; arguments as `q_sample`."""
+        """The velocity sqrt(alpha-bar_t) noise - sqrt(1 - alpha-bar_t) z_0; arguments as in `q_sample`."""
         signal, sigma = self._signal_and_sigma(timesteps, latents)
         return signal * noise - sigma * latents
 
@@ -83,13 +83,13 @@ class GaussianDiffusion:
         """The hybrid objective (Nichol & Dhariwal 2021, Eq. 16), weighted as DiT trains it: L_simple + L_vlb.
 
         Args:
-            output: the model's, (B, F, 2C, H, W) with a learned variance or (B, F, C, H, W) without.
+            output: the model's output, (B, F, 2C, H, W) with a learned variance or (B, F, C, H, W) without.
             latents: z_0, (B, F, C, H, W).
             timesteps: int64 (B,) in 0..T-1.
-            noise: what `q_sample` was given.
+            noise: the noise that `q_sample` added.
 
         Raises:
-            ValueError: for an output of another shape.
+            ValueError: for an output with another number of channels.
         """
         output = output.float()
         channels = latents.shape[2]
@@ -103,7 +103,7 @@ class GaussianDiffusion:
         mse = _mean_per_sample((target - prediction).square())
         if not variance.shape[2]:
             return Losses(mse, mse, torch.zeros_like(mse))
-        # The bound trains the variance only: through the mean it would disturb L_simple.
+        # The bound trains only the variance: through the mean it would disturb L_simple.
         predicted_noise = prediction.detach()
         if velocity:
             noisy = self.q_sample(latents, timesteps, noise)
@@ -120,25 +120,25 @@ class GaussianDiffusion:
         timesteps: torch.Tensor,
         noise: torch.Tensor,
     ) -> torch.Tensor:
-        """The term of L_vlb at each sample's timestep, in bits a value, (B,).
+        """The term of L_vlb at each sample's timestep, in bits per value, (B,).
 
-        KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t)) for t > 0, and at t = 0 the likelihood of z_0 under a
-        Gaussian that is integrated over bins of 2/255, as images have them (Ho et al. 2020, Eq. 5 and 13).
+        For t > 0 it is KL(q(z_{t-1} | z_t, z_0) || p(z_{t-1} | z_t)); at t = 0 it is the negative log-likelihood of z_0
+        under a Gaussian integrated over bins of width 2/255, those of 8-bit images (Ho et al. 2020, Eq. 5 and 13).
 
         Args:
             predicted_noise: (B, F, C, H, W).
-            variance: the model's v, which interpolates between the two bounds of the log-variance; -1 is
-                beta-tilde, 1 is beta (Nichol & Dhariwal 2021, Eq. 15).
+            variance: the model's v, which interpolates between the two bounds of the log-variance: -1 is beta-tilde, 1
+                is beta (Nichol & Dhariwal 2021, Eq. 15).
             latents: z_0.
-            timesteps: (B,).
-            noise: the true one.
+            timesteps: int64 (B,).
+            noise: the noise that was added to `latents`.
         """
         noisy = self.q_sample(latents, timesteps, noise)
         start_scale = _per_sample(self.alphas_cumprod.rsqrt(), timesteps, latents)
         noise_scale = _per_sample((1 / self.alphas_cumprod - 1).sqrt(), timesteps, latents)
         predicted_start = start_scale * noisy - noise_scale * predicted_noise
         mean_start = _per_sample(self.posterior_mean_start, timesteps, latents)
-        # Both means share their share of z_t, so it cancels in their difference.
+        # Both means contain the same multiple of z_t, which cancels in their difference.
         mean_difference = mean_start * (latents - predicted_start)
 
         true_log = _per_sample(self.posterior_log_variance, timesteps, latents)
@@ -161,8 +161,8 @@ def discretized_gaussian_log_likelihood(
     """Log-probability, in nats, of the bin of width 2/255 around each value; the outermost bins are open.
 
     Args:
-        values: where; beyond +-0.999 the bin reaches to infinity, as for images on [-1, 1].
-        means: of the Gaussian.
+        values: centres of the bins; beyond +-0.999 a bin extends to infinity, as for images in [-1, 1].
+        means: means of the Gaussian.
         log_scales: logarithms of its standard deviations.
     """
     centered = values - means

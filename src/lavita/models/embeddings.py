@@ -1,7 +1,7 @@
-"""Patches, timesteps, labels, texts and positions become vectors.
+"""Embeddings of patches, timesteps, labels, texts and positions.
 
-Legend: B batch, F frames, C channels, H W latent size, P patch, S frames of a tube, T = F / S tokens in time (F for
-the uniform embedding), N = (H / P) (W / P) tokens a frame, D width.
+Legend: B batch, F frames, C channels, H W latent size, P patch, S frames per tube, T = F / S tokens in time (F with
+the uniform embedding), N = (H / P) (W / P) tokens per frame, D width.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 
 
 class PatchEmbed(nn.Module):
-    """Uniform frame patch embedding (Sec. 3.3): every frame is cut into patches on its own, as in ViT."""
+    """Uniform frame patch embedding (Sec. 3.3): each frame is cut into patches, as in ViT."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        """Patches of `patch_size` squared latent pixels, mapped to `hidden_size`."""
+        """Embeds patches of `patch_size` x `patch_size` latent pixels in `hidden_size` numbers."""
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
@@ -31,10 +31,10 @@ class PatchEmbed(nn.Module):
 
 
 class TubeEmbed(nn.Module):
-    """Compression frame patch embedding (Sec. 3.3): tubes of S frames are cut out and mapped to one token each."""
+    """Compression frame patch embedding (Sec. 3.3): each tube of S frames and one patch becomes a token."""
 
     def __init__(self, patch_size: int, tube_size: int, in_channels: int, hidden_size: int) -> None:
-        """Tubes of `tube_size` frames by `patch_size` squared latent pixels, mapped to `hidden_size`."""
+        """Embeds tubes of `tube_size` frames and `patch_size` x `patch_size` latent pixels in `hidden_size` numbers."""
         super().__init__()
         kernel = (tube_size, patch_size, patch_size)
         self.proj = nn.Conv3d(in_channels, hidden_size, kernel_size=kernel, stride=kernel)
@@ -49,7 +49,7 @@ class TimestepEmbedder(nn.Module):
     """Sinusoids of the timestep through an MLP, as in DiT."""
 
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
-        """`frequency_size` sinusoids, mapped to `hidden_size`."""
+        """Embeds `frequency_size` sinusoids, half of them sines, in `hidden_size` numbers."""
         super().__init__()
         self.frequency_size = frequency_size
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
@@ -64,10 +64,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A vector a class, and one more, the last, for "no label" (classifier-free guidance)."""
+    """One vector per class, and a last one for "no label" (classifier-free guidance)."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
-        """A table of `num_classes + 1` rows."""
+        """Builds a table of `num_classes + 1` rows."""
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
@@ -77,26 +77,26 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """A pooled text embedding, normalised, through an MLP (Sec. 4.4); "no caption" is the empty text's embedding."""
+    """A pooled text embedding, normalised, through an MLP (Sec. 4.4); "no caption" is the empty text."""
 
     def __init__(self, text_dim: int, hidden_size: int) -> None:
-        """Embeddings of `text_dim`, mapped to `hidden_size`."""
+        """Embeds `text_dim` numbers in `hidden_size`."""
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(text_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, text_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., text_dim) to vectors (..., D)."""
-        # Encoders differ in scale by orders of magnitude.
+        # The scales of text encoders differ by orders of magnitude.
         normed = F.layer_norm(text_embeds.float(), (text_embeds.shape[-1],))
         return self.mlp(normed.to(next(self.mlp.parameters()).dtype))
 
 
 def sincos_positions(positions: np.ndarray, width: int) -> np.ndarray:
-    """Fixed sinusoids of real positions (Vaswani et al. 2017, Sec. 3.5), sines first, as in DiT.
+    """Sinusoids of real-valued positions (Vaswani et al. 2017, Sec. 3.5), sines first, as in DiT.
 
     Args:
         positions: float64 (M,).
-        width: even.
+        width: an even number.
 
     Returns:
         float64 (M, width).
@@ -109,7 +109,7 @@ def sincos_positions(positions: np.ndarray, width: int) -> np.ndarray:
 def spatial_positions(grid: int, width: int) -> torch.Tensor:
     """2-D sin-cos positions of a square grid of patches, float32 (1, grid * grid, width).
 
-    The first half of the channels tells the column, the second the row, in DiT's order.
+    The first half of the channels encodes the column, the second the row, in DiT's order.
     """
     rows, columns = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid), indexing="ij")
     halves = [sincos_positions(axis.reshape(-1), width // 2) for axis in (columns, rows)]
@@ -117,10 +117,10 @@ def spatial_positions(grid: int, width: int) -> torch.Tensor:
 
 
 def frame_positions(num_frames: int, trained_frames: int) -> np.ndarray:
-    """Where the frames of a clip stand in time, float64 (num_frames,), in units of the training clips' spacing.
+    """Positions in time of a clip's frames, float64 (num_frames,), in units of the training clips' spacing.
 
-    Clips up to the trained length stand at 0, 1, 2 ... Longer ones are squeezed evenly into the range that training
-    has seen (position interpolation, Chen et al. 2023): positions beyond it are something no weight has learned.
+    In a clip up to the trained length they are 0, 1, 2, ... A longer clip is compressed evenly into the range of the
+    training clips (position interpolation, Chen et al. 2023), because the weights have seen no position beyond it.
     """
     if num_frames <= trained_frames:
         return np.arange(num_frames, dtype=np.float64)
@@ -139,10 +139,10 @@ def rotary_positions(positions: np.ndarray, head_size: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (i, i + d/2) of queries or keys (..., M, d) by their positions' angles.
+    """Rotates the channel pairs (i, i + d/2) of queries or keys (..., M, d) by the angles of their positions.
 
-    Products of a turned query and a turned key depend on the difference of their positions only.
+    The product of a rotated query and a rotated key depends only on the difference of their positions.
     """
-    cosines, sines = rotation  # float32: bfloat16's angles would be off by whole degrees
+    cosines, sines = rotation  # float32: in bfloat16 the angles would be off by whole degrees
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""A hash of a model's configuration and weights."""
+"""Hash of a model's configuration and weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 
 
 def fingerprint(model: ModelMixin) -> str:
-    """SHA-256 of a diffusers model's configuration and weights: equal where models are interchangeable."""
+    """SHA-256 of a diffusers model's configuration and weights in float32: equal models have equal fingerprints."""
     digest = hashlib.sha256()
     public = {key: value for key, value in model.config.items() if not key.startswith("_")}
     digest.update(json.dumps(public, sort_keys=True, default=str).encode())

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: of whole blocks, or of what is cheap to compute again."""
+"""Gradient checkpointing: of whole blocks, or only of what is cheap to compute again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lavita.models.transformer import LavitaTransformer3DModel
 
-# Nothing; all of a block but its input; or all but its matrix products.
+# What is computed again in the backward pass: nothing (False), whole blocks (True), or all of a block except its matrix
+# products ("cheap").
 Checkpointing = bool | Literal["cheap"]
 
 _PRODUCTS = {
@@ -26,7 +27,7 @@ _PRODUCTS = {
 
 
 def checkpoint_blocks(model: LavitaTransformer3DModel, kind: Checkpointing) -> None:
-    """Switches a model's gradient checkpointing on, if `kind` is not False."""
+    """Enables a model's gradient checkpointing, unless `kind` is False."""
     if kind:
         model.enable_gradient_checkpointing(checkpoint_cheap if kind == "cheap" else None)
 
@@ -36,7 +37,7 @@ def _keep_products(context: Any, operation: Any, *arguments: Any, **options: Any
 
 
 def checkpoint_cheap(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-    """`function(*arguments)`, of which autograd keeps the matrix products; norms, gates, GELU and softmax run again."""
+    """Calls a function such that autograd keeps its matrix products; norms, gates, GELU and softmax run again."""
     contexts = partial(create_selective_checkpoint_contexts, _keep_products)
     result: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
     return result

@@ -1,8 +1,126 @@
-"""Checks of the transformer's inputs."""
+"""Checks of the transformer's fields, when it is built, and of its inputs, when it is called.
+
+Legend: B batch, F frames, C channels, H W latent size, I images after a video, S frames per tube.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, get_args
+
 import torch
+
+from lavita.models.blocks import Conditioning
+from lavita.models.presets import block_plan
+
+PATCH_EMBEDDINGS = ("uniform", "compression")
+CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
+TEMPORAL_POSITIONS = ("absolute", "rope")
+
+
+def frames_per_tube(config: Mapping[str, Any]) -> int:
+    """S, the number of frames that become one token in time: 1 with the uniform patch embedding."""
+    return int(config["tube_size"]) if config["patch_embedding"] == "compression" else 1
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Checks the fields of the transformer's constructor.
+
+    Raises:
+        ValueError: if one is out of range, or two do not fit together.
+    """
+    for name in ("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_heads", "tube_size"):
+        if config[name] < 1:
+            raise ValueError(f"{name} is {config[name]}, but must be at least 1")
+    num_classes, text_dim, class_names = config["num_classes"], config["text_dim"], config["class_names"]
+    if num_classes < 0 or text_dim < 0:
+        raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but must be at least 0")
+    sample_size, patch_size = config["sample_size"], config["patch_size"]
+    if sample_size % patch_size:
+        raise ValueError(f"sample_size is {sample_size}, but must be a multiple of patch_size ({patch_size})")
+    hidden_size, num_heads = config["hidden_size"], config["num_heads"]
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size is {hidden_size}, but must be a multiple of 4 and of num_heads ({num_heads})")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"class_names has {len(class_names)} names, but num_classes is {num_classes}")
+    for name, allowed in (
+        ("patch_embedding", PATCH_EMBEDDINGS),
+        ("conditioning", CONDITIONINGS),
+        ("temporal_position", TEMPORAL_POSITIONS),
+    ):
+        if config[name] not in allowed:
+            raise ValueError(f"{name} is {config[name]!r}; allowed: {', '.join(allowed)}")
+    if num_classes and text_dim:
+        raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but a model has classes or texts")
+    block_plan(config["variant"], config["num_blocks"])
+    if config["variant"] == 4 and num_heads % 2:
+        raise ValueError(f"num_heads is {num_heads}, but must be even for variant 4: half of them attend in time")
+    if config["temporal_position"] == "rope" and hidden_size // num_heads % 2:
+        raise ValueError(
+            f"hidden_size / num_heads is {hidden_size // num_heads}, but must be even for rope, which rotates pairs"
+        )
+    if config["num_frames"] % frames_per_tube(config):
+        raise ValueError(
+            f"num_frames is {config['num_frames']}, but must be a multiple of tube_size ({config['tube_size']})"
+        )
+
+
+def check_inputs(
+    config: Mapping[str, Any],
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    text_embeds: torch.Tensor | None,
+    num_images: int,
+    use_temporal: bool,
+) -> None:
+    """Checks the inputs of the transformer's forward pass.
+
+    Args:
+        config: the model's fields.
+        latents: must be (B, F, C, H, W).
+        timesteps: must be (B,) or a scalar.
+        class_labels: must be (B,), or (B, 1 + I) with images, for a model with classes; None for another.
+        text_embeds: must be (B, text_dim), or (B, 1 + I, text_dim), for a model with texts; None for another.
+        num_images: I; must be less than F, and 0 for tubes.
+        use_temporal: must be true for tubes.
+
+    Raises:
+        ValueError: if one of them does not fit the model or the others.
+    """
+    size, channels, tube = config["sample_size"], config["in_channels"], frames_per_tube(config)
+    if latents.ndim != 5 or latents.shape[2:] != (channels, size, size) or not latents.shape[1]:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}, but this model takes (B, F, {channels}, {size}, {size})"
+        )
+    if timesteps.ndim:
+        _check_shape("timesteps", timesteps, (latents.shape[0],))
+    if config["patch_embedding"] == "compression":
+        if num_images or not use_temporal:
+            raise ValueError(
+                "patch_embedding is compression: its tokens hold several frames of a video, so there are no images "
+                "among them (num_images must be 0, and use_temporal true)"
+            )
+        if latents.shape[1] % tube:
+            raise ValueError(f"latents have {latents.shape[1]} frames, but must have a multiple of tube_size ({tube})")
+    if not 0 <= num_images < latents.shape[1]:
+        raise ValueError(f"num_images is {num_images}, but must be in 0..{latents.shape[1] - 1}: fewer than frames")
+    num_classes, text_dim = config["num_classes"], config["text_dim"]
+    if class_labels is not None and not num_classes:
+        kind = "has texts" if text_dim else "is unconditional"
+        raise ValueError(f"class_labels were given, but this model {kind}")
+    if text_embeds is not None and not text_dim:
+        kind = f"has {num_classes} classes" if num_classes else "is unconditional"
+        raise ValueError(f"text_embeds were given, but this model {kind}")
+    expected: tuple[int, ...] = (latents.shape[0], 1 + num_images) if num_images else (latents.shape[0],)
+    if num_classes:
+        if class_labels is None:
+            raise ValueError(f"class_labels are missing, but this model has {num_classes} classes")
+        _check_shape("class_labels", class_labels, expected)
+    if text_dim:
+        if text_embeds is None:
+            raise ValueError("text_embeds are missing, but this model has texts")
+        _check_shape("text_embeds", text_embeds, (*expected, text_dim))
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:

@@ -1,26 +1,36 @@
-"""The models that ship with the package, and the names they go by."""
+"""Models by name: those in the package, and Stable Diffusion's autoencoder."""
 
 from __future__ import annotations
 
 from importlib.resources import files
-
-STABLE_DIFFUSION = "stabilityai/sd-vae-ft-ema"
+from pathlib import Path
+from typing import Any
 
 BUILTIN = "builtin"
+# Stable Diffusion's autoencoder, the paper's: hub id and architecture. The presets are for its latents.
+STABLE_DIFFUSION = "stabilityai/sd-vae-ft-ema"
+STABLE_DIFFUSION_AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 
 
 def model_source(name: str) -> str:
-    """The path or hub id that a name stands for; `builtin` is the arcade model of the package."""
+    """Path or hub id of a model; the name `builtin` means the package's arcade model."""
     return str(files("lavita") / "weights" / "arcade") if name == BUILTIN else name
 
 
 def autoencoder_source(name: str, resolution: int) -> str:
-    """The path or hub id that a configuration's name stands for.
+    """Path or hub id of an autoencoder.
 
     Args:
-        name: a path or hub id; `builtin`; or `auto`: `builtin` up to 128 pixels, Stable Diffusion's above.
+        name: a path or hub id; `builtin`, the package's; or `auto`: `builtin` up to 128 pixels, Stable Diffusion's
+            above.
         resolution: side of the frames in pixels.
     """
     if name == "auto":
         name = BUILTIN if resolution <= 128 else STABLE_DIFFUSION
-    return str(files("lavita") / "weights" / "autoencoder") if name == BUILTIN else name
+    return str(Path(model_source(BUILTIN)) / "vae") if name == BUILTIN else name

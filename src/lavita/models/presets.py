@@ -1,4 +1,4 @@
-"""Sizes of models, and which of its blocks look along what: presets and variants.
+"""Presets and variants of the transformer: its sizes, and what each of its blocks attends to.
 
 Legend: D width.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lavita.models.blocks import Mixing
 
-# Width, blocks (spatial and temporal together, as the paper counts them) and heads.
+# Width, number of blocks (spatial and temporal together, as the paper counts them), number of heads.
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (64, 2, 2),
     "mini": (128, 8, 2),
@@ -22,13 +22,14 @@ VARIANTS = (1, 2, 3, 4)
 
 
 def block_plan(variant: int, num_blocks: int) -> list[Mixing]:
-    """What each block's attention mixes (Sec. 3.2, Fig. 2).
+    """Lists what each block's attention mixes (Sec. 3.2, Fig. 2).
 
-    Variant 1, late fusion: spatial blocks, then as many temporal ones. 2, interleaved fusion: they alternate. 3: each
-    block attends in space, then in time. 4: each attends in space with half of its heads, in time with the others.
+    Variant 1, late fusion: spatial blocks, then as many temporal ones. Variant 2, interleaved fusion: they alternate.
+    Variant 3: each block attends in space, then in time. Variant 4: each block attends in space with half of its heads
+    and in time with the other half.
 
     Raises:
-        ValueError: for another variant, or a number of blocks that does not suit it.
+        ValueError: for an unknown variant, or a number of blocks that does not fit it.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; allowed: {', '.join(map(str, VARIANTS))}")
@@ -49,10 +50,10 @@ def block_plan(variant: int, num_blocks: int) -> list[Mixing]:
 
 
 def preset_sizes(preset: str, variant: int = 2) -> dict[str, int]:
-    """The constructor's fields that a preset such as `XL/2` stands for.
+    """Fields of the transformer's constructor for a preset such as `XL/2`.
 
-    A block of Variant 3 has a second attention, 22 D^2 weights for the others' 18 D^2: it gets so many fewer blocks
-    that the parameters are as near as can be (23 for XL, as in Table 3).
+    A block of Variant 3 has a second attention, and so 22 D^2 weights instead of 18 D^2. This variant gets fewer
+    blocks, so that its number of parameters is as close as possible to the others' (23 blocks for XL, as in Table 3).
 
     Raises:
         ValueError: for an unknown size or patch.

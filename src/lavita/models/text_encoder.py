@@ -1,4 +1,4 @@
-"""Captions -> pooled text embeddings (Sec. 4.4), by any text encoder of transformers with a pooled output."""
+"""Pooled embeddings of captions (Sec. 4.4), by any text encoder of transformers with a pooled output."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import Any
 import torch
 
 DEFAULT_TEXT_ENCODER = "CompVis/stable-diffusion-v1-4"
-BATCH = 64  # texts encoded at once
+BATCH_SIZE = 64
 
 
 @dataclass
 class TextEncoder:
-    """A frozen text encoder and its tokenizer; call it with texts."""
+    """A frozen text encoder with its tokenizer; call it with texts."""
 
     source: str
+    """Path or hub id that it was loaded from."""
     tokenizer: Any
     model: Any
     mean_pooling: bool
-    """Average over the tokens, as sentence-transformers asks for, instead of the model's own pooled output."""
+    """Whether to average over the tokens, as sentence-transformers may ask for, rather than use the pooled output."""
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Pooled embeddings of texts, float32 (B, text_dim); longer ones are cut at what the encoder takes."""
+        """Pooled embeddings of B texts, float32 (B, text_dim); texts of more than `max_length` tokens are truncated."""
         parts = []
-        for first in range(0, len(texts), BATCH):
+        for first in range(0, len(texts), BATCH_SIZE):
             tokens = self.tokenizer(
-                list(texts[first : first + BATCH]),
+                list(texts[first : first + BATCH_SIZE]),
                 padding=True,
                 truncation=True,
                 max_length=self.max_length,
@@ -49,11 +50,11 @@ class TextEncoder:
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a text."""
+        """Maximum number of tokens per text."""
         return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
 
     def digest(self) -> str:
-        """SHA-256 of weights, configuration, vocabulary and pooling: equal where embeddings are."""
+        """SHA-256 of weights, configuration, vocabulary and pooling: encoders with equal embeddings have equal ones."""
         config = {key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_")}
         facts = [config, self.mean_pooling, self.max_length, sorted(self.tokenizer.get_vocab().items())]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -67,12 +68,12 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
     """Loads a text encoder in float32.
 
     Args:
-        source: path or hub id of a text model with its tokenizer, or of a diffusers pipeline that holds one; by default
-            Stable Diffusion 1.4, whose CLIP the paper takes.
-        device: where it runs.
+        source: path or hub id of a text model with its tokenizer, or of a diffusers pipeline that contains one; by
+            default Stable Diffusion 1.4, whose CLIP the paper uses.
+        device: device to load it to.
 
     Raises:
-        ValueError: where transformers is missing, the source cannot be loaded, or it has no pooled output.
+        ValueError: if transformers is not installed, the source cannot be loaded, or it has no pooled output.
     """
     source = source or DEFAULT_TEXT_ENCODER
     try:
@@ -84,16 +85,19 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"{source}: no such folder; a text encoder is a folder or a hub id")
     pipeline = source == DEFAULT_TEXT_ENCODER or _is_pipeline(folder)
-    of_model, of_tokenizer = ("text_encoder", "tokenizer") if pipeline else ("", "")
+    model_folder, tokenizer_folder = ("text_encoder", "tokenizer") if pipeline else ("", "")
     try:
-        logging.set_verbosity_error()  # what is missing is checked below
+        logging.set_verbosity_error()  # missing weights are checked below
         logging.disable_progress_bar()
-        config = AutoConfig.from_pretrained(source, subfolder=of_model)
-        projects = "CLIPTextModelWithProjection" in (config.architectures or ())
-        # Of text and image towers the text's alone, with its projection.
-        kind: Any = CLIPTextModelWithProjection if projects or config.model_type == "clip" else AutoModel
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=of_tokenizer)
-        model, loading = kind.from_pretrained(source, dtype=torch.float32, subfolder=of_model, output_loading_info=True)
+        config = AutoConfig.from_pretrained(source, subfolder=model_folder)
+        has_projection = "CLIPTextModelWithProjection" in (config.architectures or ())
+        # AutoModel would load a CLIP's image tower, too, and leave out a text tower's projection.
+        is_clip = has_projection or config.model_type == "clip"
+        model_class: Any = CLIPTextModelWithProjection if is_clip else AutoModel
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_folder)
+        model, loading = model_class.from_pretrained(
+            source, dtype=torch.float32, subfolder=model_folder, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source}: cannot load a text encoder ({' '.join(str(error).split())[:200]})") from error
     model = model.eval().requires_grad_(False).to(device)
@@ -109,7 +113,7 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of the names and bytes of all files that a text encoder is loaded from."""
+    """SHA-256 of the names and contents of all files of a text encoder's folder or pipeline."""
     roots = [folder / "text_encoder", folder / "tokenizer"] if _is_pipeline(folder) else [folder]
     files = {file.relative_to(folder).as_posix(): file for root in roots for file in root.rglob("*") if file.is_file()}
     digest = hashlib.sha256()
@@ -126,6 +130,6 @@ def _is_pipeline(folder: Path) -> bool:
 
 
 def _asks_for_mean_pooling(folder: Path) -> bool:
-    """Whether a sentence-transformers folder says that its embedding is the mean over the tokens."""
+    """Whether a sentence-transformers folder declares its embedding to be the mean over the tokens."""
     file = folder / "1_Pooling" / "config.json"
-    return file.exists() and bool(json.loads(file.read_text()).get("pooling_mode_mean_tokens"))
+    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens"))

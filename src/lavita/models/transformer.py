@@ -1,25 +1,27 @@
-"""The latent video diffusion transformer: one class; a variant of the paper is a plan of its blocks.
+"""The latent video diffusion transformer: one class, whose list of blocks makes the paper's four variants.
 
 Legend: B batch, F frames, C channels, H W latent size, P patch, T tokens in time (F, or F / S with tubes of S frames),
-N = (H / P) (W / P) tokens a frame, D width, R conditions a sample (the video's, and one an image), K condition tokens.
+N = (H / P) (W / P) tokens per frame, D width, I images after a video, R = 1 + I conditions per sample (the video's and
+one per image; 1 if they share it), K condition tokens per frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import CacheMixin, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.outputs import BaseOutput
 from torch import nn
 
-from lavita.models.blocks import Conditioning, FinalLayer, Frames, TransformerBlock
+from lavita.models.blocks import Conditioning, FinalLayer, FrameLayout, TransformerBlock
 from lavita.models.embeddings import (
     LabelEmbedder,
     PatchEmbed,
@@ -31,17 +33,13 @@ from lavita.models.embeddings import (
     spatial_positions,
     temporal_positions,
 )
-from lavita.models.inputs import _check_shape
+from lavita.models.inputs import check_fields, check_inputs, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
-
-PATCH_EMBEDDINGS = ("uniform", "compression")
-CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
-TEMPORAL_POSITIONS = ("absolute", "rope")
 
 
 @dataclass
 class TransformerOutput(BaseOutput):
-    """What the model returns."""
+    """Output of the model."""
 
     sample: torch.Tensor
     """(B, F, 2C, H, W) with `learn_sigma`: predicted noise (or velocity, by the configuration's `prediction_type`),
@@ -49,9 +47,9 @@ class TransformerOutput(BaseOutput):
 
 
 class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
-    """Predicts the noise, and the variance, of noisy video latents.
+    """Predicts the noise of noisy video latents, and its variance.
 
-    Parameters keep the names of DiT's and Latte's published weights.
+    Parameters have the names of DiT's and Latte's published weights.
     """
 
     _supports_gradient_checkpointing = True
@@ -85,73 +83,43 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
     ) -> None:
         """Builds the model; at initialisation its output is exactly zero.
 
+        `class_names`, `text_encoder`, `prediction_type`, `frame_interval` and `fps` are facts about the weights: they
+        change nothing in the forward pass, but sampling needs them.
+
         Args:
             sample_size: H = W of the latents.
-            num_frames: F of the training clips. Other lengths work too: see `frame_positions`.
+            num_frames: F of the training clips. Clips of other lengths work, too: see `frame_positions`.
             in_channels: C of the latents.
             patch_size: P; divides `sample_size`.
             hidden_size: D; a multiple of 4 and of `num_heads`.
             num_blocks: spatial and temporal blocks together; even for Variants 1 and 2.
             num_heads: attention heads; even for Variant 4.
-            mlp_ratio: width of the MLP's hidden layer over D.
+            mlp_ratio: width of the MLP's hidden layer, as a multiple of D.
             variant: 1 to 4, see `block_plan`.
             patch_embedding: `uniform`: each frame is cut into patches (Sec. 3.3); `compression`: tubes of `tube_size`
-                frames become tokens, and a 3-D transposed convolution after the decoder makes frames of them.
-            tube_size: S; divides `num_frames` and the length of every clip. Without a meaning for `uniform`.
-            conditioning: `s_adaln`: timestep and label steer norms and gates; `all_tokens`: they are tokens of every
-                frame, in plain blocks (Sec. 3.4).
+                frames become tokens, and a 3-D transposed convolution after the decoder turns them into frames.
+            tube_size: S; divides `num_frames` and the length of every clip. Ignored with `uniform`.
+            conditioning: `s_adaln`: timestep and label modulate norms and gates; `all_tokens`: they are tokens of
+                every frame, in plain blocks (Sec. 3.4).
             temporal_position: `absolute`: sin-cos, added once, before the first temporal attention; `rope`: rotary, in
                 every temporal attention (Sec. 3.5).
-            num_classes: 0 for a model without classes.
-            class_names: names of the classes, in the order of their labels; for people.
+            num_classes: number of classes; 0 for a model without classes.
+            class_names: names of the classes, in the order of their labels.
             text_dim: width of the pooled text embeddings of a text-conditional model (Sec. 4.4); 0 for none.
-            text_encoder: path or hub id of the encoder that makes them; a fact for those who sample.
-            learn_sigma: predict the variance too.
-            prediction_type: what the weights predict, `epsilon` or `v_prediction` (see `diffusion`); a fact about
-                them, which the forward pass ignores and samplers need.
-            frame_interval: that of the training clips; a fact about the weights, which the forward pass
-                ignores.
-            fps: frames a second of a generated video: the data's over `frame_interval`; a fact as well.
+            text_encoder: path or hub id of the encoder of the text embeddings.
+            learn_sigma: predict the variance, too.
+            prediction_type: what the weights predict: `epsilon` or `v_prediction` (see `diffusion`).
+            frame_interval: frame interval of the training clips.
+            fps: frames per second of a generated video: the data's divided by `frame_interval`.
 
         Raises:
-            ValueError: for sizes that do not fit together.
+            ValueError: if a field is out of range, or fields do not fit together.
         """
         super().__init__()
-        sizes = {"sample_size": sample_size, "num_frames": num_frames, "in_channels": in_channels}
-        sizes |= {"patch_size": patch_size, "hidden_size": hidden_size, "num_heads": num_heads, "tube_size": tube_size}
-        for name, number in sizes.items():
-            if number < 1:
-                raise ValueError(f"{name} is {number}, but must be at least 1")
-        if num_classes < 0 or text_dim < 0:
-            raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but must be at least 0")
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size is {sample_size}, but must be a multiple of patch_size ({patch_size})")
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(
-                f"hidden_size is {hidden_size}, but must be a multiple of 4 and of num_heads ({num_heads})"
-            )
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"class_names has {len(class_names)} names, but num_classes is {num_classes}")
-        for name, value, allowed in (
-            ("patch_embedding", patch_embedding, PATCH_EMBEDDINGS),
-            ("conditioning", conditioning, CONDITIONINGS),
-            ("temporal_position", temporal_position, TEMPORAL_POSITIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        if num_classes and text_dim:
-            raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but a model has classes or texts")
+        check_fields(self.config)
         plan = block_plan(variant, num_blocks)
-        if variant == 4 and num_heads % 2:
-            raise ValueError(f"num_heads is {num_heads}, but must be even for variant 4: half of them look along time")
-        if temporal_position == "rope" and hidden_size // num_heads % 2:
-            raise ValueError(
-                f"hidden_size / num_heads is {hidden_size // num_heads}, but must be even for rope, which turns pairs"
-            )
         compression = patch_embedding == "compression"
-        self.tube_size = tube_size if compression else 1
-        if self.tube_size < 1 or num_frames % self.tube_size:
-            raise ValueError(f"num_frames is {num_frames}, but must be a multiple of tube_size ({tube_size})")
+        self.tube_size = frames_per_tube(self.config)
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         grid = sample_size // patch_size
         self.x_embedder = (
@@ -174,7 +142,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, num_heads, mlp_ratio, mixing, kind) for mixing in plan
         )
-        # A tube keeps the values of all its frames: from fewer, the noise of one could not be told from another's.
+        # A tube needs the values of all its frames: fewer could not hold the noise of each of them.
         patch_values = patch_size * patch_size * self.out_channels * self.tube_size
         self.final_layer = FinalLayer(hidden_size, patch_values, kind)
         self.temporal_upsample = (
@@ -195,15 +163,15 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
 
         Args:
             preset: S, B, L or XL (`SIZES` has smaller ones), then /2, /4 or /8.
-            fields: any other field of the constructor; one that the preset sets wins over it.
+            fields: any other field of the constructor; fields given here override the preset's.
 
         Raises:
-            ValueError: for an unknown preset, or sizes that do not fit together.
+            ValueError: for an unknown preset, or fields that do not fit together.
         """
         return cls(**{**preset_sizes(preset, fields.get("variant", 2)), **fields})
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier layers, small embeddings, zeros wherever a block or the model ends."""
+        """DiT's initialisation: Xavier for linear layers, small embeddings, zeros where a block or the model ends."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -218,7 +186,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
                 for layer in embedder.mlp:
                     if isinstance(layer, nn.Linear):
                         nn.init.normal_(layer.weight, std=0.02)
-        # Closed gates make every block the identity; a zero decoder starts at the prior's loss.
+        # With closed gates every block is the identity, and with a zero decoder the model predicts zero noise.
         for module in (*self.blocks, self.final_layer):
             if module.adaLN_modulation is not None:
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
@@ -226,7 +194,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
         if self.temporal_upsample is not None:
-            # Frame s of a tube starts as the s-th share of the decoder's channels.
+            # At first, frame s of a tube is the s-th group of the decoder's channels.
             channels, tube = self.out_channels, self.tube_size
             identity = torch.eye(channels).repeat(tube, 1).view(tube, channels, channels)
             weight = torch.zeros(tube, channels, channels, tube)
@@ -246,46 +214,42 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         return_dict: bool = True,
         modulation: Sequence[torch.Tensor] | None = None,
     ) -> TransformerOutput | tuple[torch.Tensor]:
-        """One evaluation.
+        """Evaluates the model once.
 
         Args:
             latents: noisy latents (B, F, C, H, W).
             timesteps: (B,) or a scalar, in 0..999.
-            class_labels: for a model with classes, in 0..num_classes, the last for "no label": (B,), or with
-                `num_images` (B, 1 + num_images), the video's label and each image's own.
-            text_embeds: for a model with texts, pooled embeddings (B, text_dim) or (B, 1 + num_images, text_dim).
-            num_images: I; the last I of the F frames are images of their own, not of the video: they pass the spatial
-                modules only (Sec. 3.6), and of Variant 4 the spatial heads.
+            class_labels: for a model with classes, in 0..num_classes, where the last means "no label": (B,), or with
+                `num_images` (B, 1 + I), the video's label and each image's own.
+            text_embeds: for a model with texts, pooled embeddings (B, text_dim) or (B, 1 + I, text_dim).
+            num_images: I; the last I of the F frames are independent images, not frames of the video: they pass the
+                spatial modules only (Sec. 3.6), in Variant 4 the spatial heads.
             use_temporal: False treats every frame as an image (A.4).
-            return_dict: a `TransformerOutput`, or a tuple.
-            modulation: what `modulate` gives for these timesteps and conditions, computed before; not with images.
+            return_dict: return a `TransformerOutput` rather than a tuple.
+            modulation: the output of `modulate` for these timesteps and conditions, if it is known; not with images.
 
         Raises:
-            ValueError: for latents or conditions that this model does not take, or images where the patch embedding
-                is `compression`.
+            ValueError: for latents or conditions that do not fit the model, or images if the patch embedding is
+                `compression`.
         """
-        self._check(latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
+        check_inputs(self.config, latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
         if modulation is not None and num_images:
-            raise ValueError(f"modulation was given, and num_images is {num_images}, but must be 0 beside it")
-        conditions: list[torch.Tensor] = []
-        if modulation is None:
-            own = self._own_condition(class_labels, text_embeds)  # (B, R, D)
-            conditions = [self.t_embedder(timesteps.expand(latents.shape[0]))[:, None]]  # (B, 1, D)
-            conditions += [] if own is None else [own]
-
+            raise ValueError(f"num_images is {num_images}, but must be 0 with modulation")
         x = self.x_embedder(latents)  # (B, T, N, D)
         x = x + self.pos_embed[:, None].to(x.dtype)  # (B, T, N, D)
-        frames = self._frames(x, num_images if self.y_embedder is not None else 0, num_images, use_temporal)
-        condition = None
-        num_tokens = 0
+        frames = self._frame_layout(x, num_images, use_temporal)
+        condition, num_tokens = None, 0
         vectors: list[torch.Tensor | None] = [None] * (len(self.blocks) + 1)
         if modulation is not None:
             vectors = [tensor[:, None, None] for tensor in modulation]  # (B, 1, 1, 6 D), the last one (B, 1, 1, 2 D)
-        elif self.config["conditioning"] == "s_adaln":
-            condition = sum(conditions[1:], conditions[0])[:, :, None]  # (B, R, 1, D)
         else:
-            num_tokens = len(conditions)
-            x = torch.cat([self._tokens(conditions, x.shape[1], frames), x], dim=2)  # (B, T, K + N, D)
+            embedded = self._embed_conditions(timesteps.expand(len(x)), class_labels, text_embeds)  # (B, 1 or R, D)
+            if self.config["conditioning"] == "s_adaln":
+                condition = sum(embedded[1:], embedded[0])[:, :, None]  # (B, R, 1, D)
+            else:
+                tokens = self._condition_tokens(embedded, x.shape[1], frames)  # (B, T, K, D)
+                num_tokens = tokens.shape[2]
+                x = torch.cat([tokens, x], dim=2)  # (B, T, K + N, D)
         for index, block in enumerate(self.blocks):
             if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
                 x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
@@ -303,66 +267,69 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         class_labels: torch.Tensor | None = None,
         text_embeds: torch.Tensor | None = None,
     ) -> list[torch.Tensor] | None:
-        """S-AdaLN's vectors of several timesteps at once.
+        """Computes S-AdaLN's vectors for several timesteps at once.
 
-        They hold a third of the weights of a model, which an evaluation reads for a handful of rows: a sampler, who
-        knows its timesteps, has them read once for many.
+        The layers that compute them hold a third of a model's weights, and an evaluation reads them for only a handful
+        of rows. A sampler knows its timesteps in advance, so it can read them once for many evaluations.
 
         Args:
-            timesteps: (S,).
-            class_labels: (B,), as `forward` takes them.
+            timesteps: (M,).
+            class_labels: (B,), as in `forward`.
             text_embeds: (B, text_dim).
 
         Returns:
-            For each block (S, B, 6 D), for the decoder (S, B, 2 D); the slices of a timestep are `forward`'s
-            `modulation`. None for a model of another conditioning.
+            One tensor (M, B, 6 D) per block, then (M, B, 2 D) for the decoder; their slices at a timestep are
+            `forward`'s `modulation`. None for a model with other conditioning.
         """
         if self.config["conditioning"] != "s_adaln":
             return None
-        condition = self.t_embedder(timesteps)[:, None]  # (S, 1, D)
-        own = self._own_condition(class_labels, text_embeds)  # (B, 1, D)
-        if own is not None:
-            condition = condition + own[:, 0]  # (S, B, D)
+        embedded = self._embed_conditions(timesteps, class_labels, text_embeds)  # (M, 1, D), (B, 1, D)
+        condition = embedded[0]
+        if len(embedded) > 1:
+            condition = condition + embedded[1][:, 0]  # (M, B, D)
         return [module.adaLN_modulation(condition) for module in (*self.blocks, self.final_layer)]
 
-    def _own_condition(
-        self, class_labels: torch.Tensor | None, text_embeds: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Vectors of what each sample is conditioned on, (B, R, D); None for a model without conditions."""
-        given = class_labels if isinstance(self.y_embedder, LabelEmbedder) else text_embeds
-        if self.y_embedder is None or given is None:
-            return None
-        one = given.ndim == (1 if isinstance(self.y_embedder, LabelEmbedder) else 2)
-        return self.y_embedder(given[:, None] if one else given)
+    def _embed_conditions(
+        self, timesteps: torch.Tensor, class_labels: torch.Tensor | None, text_embeds: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Embeds the timesteps, (M, 1, D), and for a model with classes or texts those, (B, R, D)."""
+        embedded = [self.t_embedder(timesteps)[:, None]]  # (M, 1, D)
+        has_classes = isinstance(self.y_embedder, LabelEmbedder)
+        given = class_labels if has_classes else text_embeds
+        if self.y_embedder is not None and given is not None:
+            shared = given.ndim == (1 if has_classes else 2)
+            embedded.append(self.y_embedder(given[:, None] if shared else given))  # (B, R, D)
+        return embedded
 
-    def _frames(self, x: torch.Tensor, num_conditions: int, num_images: int, use_temporal: bool) -> Frames:
-        """What the blocks are told of tokens (B, T, N, D) with `num_conditions` conditions beside the video's."""
+    def _frame_layout(self, x: torch.Tensor, num_images: int, use_temporal: bool) -> FrameLayout:
+        """Layout of the frames of tokens (B, T, N, D), the last `num_images` of which are images."""
         num_video = x.shape[1] - num_images
         rows = None
-        if num_conditions:
+        if num_images and self.y_embedder is not None:
             rows = torch.arange(1 - num_video, num_images + 1, device=x.device).clamp(min=0)  # 0 ... 0 1 ... I
         if not use_temporal:
-            return Frames(0, None, rows)
+            return FrameLayout(0, None, rows)
         rotation = None
         if self.config["temporal_position"] == "rope":
             head_size = self.config["hidden_size"] // self.config["num_heads"]
             rotation = rotary_positions(self._positions(num_video), head_size).to(x.device)
-        return Frames(num_video, rotation, rows)
+        return FrameLayout(num_video, rotation, rows)
 
     def _positions(self, num_video: int) -> np.ndarray:
+        """Positions in time of the video's frames, float64 (V,)."""
         return frame_positions(num_video, self.config["num_frames"] // self.tube_size)
 
     def _temporal_embedding(self, num_frames: int, num_video: int) -> torch.Tensor:
-        """Absolute positions of the video's frames, zero for images, (1, T, 1, D)."""
+        """Absolute positions of the video's frames, zero for images: (1, T, 1, D)."""
         table = self.temp_embed[:, :num_video]
         if num_video > self.temp_embed.shape[1]:
             table = temporal_positions(self._positions(num_video), self.config["hidden_size"]).to(table.device)
         return F.pad(table, (0, 0, 0, num_frames - num_video))[:, :, None]
 
-    def _tokens(self, conditions: list[torch.Tensor], num_frames: int, frames: Frames) -> torch.Tensor:
-        """Timestep and label, (B, 1 or R, D) each, as tokens of every frame, (B, T, K, D)."""
+    def _condition_tokens(self, embedded: list[torch.Tensor], num_frames: int, frames: FrameLayout) -> torch.Tensor:
+        """Repeats timestep and label, (B, 1 or R, D) each, as tokens of every frame, (B, T, K, D)."""
         tokens = []
-        for condition in conditions:
+        for condition in embedded:
             if frames.condition_rows is not None and condition.shape[1] > 1:
                 tokens.append(condition[:, frames.condition_rows])
             else:
@@ -370,55 +337,10 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
         return torch.stack(tokens, dim=2)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches (B, T, N, P P c) to frames (B, T, c, H, W)."""
+        """Turns patches (B, T, N, P P c) into frames (B, T, c, H, W)."""
         p = self.config["patch_size"]
         grid = self.config["sample_size"] // p
         x = patches.unflatten(-1, (p, p, -1))  # (B, T, N, P, P, c)
         x = x.unflatten(2, (grid, grid))  # (B, T, h, w, P, P, c)
         x = x.permute(0, 1, 6, 2, 4, 3, 5)  # (B, T, c, h, P, w, P)
-        return x.flatten(-2).flatten(-3, -2)
-
-    def _check(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        text_embeds: torch.Tensor | None,
-        num_images: int,
-        use_temporal: bool,
-    ) -> None:
-        size, channels, tube = self.config["sample_size"], self.config["in_channels"], self.tube_size
-        if latents.ndim != 5 or latents.shape[2:] != (channels, size, size) or not latents.shape[1]:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}, but this model takes (B, F, {channels}, {size}, {size})"
-            )
-        if timesteps.ndim:
-            _check_shape("timesteps", timesteps, (latents.shape[0],))
-        if self.temporal_upsample is not None:
-            if num_images or not use_temporal:
-                raise ValueError(
-                    "patch_embedding is compression: its tokens hold several frames of a video, so there are no images "
-                    "among them (num_images must be 0, and use_temporal true)"
-                )
-            if latents.shape[1] % tube:
-                raise ValueError(
-                    f"latents have {latents.shape[1]} frames, but must have a multiple of {tube}, a tube's"
-                )
-        if not 0 <= num_images < latents.shape[1]:
-            raise ValueError(f"num_images is {num_images}, but must be in 0..{latents.shape[1] - 1}: fewer than frames")
-        num_classes, text_dim = self.config["num_classes"], self.config["text_dim"]
-        if class_labels is not None and not num_classes:
-            kind = "has texts" if text_dim else "is unconditional"
-            raise ValueError(f"class_labels were given, but this model {kind}")
-        if text_embeds is not None and not text_dim:
-            kind = f"has {num_classes} classes" if num_classes else "is unconditional"
-            raise ValueError(f"text_embeds were given, but this model {kind}")
-        expected: tuple[int, ...] = (latents.shape[0], 1 + num_images) if num_images else (latents.shape[0],)
-        if num_classes:
-            if class_labels is None:
-                raise ValueError(f"class_labels are missing, but this model has {num_classes} classes")
-            _check_shape("class_labels", class_labels, expected)
-        if text_dim:
-            if text_embeds is None:
-                raise ValueError("text_embeds are missing, but this model has texts")
-            _check_shape("text_embeds", text_embeds, (*expected, text_dim))
+        return x.flatten(-2).flatten(-3, -2)  # (B, T, c, H, W)

@@ -1,1 +1,1 @@
-"""From noise to videos: the pipeline, its schedulers, and recipes that trade time for quality."""
+"""Sampling: the pipeline from noise to videos, its schedulers, and recipes that trade quality for time."""

@@ -1,4 +1,4 @@
-"""The model's part of a sampler's loop: guidance, conditions known ahead, and what is reused from earlier steps."""
+"""The model's part of a sampling loop: guidance, vectors computed ahead of their steps, and step caches."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.step_cache import CacheName, StepCache
 
-# Of the conditions' vectors that are computed ahead: 40 steps of two clips at XL/2.
+# Memory for S-AdaLN's vectors computed ahead: enough for 40 steps of two clips at XL/2.
 MODULATION_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (Ho & Salimans 2022), over all of the schedule or a part of it."""
+    """Classifier-free guidance (Ho & Salimans 2022), at all timesteps or in an interval of them."""
 
     scale: float = 1.0
     """1 for none; w gives `uncond + w (cond - uncond)`."""
     interval: tuple[float, float] = (0, NUM_TIMESTEPS)
-    """Timesteps, least and most, between which there is guidance; elsewhere half of the work is saved
-    (Kynkaanniemi et al. 2024)."""
+    """Lowest and highest timestep with guidance; a step without it costs half (Kynkaanniemi et al. 2024)."""
 
     def __post_init__(self) -> None:
         """Checks the interval.
 
         Raises:
-            ValueError: where it is no part of the schedule.
+            ValueError: unless it is two rising timesteps of the schedule.
         """
         low, high = self.interval
         if not 0 <= low < high <= NUM_TIMESTEPS:
@@ -41,12 +40,12 @@ class Guidance:
             )
 
     def at(self, timestep: float) -> bool:
-        """Whether a timestep is guided."""
+        """Whether there is guidance at a timestep."""
         return self.scale != 1.0 and self.interval[0] <= timestep <= self.interval[1]
 
 
 class Denoiser:
-    """Evaluates a model at the steps of one loop, in their order."""
+    """Evaluates a model at the steps of one sampling loop, in their order."""
 
     def __init__(
         self,
@@ -63,19 +62,22 @@ class Denoiser:
 
         Args:
             model: the transformer.
-            timesteps: (S,), falling.
-            class_labels: (B,), or with guidance (2 B,), the second half "no label".
-            text_embeds: the same for texts.
-            guidance: of the loop.
+            timesteps: timesteps of the loop, falling, (S,).
+            class_labels: int64 (B,), or with guidance (2 B,), whose second half is "no label".
+            text_embeds: float32 (B, text_dim), or with guidance (2 B, text_dim), whose second half is the negative one.
+            guidance: guidance of the loop.
             use_temporal: see `LavitaTransformer3DModel.forward`.
-            precision: see `runtime.autocast`.
-            cache: what steps reuse.
+            precision: see `core.precision.autocast`.
+            cache: see `StepCache`; by default none.
+
+        Raises:
+            ValueError: for a cache that is unknown or does not work with this model.
         """
         self._model, self._timesteps = model, timesteps
         self._labels, self._texts = class_labels, text_embeds
         self._use_temporal, self._precision = use_temporal, precision
         self._cache = None if cache is None else StepCache(cache, model)
-        self._times = timesteps.tolist()
+        self._times: list[float] = timesteps.tolist()
         self._scale = guidance.scale
         self._guided = [guidance.at(timestep) for timestep in self._times]
         self._window = range(0)
@@ -83,22 +85,24 @@ class Denoiser:
 
     @contextmanager
     def loop(self) -> Iterator[None]:
-        """Surrounds the evaluations; what a cache keeps is freed at the end."""
+        """Surrounds the evaluations of the loop; afterwards the model is as before."""
         try:
             yield
         finally:
             if self._cache is not None:
                 self._cache.end()
 
-    @property
-    def samples(self) -> int:
-        """Samples that the transformer evaluates for each video in all: 2 a guided step, 1 another."""
-        return sum(2 if guided else 1 for guided in self._guided)
-
     def __call__(self, index: int, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prediction for noisy latents (B, F, C, H, W) at step `index`, and its variance, which may be empty.
+        """Predicts the noise (or velocity) of latents at a step, and its variance.
 
-        Both halves of a guided step go through the network as one batch; the variance is the conditional one's.
+        The conditional and unconditional halves of a guided step are one batch; the variance is the conditional one's.
+
+        Args:
+            index: number of the step.
+            latents: noisy latents (B, F, C, H, W).
+
+        Returns:
+            Prediction and variance, float32 (B, F, C, H, W); the variance has C = 0 if the model predicts none.
         """
         batch, channels, guided = latents.shape[0], latents.shape[2], self._guided[index]
         cache, timestep = self._cache, self._times[index]
@@ -125,7 +129,7 @@ class Denoiser:
         return prediction, variance[:batch]
 
     def _modulation_at(self, index: int) -> list[torch.Tensor] | None:
-        """The conditions' vectors of a step; they are computed for many steps at a time."""
+        """S-AdaLN's vectors at a step, computed for as many steps at a time as MODULATION_BYTES allows."""
         if index not in self._window:
             config = self._model.config
             given = next((given for given in (self._labels, self._texts) if given is not None), None)

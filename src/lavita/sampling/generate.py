@@ -1,10 +1,9 @@
-"""Generates a folder of videos from a model, one seed a video."""
+"""Generates a folder of videos from a model, one per class or prompt and seed."""
 
 from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from diffusers import ConfigMixin
 from PIL import Image
 
+from lavita.core.files import replacing, write_text
 from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
@@ -30,10 +30,10 @@ from lavita.video.writing import write_video
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-3` or `1,5,9` or both to numbers, in the order given.
+    """Parses seeds such as `0-3`, `1,5,9` or `0-3,9`, in the order given.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for another text, or an empty range.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -47,7 +47,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 class Job(NamedTuple):
-    """One video to make."""
+    """One video to generate."""
 
     path: Path
     seed: int
@@ -75,33 +75,33 @@ def generate(
 ) -> list[Path]:
     """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`.
 
-    A video depends on its class or prompt and its seed alone, not on the batch that it is made in. Files that are there
-    already are left alone; `out/generation.json` records how they were made, and a folder never holds two kinds.
+    A video depends only on its class or prompt and its seed, not on its batch. Existing files are kept.
+    `out/generation.json` records how the videos were made; a folder never mixes videos made in different ways.
 
     Args:
         model: pipeline folder, hub id, or `builtin`.
-        out: folder; made if missing.
-        classes: `all`, or names or numbers, comma separated.
+        out: folder for the videos; made if missing.
+        classes: `all`, or names or numbers of classes, separated by commas.
         prompts: texts for a text-conditional model.
-        prompt_table: a table of prompts, as `captions.read_captions` reads it; the videos of a row are written to
+        prompt_table: table of prompts, in a format of `captions.read_captions`; the videos of a row are written to
             `out/<file without its suffix>-<seed>.mp4`.
         seeds: see `parse_seeds`.
-        recipe: sampler, steps, guidance and what makes them faster.
-        num_frames: length; by default that of the training clips.
+        recipe: sampler, steps, guidance, and what makes sampling faster.
+        num_frames: length of the videos; by default that of the training clips.
         images: write single images, `.png`, from the model without its temporal modules (A.4).
-        adapter: folder of low-rank adapters that were trained on this model, in peft's layout.
-        adapter_scale: how much of their change is added.
-        batch_size: videos at once.
-        suffix: `.mp4`, `.gif`, or `.mkv`, which loses nothing.
-        device: see `runtime.pick_device`.
-        team: processes that share the batches; they write the files that one would.
+        adapter: folder of low-rank adapters trained on this model, in peft's layout.
+        adapter_scale: weight of the adapters.
+        batch_size: number of videos per batch.
+        suffix: `.mp4`, `.gif`, or the lossless `.mkv`.
+        device: see `core.precision.pick_device`.
+        team: processes that share the batches; the files are those that one process would write.
 
     Returns:
-        All the files asked for, written now or before, once all processes are done.
+        All requested files, written now or before, once all processes have finished.
 
     Raises:
-        ValueError: for a model, class, prompt, seed or length that does not exist or fit, or a folder whose videos were
-            made in another way.
+        ValueError: if the model, a class, a prompt, a seed or the length does not exist or does not fit, or the folder
+            holds videos made in another way.
     """
     numbers = parse_seeds(seeds)
     if batch_size < 1:
@@ -113,7 +113,7 @@ def generate(
     if adapter is not None:
         apply_adapter(pipeline.transformer, adapter, adapter_scale)
     config = pipeline.transformer.config
-    jobs = _plan(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
+    jobs = _plan_jobs(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
     if images:
         num_frames = 1
 
@@ -129,12 +129,12 @@ def generate(
     check_generation(out, settings)
     options = recipe.prepare(pipeline)
     team = team or Processes()
-    # Whole batches of the whole list: a file is the same to the bit whoever makes it, and when.
+    # Batches never depend on what exists or on the number of processes, so files are identical to the bit.
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
     todo = team.share([batch for batch in batches if not all(job.path.exists() for job in batch)])
-    team.wait()  # all have looked before the first one writes
+    team.wait()  # until all processes have looked for existing files
     progress = Progress("image" if images else "video", sum(map(len, todo)), active=team.is_first)
-    # Files are written while the next batch is sampled.
+    # A batch is written while the next one is sampled.
     with ThreadPoolExecutor(max_workers=1) as writer:
         writing: Future[None] | None = None
         for batch in todo:
@@ -163,15 +163,13 @@ def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> N
         if job.path.exists():
             continue
         if job.path.suffix == ".png":
-            job.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = job.path.with_name(f".{job.path.name}")
-            Image.fromarray(frames[0]).save(partial)
-            partial.replace(job.path)
+            with replacing(job.path) as partial:
+                Image.fromarray(frames[0]).save(partial)
         else:
             write_video(job.path, frames, fps)
 
 
-def _plan(
+def _plan_jobs(
     config: ConfigMixin,
     out: Path,
     suffix: str,
@@ -180,7 +178,7 @@ def _plan(
     prompts: Sequence[str],
     prompt_table: Path | None,
 ) -> list[Job]:
-    """What to make, for a model with classes, with texts, or with neither."""
+    """Lists the videos to generate with a class-conditional, a text-conditional or an unconditional model."""
     if (prompts or prompt_table is not None) and not config["text_dim"]:
         raise ValueError("a prompt was given, but this model has no texts")
     if config["num_classes"]:
@@ -196,7 +194,7 @@ def _plan(
         for file, texts in read_captions(prompt_table).items():
             stem = Path(file).with_suffix("").as_posix()
             if Path(stem).is_absolute() or ".." in Path(stem).parts:
-                raise ValueError(f"{prompt_table}: file is {file!r}, but must lie below the folder of samples")
+                raise ValueError(f"{prompt_table}: file is {file!r}, but must be inside the folder of samples")
             rows += [(f"{stem}-" if len(texts) == 1 else f"{stem}-{i}-", text) for i, text in enumerate(texts)]
     if not rows:
         raise ValueError("this model has texts: give --prompt, or a table with --prompts")
@@ -204,15 +202,15 @@ def _plan(
 
 
 def _slug(prompt: str) -> str:
-    """A folder's name from the words of a prompt."""
+    """Makes the name of a folder from the words of a prompt."""
     return "-".join(re.findall(r"\w+", prompt.lower()))[:80] or "no-prompt"
 
 
 def check_generation(out: Path, settings: dict[str, Any]) -> None:
-    """Refuses to add to a folder whose videos were made in another way.
+    """Checks that the videos in a folder were made in the same way.
 
     Raises:
-        ValueError: naming the first setting that differs.
+        ValueError: for the first setting that differs.
     """
     before = read_generation(out)
     for key in {**settings, **(before or {})}:
@@ -223,12 +221,8 @@ def check_generation(out: Path, settings: dict[str, Any]) -> None:
 
 
 def write_generation(out: Path, settings: dict[str, Any]) -> None:
-    """Records how a folder's videos are made, in `generation.json`."""
-    out.mkdir(parents=True, exist_ok=True)
-    # A name of its own, as several processes may share a folder.
-    partial = out / f".{GENERATION}-{uuid.uuid4().hex[:8]}"
-    partial.write_text(json.dumps(settings, indent=1))
-    partial.replace(out / GENERATION)
+    """Records how the videos in a folder are made, in its `generation.json`."""
+    write_text(out / GENERATION, json.dumps(settings, indent=1))
 
 
 def _parse_classes(text: str, names: list[str]) -> list[int]:

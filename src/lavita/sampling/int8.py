@@ -1,15 +1,15 @@
-"""8-bit inference on CPUs: the blocks' linear layers as products of integers.
+"""8-bit inference on CPUs: the linear layers of the blocks as products of integers.
 
-Each row of a weight (an output channel) is `scale * q`, q in -127..127. Each token is mapped, when it comes, from its
-own range [min, max] to 0..L, so that what is computed of it does not depend on the tokens beside it:
+Each row of a weight (an output channel) is `scale * q`, q in -127..127. Each token is quantized at run time from its
+own range [min, max] to 0..L, so that its result does not depend on the other tokens:
 
     x = min + step * u,  step = (max - min) / L,  u = round((x - min) / step)
     W x + b = step * scale * (q u) + min * scale * sum(q) + b
 
-The sum q u is one of integers, exact; everything after it is float32. Embedders, S-AdaLN and decoder stay as they are:
-they are few of the products, and the last word on the values.
+The sum q u is exact, since it adds integers; everything after it is float32. Embedders, S-AdaLN and decoder stay in
+float: they are a small part of the products, but their errors would reach the output unattenuated.
 
-Legend: M tokens, I values in, O values out.
+Legend: M tokens, I input features, O output features.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from torch import nn
 from lavita.models.blocks import TransformerBlock
 from lavita.models.transformer import LavitaTransformer3DModel
 
-# Below it, a range counts as none: 1 / (FLT_MIN * 255) is still a float32.
+# A step below this is raised to it, so that 1 / step is still finite in float32.
 _LEAST_STEP = torch.finfo(torch.float32).tiny
-UNSAVED = "the model is quantized to int8, which has no form on disk: save it before it is quantized"
+UNSAVED = "the model is quantized to int8 and cannot be saved: save it before it is quantized"
 
 
 def token_levels() -> int:
-    """L, the greatest u on this machine: 255 with VNNI or AMX, else 127.
+    """The largest level L on this machine: 255 with VNNI or AMX, 127 otherwise.
 
-    The older instruction, vpmaddubsw, adds two products of a byte each in 16 bits, and saturates where they are more
-    than 32767: 2 * 127 * 127 fits, 2 * 255 * 127 does not.
+    The older instruction, vpmaddubsw, adds two products of bytes in 16 bits, and saturates above 32767: 2 * 127 * 127
+    fits, 2 * 255 * 127 does not.
     """
     return 255 if torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported() else 127
 
 
 class PackedWeight:
-    """An int8 weight in oneDNN's layout, which is no form that tensors are copied, saved or compiled in.
+    """An int8 weight in oneDNN's layout, in which torch cannot copy, save or compile a tensor.
 
-    So what the compiler gets is a tensor that holds the number of the weight. The weight lives as long as the modules
-    that hold this object; a copy of a module shares it.
+    Compiled code therefore receives a tensor with the number of the weight. The weight lives as long as a module holds
+    this object; a copy of a module shares it.
     """
 
     _numbers = itertools.count()
@@ -62,19 +62,19 @@ class PackedWeight:
 
     @classmethod
     def at(cls, number: int) -> torch.Tensor:
-        """The weight of that number."""
+        """Looks up a weight by its number."""
         return cls._alive[number].tensor
 
 
 @torch.library.custom_op("lavita::int8_product", mutates_args=(), device_types="cpu")
 def int8_product(tokens: torch.Tensor, weight_number: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """`tokens @ (scale * q).T`.
+    """Computes `tokens @ (scale * q).T`.
 
-    An operator of its own, so that the weight is an input of a compiled graph, and blocks of a kind share one.
+    As a custom operator, it takes the weight as an input of the compiled graph, so that blocks of one kind share it.
 
     Args:
         tokens: uint8 (M, I), in 0..`token_levels()`.
-        weight_number: int64 (), of the `PackedWeight` q, (O, I).
+        weight_number: number of the `PackedWeight` q, (O, I); int64 ().
         weight_scale: float32 (O,).
 
     Returns:
@@ -93,7 +93,7 @@ def _(tokens: torch.Tensor, weight_number: torch.Tensor, weight_scale: torch.Ten
 
 
 class Int8Linear(nn.Module):
-    """What `nn.Linear` computes, by 8-bit integers; for inference."""
+    """`nn.Linear` in 8-bit integers, for inference."""
 
     weight_number: torch.Tensor
     weight_scale: torch.Tensor
@@ -101,7 +101,7 @@ class Int8Linear(nn.Module):
     bias: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Takes its weights from `linear`, and keeps no reference to it."""
+        """Quantizes the weights of `linear`, and keeps no reference to it."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.levels = token_levels()
@@ -117,7 +117,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) to (..., O), of the type of x; the product itself takes and gives float32."""
+        """Float (..., I) to (..., O) of the same dtype; everything around the product is computed in float32."""
         tokens = x.reshape(-1, self.in_features).float()  # (M, I)
         least, most = tokens.amin(dim=-1, keepdim=True), tokens.amax(dim=-1, keepdim=True)  # (M, 1); aminmax is slow
         step = ((most - least) / self.levels).clamp(min=_LEAST_STEP)
@@ -135,23 +135,23 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(model: LavitaTransformer3DModel) -> LavitaTransformer3DModel:
-    """Makes the linear layers of a model's blocks 8-bit, in place; the rest stays float.
+    """Quantizes the linear layers of a model's blocks to 8 bits, in place; the rest stays float.
 
-    For inference on x86 CPUs: `quantize_int8(pipe.transformer)`. The weights of the blocks' attentions and MLPs take a
-    quarter of their memory, and their float form is freed. Adapters are folded in before.
+    For inference on x86 CPUs: `quantize_int8(pipe.transformer)`. The weights of attention and MLPs then take a quarter
+    of the memory; the float weights are freed. Merge adapters before.
 
     Args:
-        model: on a CPU, in eval mode. Nothing of it takes gradients any more afterwards.
+        model: model on a CPU, in eval mode. Its parameters get `requires_grad=False`.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: for a model that is in training mode, on another device, or quantized already, or that has
-            adapters apart; or where torch has no oneDNN.
+        ValueError: if the model is in training mode, on another device, quantized already, or has unmerged adapters, or
+            if torch was built without oneDNN.
     """
     if model.training:
-        raise ValueError("the model is in training mode, but int8 is for inference: call eval() before")
+        raise ValueError("the model is in training mode, but int8 is for inference: call eval() first")
     if model.device.type != "cpu":
         raise ValueError(f"the model is on {model.device}, but int8 is for CPUs")
     if not torch.backends.mkldnn.is_available():
@@ -164,12 +164,12 @@ def quantize_int8(model: LavitaTransformer3DModel) -> LavitaTransformer3DModel:
         for parent_name, parent in parents.items():
             for name, layer in parent.named_children():
                 if isinstance(layer, Int8Linear):
-                    raise ValueError("the model is quantized to int8 already")
+                    raise ValueError("the model is already quantized to int8")
                 if type(layer) is not nn.Linear:
                     kind = type(layer).__name__
                     raise ValueError(
-                        f"blocks.{index}.{parent_name}.{name} is of {type(layer).__module__}.{kind}, but must be a "
-                        "plain linear layer: fold adapters in before"
+                        f"blocks.{index}.{parent_name}.{name} is a {type(layer).__module__}.{kind}, but must be a "
+                        "plain linear layer: merge adapters first"
                     )
                 layers.append((parent, name))
     model.requires_grad_(False)

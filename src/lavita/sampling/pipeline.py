@@ -1,8 +1,7 @@
-"""Noise -> latents -> frames: the pipeline, in diffusers' layout, and its samplers."""
+"""The pipeline from noise to latents to frames, in diffusers' layout."""
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
@@ -12,16 +11,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    SchedulerMixin,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.logging import disable_progress_bar, get_logger
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
+from lavita.core.files import replacing
+from lavita.core.names import Spacing
 from lavita.core.precision import Precision
 from lavita.models.adapters import Adapters
 from lavita.models.autoencoder import decode
@@ -29,7 +26,7 @@ from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.schedulers import Spacing, make_scheduler, set_timesteps
+from lavita.sampling.schedulers import Scheduler, denoise_step, make_scheduler, set_timesteps, uses_learned_variance
 from lavita.sampling.step_cache import CacheName
 
 logger = get_logger(__name__)
@@ -37,7 +34,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class LavitaPipelineOutput(BaseOutput):
-    """What the pipeline returns."""
+    """Output of the pipeline."""
 
     frames: npt.NDArray[np.uint8] | torch.Tensor
     """uint8 `(B, F, H, W, 3)`, or float32 latents `(B, F, C, h, w)`."""
@@ -50,26 +47,29 @@ class LavitaPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    transformer: LavitaTransformer3DModel
+    vae: AutoencoderKL
+    scheduler: Scheduler
 
     def __init__(self, transformer: LavitaTransformer3DModel, vae: AutoencoderKL, scheduler: SchedulerMixin) -> None:
-        """Puts the three together; `make_scheduler` makes the scheduler.
+        """Combines a model, the autoencoder of its latents, and a scheduler of `make_scheduler`.
 
         Raises:
-            ValueError: where the transformer's latents are not the autoencoder's, or the scheduler takes its
-                prediction for something else.
+            ValueError: if the transformer and the autoencoder differ in their latent channels, or the transformer and
+                the scheduler in the type of prediction.
         """
         super().__init__()
         channels, expected = transformer.config["in_channels"], vae.config["latent_channels"]
         if channels != expected:
-            raise ValueError(f"the transformer has {channels} latent channels, but the autoencoder {expected}")
+            raise ValueError(f"the transformer has {channels} latent channels, but the autoencoder has {expected}")
         predicted, taken = transformer.config["prediction_type"], scheduler.config["prediction_type"]
         if predicted != taken:
-            raise ValueError(f"the transformer predicts {predicted}, but the scheduler takes it for {taken}")
+            raise ValueError(f"the transformer predicts {predicted}, but the scheduler expects {taken}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self._text_encoder: TextEncoder | None = None
 
     def use_sampler(self, sampler: str, spacing: Spacing = "trailing") -> None:
-        """Replaces the scheduler by one of `SAMPLERS` that fits the model (see `make_scheduler`)."""
+        """Replaces the scheduler by another that fits the model; see `make_scheduler` for names and errors."""
         config = self.transformer.config
         self.scheduler = make_scheduler(sampler, config["learn_sigma"], config["prediction_type"], spacing)
 
@@ -96,28 +96,28 @@ class LavitaPipeline(DiffusionPipeline):
         """Generates a batch of videos.
 
         Args:
-            class_labels: a class a video, by number or name; a class-conditional model needs them.
-            prompt: a text a video; a text-conditional model needs them, or `prompt_embeds`.
-            negative_prompt: with guidance, the text to lead away from, one for all or one a video; by default the
-                empty one, which stands for "no caption".
-            prompt_embeds: pooled embeddings (B, text_dim) instead of `prompt`.
-            negative_prompt_embeds: the same instead of `negative_prompt`.
-            num_videos: how many, for an unconditional model; 1 by default.
-            num_frames: F; the model's training length by default. Longer clips are squeezed into the positions of the
-                trained length (`embeddings.frame_positions`), which a warning says.
-            num_inference_steps: network evaluations (twice as many samples of them with guidance).
+            class_labels: one class per video, by number or name; required by a class-conditional model.
+            prompt: one text per video; a text-conditional model requires them or `prompt_embeds`.
+            negative_prompt: with guidance, the text to steer away from, one for all videos or one per video; the
+                default, the empty text, means "no caption".
+            prompt_embeds: pooled embeddings (B, text_dim), instead of `prompt`.
+            negative_prompt_embeds: pooled embeddings (B, text_dim), instead of `negative_prompt`.
+            num_videos: number of videos of an unconditional model; 1 by default.
+            num_frames: F; by default the length of the training clips. Positions of longer clips are interpolated
+                (see `embeddings.frame_positions`), with a warning.
+            num_inference_steps: steps; each is one evaluation of the network, on twice the batch with guidance.
             guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
-            guidance_interval: timesteps between which there is guidance; all by default (see `denoising.Guidance`).
+            guidance_interval: lowest and highest timestep with guidance; by default all (see `denoiser.Guidance`).
             use_temporal: False leaves the temporal modules out: every frame is an image of its own (A.4).
-            generator: one for all, or one a video, so that a video depends on its own alone; CPU generators give
-                the same noise on every device.
-            latents: initial noise (B, F, C, h, w) instead of the generator's.
-            output_type: `uint8` frames or scaled `latent`s.
-            precision: see `runtime.autocast`.
-            cache: what steps reuse of earlier ones (see `step_cache`); by default nothing.
+            generator: one for all videos, or one per video, so that a video depends on its own generator only. CPU
+                generators give the same noise on every device.
+            latents: initial noise (B, F, C, h, w), instead of noise from the generator.
+            output_type: `uint8` frames, or scaled `latent`s.
+            precision: see `core.precision.autocast`.
+            cache: step cache that reuses parts of earlier evaluations (see `StepCache`); by default none.
 
         Raises:
-            ValueError: for labels, lengths or a guidance that do not fit the model.
+            ValueError: if an argument does not fit the model, or arguments do not fit together.
         """
         config = self.transformer.config
         device = self.transformer.device
@@ -132,7 +132,7 @@ class LavitaPipeline(DiffusionPipeline):
         if guidance_interval is not None and not guided:
             raise ValueError("guidance_interval has no effect with a guidance_scale of 1")
         if batch < 1:
-            raise ValueError(f"{batch} videos were asked for, but a call makes at least 1")
+            raise ValueError(f"{batch} videos were asked for, but must be at least 1")
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator has {len(generator)} generators, but this call makes {batch} videos")
         size, channels = config["sample_size"], config["in_channels"]
@@ -152,27 +152,27 @@ class LavitaPipeline(DiffusionPipeline):
         denoiser = Denoiser(
             self.transformer, timesteps, label_tensor, text_tensor, guidance, use_temporal, precision, cache
         )
-        learned_variance = getattr(self.scheduler.config, "variance_type", None) == "learned_range"
-        # Schedulers split noise from variance, and draw a sample's noise, along the second axis: (B, C, F, h, w).
-        state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma
-        draws = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if draws else {}
+        learned_variance = uses_learned_variance(self.scheduler)
+        state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma  # (B, C, F, h, w)
         with denoiser.loop():
             for index, timestep in enumerate(self.progress_bar(timesteps)):
-                scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)
+                scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)  # (B, F, C, h, w)
                 prediction, variance = denoiser(index, scaled)
                 if learned_variance:
                     prediction = torch.cat([prediction, variance], dim=2)
-                state = self.scheduler.step(prediction.transpose(1, 2), timestep, state, **extra).prev_sample
+                state = denoise_step(self.scheduler, prediction.transpose(1, 2), timestep, state, generator)
         latents = state.transpose(1, 2)
         result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
         return LavitaPipelineOutput(frames=result)
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Pooled embeddings of texts by the model's text encoder, float32 (B, text_dim); it is loaded once.
+        """Embeds texts with the model's text encoder, which is loaded once.
+
+        Returns:
+            Pooled embeddings, float32 (B, text_dim).
 
         Raises:
-            ValueError: where the model has no texts, or its encoder cannot be loaded.
+            ValueError: if the model is not text-conditional, or its encoder cannot be loaded.
         """
         config = self.transformer.config
         if not config["text_dim"]:
@@ -189,7 +189,7 @@ class LavitaPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None,
         guided: bool,
     ) -> list[torch.Tensor] | None:
-        """Embeddings of the prompts, and with guidance those of the negative ones, (B, text_dim) each."""
+        """Embeddings of the prompts, and with guidance of the negative prompts, (B, text_dim) each."""
         text_dim = self.transformer.config["text_dim"]
         if not text_dim:
             if prompt is not None or prompt_embeds is not None:
@@ -218,7 +218,7 @@ class LavitaPipeline(DiffusionPipeline):
                 raise ValueError("class_labels were given, but this model is unconditional")
             return None
         if class_labels is None or isinstance(class_labels, str):
-            raise ValueError(f"class_labels is {class_labels!r}, but this model needs a list, one class a video")
+            raise ValueError(f"class_labels is {class_labels!r}, but this model needs a list, one class per video")
         known = ", ".join(names) if names else f"0..{num_classes - 1}"
         labels = []
         for label in class_labels:
@@ -257,7 +257,15 @@ class LavitaPipeline(DiffusionPipeline):
 
 
 def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> LavitaPipeline:
-    """Loads a pipeline folder (or hub id) in float32; ValueError, in one line, where it is none."""
+    """Loads a pipeline in float32, for inference.
+
+    Args:
+        source: folder or hub id.
+        device: device to load it to.
+
+    Raises:
+        ValueError: if there is no complete pipeline.
+    """
     folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").exists():
         raise ValueError(f"{source}: holds no pipeline (no model_index.json in it)")
@@ -276,7 +284,7 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
 
 
 def make_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL) -> LavitaPipeline:
-    """The pipeline of a model, with UniPC as its sampler."""
+    """Makes the pipeline of a model, with UniPC as its sampler."""
     scheduler = make_scheduler("unipc", model.config["learn_sigma"], model.config["prediction_type"])
     pipeline = LavitaPipeline(model, vae, scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -284,20 +292,22 @@ def make_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL) -> Lavita
 
 
 def save_pipeline(pipeline: LavitaPipeline, folder: Path, adapters: Adapters | None = None) -> None:
-    """Saves a pipeline in diffusers' layout, and adapters in `lora` below, replacing an older one whole."""
-    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        pipeline.save_pretrained(partial)
-        if adapters is not None:
-            adapters.save(partial / "lora")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(f"{partial}: {error}") from error  # its writer's own kind for a full disk
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
+    """Saves a pipeline in diffusers' layout, and adapters in its folder `lora`.
+
+    An older pipeline in the folder is replaced as a whole, and kept if saving fails.
+
+    Raises:
+        OSError: if the disk is full or cannot be written.
+    """
+    old = folder.with_name(f"{folder.name}.old")
+    with replacing(folder) as partial:
+        try:
+            pipeline.save_pretrained(partial)
+            if adapters is not None:
+                adapters.save(partial / "lora")
+        except SafetensorError as error:  # its writer's error for a full disk
+            raise OSError(f"{partial}: {error}") from error
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
     shutil.rmtree(old, ignore_errors=True)

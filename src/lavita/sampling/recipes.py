@@ -1,4 +1,4 @@
-"""How a model is sampled: sampler, steps and guidance, and what makes it faster at a price."""
+"""Recipes: sampler, steps, guidance, and what makes sampling faster at a price."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Literal, get_args
 
 from diffusers import ConfigMixin
 
+from lavita.core.names import Spacing
 from lavita.core.precision import low_precision, store_linear_weights
 from lavita.models.compilation import compile_blocks
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.sampling.schedulers import Spacing
 from lavita.sampling.step_cache import CacheName, check_cache
 
 DEFAULT_GUIDANCE = 1.5
@@ -20,27 +20,27 @@ Quantization = Literal["int8"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a video beside model, class or prompt, length and seed."""
+    """Everything that decides a video besides the model, the class or prompt, the length and the seed."""
 
     sampler: str = "unipc"
-    """One of `pipeline.SAMPLERS`."""
+    """One of `schedulers.SAMPLERS`."""
     steps: int | None = None
-    """Network evaluations; by default 25, and 250 for ddpm."""
+    """Number of steps; by default 25, with ddpm 250."""
     spacing: Spacing = "trailing"
-    """Where the steps lie (see `pipeline.make_scheduler`)."""
+    """Positions of the steps (see `schedulers.make_scheduler`)."""
     guidance_scale: float | None = None
-    """1 for none; by default 1.5 for a model with classes or texts."""
+    """1 for none; by default 1.5 for a class- or text-conditional model."""
     guidance_interval: tuple[float, float] | None = None
-    """Timesteps between which there is guidance; by default all."""
+    """Lowest and highest timestep with guidance; by default all."""
     cache: CacheName | None = None
-    """What steps reuse of earlier ones (see `step_cache`); by default nothing."""
+    """Step cache that reuses parts of earlier evaluations (see `step_cache.StepCache`); by default none."""
     quantize: Quantization | None = None
-    """`int8` computes the blocks' linear layers in 8 bits (see `quantization`), on a CPU."""
+    """`int8` computes the linear layers of the blocks in 8 bits, on a CPU (see `int8`)."""
     compiled: bool = False
-    """Compile the blocks first (see `compiled`); changes videos by rounding."""
+    """Compile the blocks first (see `models.compilation`); this changes videos by rounding."""
 
     def __post_init__(self) -> None:
-        """Checks what needs no model.
+        """Checks the fields that need no model.
 
         Raises:
             ValueError: for an unknown name, or a cache that does not work with compiled blocks.
@@ -50,23 +50,23 @@ class Recipe:
         if self.cache is not None:
             check_cache(self.cache, self.compiled)
 
-    def changed(self, **given: Any) -> Recipe:
-        """Another one with the values that are not None."""
-        return replace(self, **{key: value for key, value in given.items() if value is not None})
+    def changed(self, **fields: Any) -> Recipe:
+        """A copy with some fields replaced, those that are not None."""
+        return replace(self, **{name: value for name, value in fields.items() if value is not None})
 
     @property
     def num_steps(self) -> int:
-        """Network evaluations."""
+        """Number of steps, with the default filled in."""
         return self.steps if self.steps is not None else 250 if self.sampler == "ddpm" else 25
 
     def scale(self, config: ConfigMixin) -> float:
-        """The guidance scale for a transformer of that configuration."""
+        """Guidance scale for a transformer with this configuration, with the default filled in."""
         if self.guidance_scale is not None:
             return self.guidance_scale
         return DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
 
     def settings(self, config: ConfigMixin) -> dict[str, Any]:
-        """What a folder of samples records: the usual values always, the others where they are not the usual ones."""
+        """The record in a folder of samples: sampler, steps and guidance always, the rest if it is not the default."""
         optional = {
             "spacing": self.spacing if self.spacing != "trailing" else None,
             "guidance_interval": self.guidance_interval and list(self.guidance_interval),
@@ -75,16 +75,19 @@ class Recipe:
             "compiled": self.compiled or None,
         }
         always = {"sampler": self.sampler, "steps": self.num_steps, "guidance_scale": self.scale(config)}
-        return always | {key: value for key, value in optional.items() if value is not None}
+        return always | {name: value for name, value in optional.items() if value is not None}
 
     def prepare(self, pipeline: LavitaPipeline) -> dict[str, Any]:
-        """Makes a pipeline ready for calls of precision `auto`, and returns what each of its calls is given.
+        """Prepares a pipeline for sampling with this recipe in precision `auto`.
 
         Args:
             pipeline: changed in place, for good.
 
+        Returns:
+            Arguments for each call of the pipeline.
+
         Raises:
-            ValueError: for what does not suit the model or the machine.
+            ValueError: if a field does not suit the model or the machine.
         """
         pipeline.use_sampler(self.sampler, self.spacing)
         if self.quantize is not None:
@@ -108,7 +111,11 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """One of `RECIPES`; ValueError for another name."""
+    """Looks up one of `RECIPES`.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     if name not in RECIPES:
         raise ValueError(f"recipe is {name!r}; allowed: {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -18,7 +18,8 @@ from lavita.models.packaged import autoencoder_source
 from lavita.models.pretrained.transfer import initialize
 from lavita.models.text_encoder import load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.studies.memory import Peak, Precision, Setting, available_memory, training_memory
+from lavita.studies.live_storages import Peak
+from lavita.studies.memory import Precision, Setting, available_memory, training_memory
 from lavita.training.batches import BatchMaker
 from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig

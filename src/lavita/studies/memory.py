@@ -1,8 +1,8 @@
-"""What training and sampling occupy at their peak, found by rehearsing them on tensors without numbers.
+"""Predicts the peak memory of training and sampling by rehearsing them on tensors without data.
 
-A rehearsal runs the real code, step by step, under `FakeTensorMode`, and follows which storages are alive. So the
-peak is that of the code as it is: which tensors autograd keeps, which kernel of attention is chosen, what the optimizer
-makes on the way. It takes seconds and no memory, whatever the size.
+A rehearsal runs the real code, step by step, under `FakeTensorMode`, and tracks which storages are alive. The peak
+therefore follows the code as it is: which tensors autograd keeps, which attention kernel is chosen, which temporary
+tensors the optimizer makes. A rehearsal takes seconds and hardly any memory, whatever the size of the model.
 
 Legend: B batch, F frames (a clip's, then images), C channels, H W latent size.
 """
@@ -10,11 +10,9 @@ Legend: B batch, F frames (a clip's, then images), C channels, H W latent size.
 from __future__ import annotations
 
 import math
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +22,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lavita.core.precision import store_linear_weights
-from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER, downsampling, frames_at_once, pieces
+from lavita.models.autoencoder import downsampling, frames_at_once, pieces
 from lavita.models.autoencoder_cpu import decode_pixels
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
-from lavita.models.packaged import model_source
+from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.studies.live_storages import (
+    AUTOENCODER,
+    AVERAGE,
+    BATCH,
+    EXCHANGE,
+    GRADIENTS,
+    OPTIMIZER,
+    PARTS,
+    WEIGHTS,
+    LiveStorages,
+    Peak,
+    tensors_in,
+)
 from lavita.training.batches import Batch
 from lavita.training.config import TrainConfig
 from lavita.training.state import TrainState
@@ -43,32 +52,22 @@ Precision = Literal["fp32", "bf16", "fp16"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-WEIGHTS = "weights"
-GRADIENTS = "gradients"
-OPTIMIZER = "optimizer's state"
-AVERAGE = "moving average"
-BATCH = "batch"
-EXCHANGE = "exchange of processes"
-AUTOENCODER = "autoencoder"
-ACTIVATIONS = "activations and temporaries"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, AUTOENCODER, BATCH, EXCHANGE, ACTIVATIONS)
-
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained, as far as memory goes."""
+    """How a model is trained, as far as it matters for memory."""
 
     optimizer: Optimizer = "adamw"
     gradient_checkpointing: Checkpointing = False
     precision: Precision = "fp32"
     accumulation: int = 1
-    """Micro-batches of a step."""
+    """Micro-batches per step."""
     processes: int = 1
     sharded: bool = False
-    """FSDP2 over the processes; else each has a whole model (DDP)."""
+    """Shard the model over the processes (FSDP2) instead of copying it to each (DDP)."""
 
     def __post_init__(self) -> None:
-        """Refuses what training would refuse."""
+        """Refuses what training would refuse; ValueError names the field."""
         for name, value, allowed in (
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("precision", self.precision, tuple(PRECISIONS)),
@@ -79,87 +78,20 @@ class Setting:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.sharded and self.processes == 1:
-            raise ValueError("sharded is set, but processes is 1: there is nothing to share with")
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The moment of a process's highest memory."""
-
-    phase: str
-    """What it was doing."""
-    parts: dict[str, int]
-    """Bytes that were alive, by what they were for, see `PARTS`."""
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(self.parts.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON-able values."""
-        return {**asdict(self), "total": self.total}
-
-
-class LiveStorages(TorchDispatchMode):
-    """Follows which storages the operations within make, and until when they live, and keeps the highest moment."""
-
-    def __init__(self) -> None:
-        """Knows of nothing yet: `name` tells it what is alive already."""
-        super().__init__()
-        self.phase = ""
-        self.peak = Peak("", {})
-        self._alive: dict[int, tuple[str, int, Any]] = {}  # with a reference that tells when the storage dies
-        self._bytes: Counter[str] = Counter()
-        self._highest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0  # read by `Tensor.item`; without numbers, any finite value will do
-        result = func(*args, **(kwargs or {}))
-        self.name(ACTIVATIONS, _tensors(result), keep=True)
-        self._look()
-        return result
-
-    def name(self, part: str, tensors: Iterable[torch.Tensor], keep: bool = False) -> None:
-        """Says what the storages of tensors are for; `keep` leaves those that have a name."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            known = self._alive.get(key)
-            if known is not None and keep:
-                continue
-            self._forget(key)
-            size = storage.nbytes()
-            self._alive[key] = (part, size, weakref.ref(storage, lambda _, key=key: self._forget(key)))  # type: ignore[misc]
-            self._bytes[part] += size
-
-    def begin(self, phase: str) -> None:
-        """What comes now is a phase of that name."""
-        self.phase = phase
-
-    def restart(self) -> None:
-        """Forgets the highest moment so far."""
-        self._highest, self.peak = 0, Peak("", {})
-        self._look()
-
-    def _forget(self, key: int) -> None:
-        if (known := self._alive.pop(key, None)) is not None:
-            self._bytes[known[0]] -= known[1]
-
-    def _look(self) -> None:
-        total = sum(self._bytes.values())
-        if total > self._highest:
-            self._highest = total
-            phase = "backward pass" if torch._C._current_graph_task_id() >= 0 else self.phase
-            self.peak = Peak(phase, {part: self._bytes[part] for part in PARTS if self._bytes[part]})
+            raise ValueError("sharded is set, but processes is 1: there is nothing to shard over")
 
 
 @contextmanager
 def meta_model(
     config: Mapping[str, Any], batch_size: int, num_frames: int | None, num_images: int
 ) -> Iterator[tuple[LavitaTransformer3DModel, dict[str, Any]]]:
-    """A model in training mode and arguments of its forward pass, all without numbers while the context lasts.
+    """A model in training mode and the arguments of its forward pass, as tensors without data within the context.
+
+    Args:
+        config: fields of the model's constructor.
+        batch_size: B.
+        num_frames: frames of the clip; by default those of the configuration.
+        num_images: images that follow it.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -171,7 +103,7 @@ def meta_model(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}")
-    # Positions come from numpy, as real tensors.
+    # The positions are real tensors: they come from numpy.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: LavitaTransformer3DModel = LavitaTransformer3DModel.from_config(dict(config)).train()
         channels, size = model.config["in_channels"], model.config["sample_size"]
@@ -196,30 +128,30 @@ def training_memory(
     num_images: int = 0,
     setting: Setting | None = None,
 ) -> Peak:
-    """The peak of a training step after the first, in one process.
+    """The peak of a training step after the first one, in one process.
 
-    The weights are fp32 in any precision. Not in it: the autoencoder, what the allocator and the libraries keep for
-    themselves, and what the process occupies before a model is built.
+    The weights are fp32 in any precision. Not included are the autoencoder, memory that the allocator and the libraries
+    keep for themselves, and what the process uses before a model is built.
 
     Args:
         config: fields of the model's constructor, for example `model.config`.
-        batch_size: B, clips of one pass in this process: of a step's, the share of a process and micro-batch.
-        num_frames: of the clip; the configuration's by default.
-        num_images: images that follow it, each with a condition of its own in a conditional model.
-        setting: how it is trained; `Setting()` by default.
+        batch_size: B, clips per micro-batch and process.
+        num_frames: frames of the clip; by default those of the configuration.
+        num_images: images that follow it, each with its own condition in a conditional model.
+        setting: how the model is trained; by default `Setting()`.
 
     Raises:
         ValueError: for sizes that do not fit together.
     """
     setting = setting or Setting()
-    # Two micro-batches are as many as it takes: the second one finds the gradients of the first.
+    # Two micro-batches are enough: the second one finds the gradients of the first.
     clips = batch_size * min(setting.accumulation, 2)
     with meta_model(config, clips, num_frames, num_images) as (model, inputs), LiveStorages() as live:
         peak = _rehearse_training(model, inputs, setting, live)
     if setting.sharded:
         return _share(peak, model, setting.processes)
     if setting.processes > 1:
-        # DDP copies the gradients into buckets that the processes add up.
+        # DDP copies the gradients into buckets that are summed over the processes.
         return replace(peak, parts={**peak.parts, EXCHANGE: _bytes_of(model.parameters())})
     return peak
 
@@ -235,12 +167,12 @@ def sampling_memory(
     """The peak of sampling a batch of videos and decoding their frames, in one process.
 
     Args:
-        config: as `training_memory` takes it.
-        batch_size: videos at once.
-        num_frames: of a video; the configuration's by default.
+        config: as for `training_memory`.
+        batch_size: videos sampled at once.
+        num_frames: frames of a video; by default those of the configuration.
         guidance: classifier-free guidance, which evaluates every video twice at once.
-        precision: of the matrix products.
-        autoencoder: fields of the `AutoencoderKL`; Stable Diffusion's by default.
+        precision: precision of the matrix products.
+        autoencoder: fields of the `AutoencoderKL`; by default those of Stable Diffusion's.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -252,9 +184,9 @@ def sampling_memory(
         store_linear_weights(model.eval().blocks, PRECISIONS[precision])
         live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
         live.name(AUTOENCODER, (*vae.parameters(), *vae.buffers()))
-        # The state, and what the solver remembers of two steps.
+        # The state, and two earlier steps that the solver remembers.
         state = [torch.zeros_like(inputs["latents"][:batch_size]) for _ in range(3)]
-        live.name(BATCH, (*_tensors(inputs), *state))
+        live.name(BATCH, (*tensors_in(inputs), *state))
         live.restart()
         live.begin("transformer")
         with _autocast(setting.precision):
@@ -263,7 +195,7 @@ def sampling_memory(
         live.begin("decoder")
         flat = state[0].flatten(0, 1)
         frames: list[torch.Tensor] = []
-        # Its activations may overflow in fp16: it computes in float32 then.
+        # The decoder's activations may overflow in fp16: it then computes in float32.
         decoded: Precision = "fp32" if setting.precision == "fp16" else setting.precision
         at_once = frames_at_once(flat.device, flat.shape[-1] * downsampling(vae))
         for numbers in pieces(len(flat), at_once, flat.device):
@@ -286,26 +218,29 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def autoencoder_config(name: str, latent_channels: int) -> dict[str, Any]:
-    """The autoencoder that decodes a model's samples: the one in its folder, else one like Stable Diffusion's.
+    """The autoencoder that decodes a model's samples: the one in its folder, or one like Stable Diffusion's.
 
     Args:
-        name: a preset or folder, as `complexity.model_config` takes it.
+        name: a preset or folder, as for `complexity.model_config`.
         latent_channels: C of the model.
+
+    Returns:
+        Fields of the `AutoencoderKL`.
     """
     folder = Path(model_source(name))
-    for place in (folder / "vae", folder.parent / "vae", folder / "pipeline" / "vae"):
-        if (place / "config.json").is_file():
-            return dict(AutoencoderKL.load_config(place))
+    for candidate in (folder / "vae", folder.parent / "vae", folder / "pipeline" / "vae"):
+        if (candidate / "config.json").is_file():
+            return dict(AutoencoderKL.load_config(candidate))
     return {**STABLE_DIFFUSION_AUTOENCODER, "latent_channels": latent_channels}
 
 
 def print_memory(peaks: Mapping[str, Peak], setting: Setting, console: Console | None = None) -> None:
-    """Prints peaks side by side, by what the bytes are for, and what the numbers mean.
+    """Prints a table of peaks, part by part, and what the numbers mean.
 
     Args:
         peaks: by what was predicted, for example `training, fp32`.
-        setting: that of the training ones.
-        console: where to print; standard output by default.
+        setting: the setting of the training peaks.
+        console: where to print; by default standard output.
     """
     console = console or Console()
     table = Table("memory at the peak, GiB")
@@ -325,9 +260,9 @@ def print_memory(peaks: Mapping[str, Peak], setting: Setting, console: Console |
         shared = f", in each of {setting.processes} processes ({'FSDP2' if setting.sharded else 'DDP'})"
     console.print(
         f"Training: {setting.optimizer}, {checkpointing} gradient checkpointing{accumulation}{shared}; parts that are "
-        "not alive at that moment are not in it. Sampling: the same batch, evaluated twice where the model has classes "
-        "or texts, then decoded. With torch's CPU kernels, over what a process has after its imports; a GPU has the "
-        "same tensors, but keeps no attention scores, and its libraries take up to a GiB for themselves.",
+        "not alive at the peak are left out. Sampling: the same batch, evaluated twice if the model has classes or "
+        "texts, then decoded. The numbers are those of torch's CPU kernels, in addition to what a process uses after "
+        "its imports; a GPU has the same tensors, but keeps no attention scores, and its libraries take up to a GiB.",
         highlight=False,
     )
 
@@ -361,17 +296,17 @@ def _rehearse_training(
         text_embeds=inputs.get("text_embeds"),
         num_images=inputs["num_images"],
     )
-    # The clips of the other micro-batches and of the next step, which is read meanwhile, and their noise.
+    # Clips and noise of the next step, which are read during this one, and of further micro-batches.
     waiting = [torch.zeros_like(batch.latents) for _ in range(2)]
     micro = len(batch.latents) // micro_batches
     waiting += [torch.zeros_like(batch.latents[:micro]) for _ in range(4 * (setting.accumulation - micro_batches))]
     live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
     live.name(AVERAGE, state.ema.weights.values())
-    live.name(OPTIMIZER, (leaf for optimizer in state.optimizers for leaf in _tensors(optimizer.state_dict())))
-    live.name(BATCH, (*_tensors(inputs), batch.noise, *waiting))
+    live.name(OPTIMIZER, (leaf for optimizer in state.optimizers for leaf in tensors_in(optimizer.state_dict())))
+    live.name(BATCH, (*tensors_in(inputs), batch.noise, *waiting))
 
     def name_gradient(parameter: torch.Tensor) -> None:
-        live.name(GRADIENTS, _tensors(parameter.grad))
+        live.name(GRADIENTS, tensors_in(parameter.grad))
         live.begin("optimizer's step")
 
     for parameter in state.parameters:
@@ -384,11 +319,11 @@ def _rehearse_training(
 
 
 def _share(peak: Peak, model: LavitaTransformer3DModel, processes: int) -> Peak:
-    """A process's part under FSDP2: 1/k of the state, and what is gathered for the passes.
+    """The peak of one process under FSDP2: 1/k of the state, and the weights that are gathered for the passes.
 
-    The root's weights, those outside of the blocks, stay together from the forward to the backward pass. Of the blocks
-    there are the one that works and the next one on its way, which lies in the buffer of the exchange and, copied, in
-    its parameters; and in the backward pass the working block's gradients, and their copy in the buffer.
+    The weights of the root, which are those outside the blocks, stay gathered from the forward to the backward pass. Of
+    the blocks, the current one is gathered, and the next one twice: in the communication buffer and copied to its
+    parameters; the backward pass adds the gradients of the current block and their copy in the buffer.
     """
     block = max(_bytes_of(block.parameters()) for block in model.blocks)
     root = _bytes_of(model.parameters()) - sum(_bytes_of(block.parameters()) for block in model.blocks)
@@ -408,11 +343,7 @@ def _bytes_of(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
 def _to_bytes(pixels: torch.Tensor) -> torch.Tensor:
-    """As `autoencoder.to_frames`, which needs numbers."""
+    """Like `autoencoder.to_frames`, which needs tensors with data."""
     scaled = pixels.float().add(1.0).mul(127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).movedim(-3, -1).contiguous()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lavita.core.files import write_text
-from lavita.models.adapters import _BASE, _HIGH, _LOW
+from lavita.models.adapters import is_adapter, plain_name
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.config import TrainConfig
 
@@ -75,8 +75,8 @@ def prepare(model: LavitaTransformer3DModel, settings: TrainConfig, fresh: Set[s
         _add_adapters(model, settings, learning - fresh)
         learning = set()
     for name, parameter in model.named_parameters():
-        plain = name.replace(_BASE, ".")
-        parameter.requires_grad_(name.endswith((_LOW, _HIGH)) or plain in fresh or plain in learning)
+        plain = plain_name(name)
+        parameter.requires_grad_(is_adapter(name) or plain in fresh or plain in learning)
 
 
 def _add_adapters(model: LavitaTransformer3DModel, settings: TrainConfig, learning: Set[str]) -> None:

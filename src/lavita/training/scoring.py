@@ -11,12 +11,13 @@ import torch
 from lavita.core.processes import Processes
 from lavita.core.seeds import generator
 from lavita.data.clips import clip_span
-from lavita.evaluation.clips import choose_clips, read_source
+from lavita.evaluation.clips import choose_clips
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.feature_metrics import FEATURE_METRICS, score_name
 from lavita.evaluation.features.compute import BATCH_SIZE, compute_outputs
 from lavita.evaluation.features.extractors import get_extractor
 from lavita.evaluation.features.networks import Network, load_network
+from lavita.evaluation.sources import VideoFolder
 from lavita.sampling.pipeline import LavitaPipeline
 
 
@@ -71,7 +72,7 @@ class TrainingScorer:
         self._extractor = get_extractor("video_extractor", self.options.video_extractor, "clip")
         self._network: Network = load_network(self._extractor.network, device=device)
         # The training run has already named the videos that it leaves out.
-        source = read_source(real, clip_span(num_frames, frame_interval), skip_broken=True)
+        source = VideoFolder(real).usable(clip_span(num_frames, frame_interval), skip_broken=True)
         side = choose_clips(source, self.options.num_clips, num_frames, frame_interval, self.options.seed)
         outputs = compute_outputs(side, [self._network], resolution)[self._network.spec.name]
         self._real = np.concatenate([self._extractor.read(row[None]) for row in outputs])

@@ -1,1 +1,1 @@
-"""Video files, frame folders and contact sheets: the only place that speaks uint8 `F H W C`."""
+"""Video files, frame folders and contact sheets; pixels are uint8 `F H W C`, in this package only."""

@@ -1,4 +1,4 @@
-"""Contact sheets: clips as one picture."""
+"""Contact sheets: clips drawn as one image."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def contact_sheet(
     num_columns: int = 8,
     scale: int = 1,
 ) -> None:
-    """Draw clips as a picture: a row a line, of each clip evenly spaced frames from first to last.
+    """Draws rows of clips, each clip as evenly spaced frames from its first to its last.
 
     Args:
-        rows: For each row its clips, each uint8 (F, H, W, 3), RGB; sizes and lengths may differ.
-        path: The PNG to write. Missing folders are made.
-        row_labels: A line of text above each row.
-        num_columns: Frames to show of each clip; shorter clips show every frame.
+        rows: The clips of each row, uint8 (F, H, W, 3), RGB; sizes and lengths may differ.
+        path: The PNG to write. Missing folders are created.
+        row_labels: One line of text above each row.
+        num_columns: Number of frames shown of each clip; shorter clips show every frame.
         scale: Enlargement, by repeating pixels.
 
     Raises:
@@ -32,9 +32,9 @@ def contact_sheet(
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"path is {path}; a contact sheet ends in .png")
+        raise ValueError(f"path is {path}; the name of a contact sheet ends in .png")
     if not rows or not all(len(row) for row in rows):
-        raise ValueError("rows is empty or has an empty row; each row needs a clip at least")
+        raise ValueError("rows is empty or has an empty row; each row needs at least one clip")
     if row_labels is not None and len(row_labels) != len(rows):
         raise ValueError(f"row_labels has {len(row_labels)} labels; there are {len(rows)} rows")
     if num_columns < 1 or scale < 1:
@@ -64,8 +64,8 @@ def _join(images: Sequence[Image.Image], across: bool, gap: int = 2) -> Image.Im
     widths, heights = [image.width for image in images], [image.height for image in images]
     length = sum(widths if across else heights) + gap * (len(images) - 1)
     joined = Image.new("RGB", (length, max(heights)) if across else (max(widths), length), "white")
-    at = 0
+    offset = 0
     for image in images:
-        joined.paste(image, (at, 0) if across else (0, at))
-        at += (image.width if across else image.height) + gap
+        joined.paste(image, (offset, 0) if across else (0, offset))
+        offset += (image.width if across else image.height) + gap
     return joined

@@ -1,4 +1,4 @@
-"""What a video is: its facts, its errors, the endings of its files, and checks of its pixels."""
+"""What a video is: pixels, facts, errors, and the endings of video and image files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,61 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".gif"})
+# The containers of moving pictures that PyAV's FFmpeg reads (`av.formats_available`), with the suffixes that stand for
+# video. Left out are suffixes that mostly mean something else (.ogg and .m4a: audio; .avif: images; .dat, .mod, .v),
+# raw pixels, which do not say their size (.yuv), and the formats of old games.
+SUFFIXES_BY_CONTAINER = {
+    "mov,mp4,m4a,3gp,3g2,mj2": ".mp4 .m4v .mov .qt .3gp .3g2 .f4v .ismv .mj2",
+    "matroska,webm": ".mkv .webm .mk3d",
+    "avi": ".avi .divx",
+    "mpeg": ".mpg .mpeg .mpe .m2p .vob .evo",
+    "mpegts": ".ts .mts .m2ts .m2t .tp .trp",
+    "asf": ".wmv .asf .dvr-ms",
+    "wtv": ".wtv",
+    "flv": ".flv",
+    "kux": ".kux",
+    "swf": ".swf",
+    "ogg": ".ogv .ogm",
+    "rm": ".rm .rmvb",
+    "ivr": ".ivr",
+    "mxf": ".mxf",
+    "gxf": ".gxf",
+    "dv": ".dv .dif",
+    "nut": ".nut",
+    "nsv": ".nsv",
+    "ty": ".ty",
+    "vivo": ".viv",
+    "dhav": ".dav",
+    "ivf": ".ivf",
+    "yuv4mpegpipe": ".y4m",
+    "gif": ".gif",
+    "apng": ".apng",
+    # Streams without a container.
+    "mpegvideo": ".m1v .m2v .mpv",
+    "mjpeg": ".mjpeg .mjpg",
+    "h261": ".h261",
+    "h263": ".h263",
+    "h264": ".h264 .264 .avc .h26l",
+    "hevc": ".hevc .h265 .265",
+    "vvc": ".vvc .h266 .266",
+    "obu": ".obu",
+    "vc1": ".vc1",
+    "dirac": ".drc .vc2",
+    "cavsvideo": ".cavs",
+    "dnxhd": ".dnxhd .dnxhr",
+}
+VIDEO_SUFFIXES = frozenset(" ".join(SUFFIXES_BY_CONTAINER.values()).split())
+COMMON_SUFFIXES = ".mp4, .mov, .mkv, .webm, .avi, .mpg, .ts, .wmv, .flv, .gif"
+"""A few of `VIDEO_SUFFIXES`, for messages."""
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+"""Suffixes of image files, which are the frames of a frame folder."""
 Frames = npt.NDArray[np.uint8]
+"""Pixels: uint8 RGB, `(F, H, W, 3)` for a clip, `(H, W, 3)` for a frame."""
 PathLike = str | os.PathLike[str]
 
 
 class VideoError(ValueError):
-    """A video cannot be read as asked; the message begins with its path."""
+    """A video cannot be read as requested; the message begins with its path."""
 
     def __init__(self, path: PathLike, problem: str) -> None:
         super().__init__(f"{os.fspath(path)}: {problem}")
@@ -26,14 +73,14 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video holds.
+    """Size, length and rate of a video.
 
     Attributes:
-        path: The video file, folder of frames, or image.
+        path: Video file, frame folder, or image.
         num_frames: Exact number of frames.
         width: Pixels, after rotation.
         height: Pixels, after rotation.
-        fps: Mean frames a second; 25 where a file does not tell.
+        fps: Mean number of frames per second; 25 if the file does not say.
     """
 
     path: Path
@@ -44,16 +91,18 @@ class VideoInfo:
 
 
 def check_frames(field: str, frames: Frames) -> None:
-    """Raises a ValueError that names `field` unless frames are uint8 (F, H, W, 3), F >= 1."""
+    """Raises a ValueError that names `field` unless frames are uint8 (F, H, W, 3) with F >= 1."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"{field} is {frames.dtype} {frames.shape}; it must be uint8 (F, H, W, 3), F >= 1")
 
 
-def _check_shape(path: PathLike, frame: str, shape: tuple[int, int], first: tuple[int, int]) -> None:
-    if shape != first:
-        raise VideoError(path, f"{frame} is {shape[1]}x{shape[0]}; the first frame is {first[1]}x{first[0]}")
+def check_same_size(path: PathLike, frame: str, size: tuple[int, int], first: tuple[int, int]) -> None:
+    """Raises a VideoError unless a frame has the (height, width) of the first frame of its video."""
+    if size != first:
+        raise VideoError(path, f"{frame} is {size[1]}x{size[0]}; the first frame is {first[1]}x{first[0]}")
 
 
-def _on_black(rgba: npt.NDArray[Any]) -> Frames:
+def composite_on_black(rgba: npt.NDArray[Any]) -> Frames:
+    """Composites uint8 RGBA pixels `(..., 4)` on black; returns RGB `(..., 3)`."""
     alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)

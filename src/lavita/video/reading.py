@@ -1,10 +1,11 @@
-"""Reads videos exactly, frame for frame: video files, folders of frames, and images as videos of one frame.
+"""Reads videos exactly, frame by frame: video files, frame folders, and images as videos of one frame.
 
 Frame ``i`` of a video is its ``i``-th frame in presentation order, whatever the container, the codec or the
-frame rate. Pixels are uint8 RGB, turned and mirrored as the file asks for; transparent sources are composited
-on black, grey ones repeated over the channels, deeper ones rounded to 8 bits. The shape of a pixel and
-interlacing are ignored. A broken file raises `VideoError`, it never yields fewer frames than it holds; only
-damage that the decoder itself does not notice passes.
+frame rate. Pixels are uint8 RGB, rotated and mirrored as the file says; transparent sources are composited on
+black, grey ones are repeated over the channels, and deeper ones are rounded to 8 bits. Pixel aspect ratio and
+interlacing are ignored. A broken file raises `VideoError` instead of yielding fewer frames. Damage passes only
+if the decoder does not notice it, for example a missing end between two frames of a container that does not
+declare its length (MP4, Matroska, AVI and GIF do).
 """
 
 from __future__ import annotations
@@ -27,19 +28,30 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from lavita.video.formats import VIDEO_SUFFIXES, Frames, PathLike, VideoError, VideoInfo, _check_shape, _on_black
-from lavita.video.frame_folders import _image_shape, _images, _read_images
+from lavita.video.formats import (
+    COMMON_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Frames,
+    PathLike,
+    VideoError,
+    VideoInfo,
+    check_same_size,
+    composite_on_black,
+)
+from lavita.video.frame_folders import image_size, list_images, read_images
 
-# Codecs whose packets show one frame each, so that packets tell frames. Not so in VP8 (hidden frames),
-# MPEG-4 part 2 (packets that repeat a frame), GIF, and whatever is inside AVI (no presentation times): these
-# are counted by decoding and read from the beginning.
-_ONE_FRAME_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "mjpeg", "prores", "ffv1"})
-_NUM_VERIFIED = 4  # frames decoded to see that the packets of a file do tell its frames
+# Packets are counted as frames, and clips are read from a keyframe, only for containers that store the time of every
+# frame and for codecs with one shown frame per packet. Everything else is counted by decoding it and read from the
+# beginning: AVI (no presentation times), transport and program streams (a packet may be a field, and times may jump),
+# VP8 (hidden frames), MPEG-4 part 2 (packets that repeat a frame), GIF.
+_INDEXED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+_ONE_FRAME_PER_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "mjpeg", "prores", "ffv1"})
+_NUM_VERIFIED = 4  # frames decoded to check that packets and frames agree
 
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """Where the frames of a file are: `pts` (F,) int64 in presentation order, None if packets do not tell."""
+    """Where the frames of a file are: `pts` (F,) int64 in presentation order, None if packets do not show them."""
 
     pts: npt.NDArray[np.int64] | None
     keys: tuple[tuple[int, int | None], ...]  # (pts, dts) of the keyframes, sorted
@@ -49,37 +61,37 @@ class _Index:
 
 
 def probe(path: PathLike, folder_fps: float = 25.0) -> VideoInfo:
-    """Count and measure the frames of a video.
+    """Counts and measures the frames of a video.
 
-    Reads a video file once through, decoding it only where its packets do not tell the number of frames; of a
-    folder of frames it reads the header of every image.
+    Reads a video file once to its end, and decodes it only if its packets do not show how many frames there are. Reads
+    the header of every image of a frame folder.
 
     Args:
-        path: A video file, a folder of frames, or an image.
-        folder_fps: Frames a second to report for images, which cannot say.
+        path: Video file, frame folder, or image.
+        folder_fps: Frames per second to report for images, which have no rate.
 
     Raises:
-        VideoError: The video is missing, empty, broken, or a folder with frames of several sizes.
+        VideoError: The video is missing, empty or broken, or is a folder with frames of several sizes.
     """
-    if (images := _images(path)) is not None:
+    if (images := list_images(path)) is not None:
         folder, names = images
-        shape = _image_shape(folder, names[0])
+        height, width = image_size(folder, names[0])
         for name in names:
-            _check_shape(path, f"frame {name}", _image_shape(folder, name), shape)
-        return VideoInfo(Path(path), len(names), shape[1], shape[0], folder_fps)
+            check_same_size(path, f"frame {name}", image_size(folder, name), (height, width))
+        return VideoInfo(Path(path), len(names), width, height, folder_fps)
     index = _index(*_file_key(path))
     num_frames = _count_decoded(*_file_key(path)) if index.pts is None else len(index.pts)
     return VideoInfo(Path(path), num_frames, index.width, index.height, index.fps)
 
 
 def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interval: int = 1) -> Frames:
-    """Read the frames ``start, start + frame_interval, ...`` of a video.
+    """Reads the frames ``start, start + frame_interval, ...`` of a video.
 
-    The result equals decoding the video from its beginning and picking frames. Files are read from the last
-    keyframe before the clip where this is safe, and from their beginning where it is not.
+    The result equals decoding the video from its beginning and picking frames. A file is read from the last keyframe
+    before the clip if that is safe, and from its beginning otherwise.
 
     Args:
-        path: A video file, a folder of frames (in natural order: ``frame2`` before ``frame10``), or an image.
+        path: Video file, frame folder (in natural order: ``frame2`` before ``frame10``), or image.
         start: The first frame, from 0.
         num_frames: Frames in the clip, F.
         frame_interval: Step between frames of the clip; 1 takes every frame.
@@ -99,10 +111,10 @@ def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interv
         if value < lowest:
             raise ValueError(f"{field} is {value}; it must be at least {lowest}")
     wanted = range(start, start + num_frames * frame_interval, frame_interval)
-    if (images := _images(path)) is not None:
+    if (images := list_images(path)) is not None:
         folder, names = images
         _check_length(path, len(names), wanted)
-        return np.stack(list(_read_images(folder, names[0], [names[i] for i in wanted])))
+        return np.stack(list(read_images(folder, names[0], [names[i] for i in wanted])))
     index = _index(*_file_key(path))
     if index.pts is not None:
         _check_length(path, len(index.pts), wanted)
@@ -122,17 +134,17 @@ def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interv
 
 
 def iter_frames(path: PathLike) -> Iterator[Frames]:
-    """Every frame of a video in order.
+    """Yields every frame of a video in order.
 
     Yields:
-        uint8 (H, W, 3), RGB, all of one size.
+        uint8 (H, W, 3), RGB, all of the same size.
 
     Raises:
-        VideoError: The video is missing or broken; where a frame is damaged, after the frames before it.
+        VideoError: The video is missing or broken. If a frame is damaged, the frames before it are yielded first.
     """
-    if (images := _images(path)) is not None:
+    if (images := list_images(path)) is not None:
         folder, names = images
-        yield from _read_images(folder, names[0], names)
+        yield from read_images(folder, names[0], names)
         return
     index = _index(*_file_key(path))
     num_decoded = 0
@@ -156,19 +168,13 @@ def _check_complete(path: PathLike, index: _Index, num_decoded: int) -> None:
         raise VideoError(path, f"is damaged: {num_decoded} of its {len(index.pts)} frames can be decoded")
 
 
-# Folders of frames, and images
-
-
-# Video files
-
-
 def _file_key(path: PathLike) -> tuple[str, int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
         raise VideoError(path, f"cannot be found: {error.strerror}") from error
     if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
-        raise VideoError(path, f"is not a folder of frames and not one of {', '.join(sorted(VIDEO_SUFFIXES))}")
+        raise VideoError(path, f"is not a frame folder and has none of the suffixes of videos ({COMMON_SUFFIXES}, ...)")
     if not status.st_size:
         raise VideoError(path, "is an empty file")
     return os.path.abspath(path), status.st_mtime_ns, status.st_size
@@ -176,16 +182,16 @@ def _file_key(path: PathLike) -> tuple[str, int, int]:
 
 @contextlib.contextmanager
 def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open the first real video stream; what FFmpeg cannot do inside the block becomes a `VideoError`."""
+    """Opens the first real video stream; errors of FFmpeg inside the block become `VideoError`."""
     try:
-        # An absolute path, as FFmpeg takes what precedes a colon in a relative one for a protocol.
+        # An absolute path, because FFmpeg takes the part before a colon in a relative one for a protocol.
         with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(path, "has no video stream")
             if streams[0].codec_context is None:
                 raise VideoError(path, "has a video stream of an unknown codec")
-            # Loader workers are the parallelism; threads inside each would only contend.
+            # Several videos are decoded in parallel; threads inside each decoder would only compete.
             streams[0].codec_context.thread_count = 1
             yield container, streams[0]
     except (av.FFmpegError, OSError) as error:
@@ -203,7 +209,7 @@ def _decode(path: PathLike) -> Generator[VideoFrame, None, None]:
                 if frame.is_corrupt:
                     raise VideoError(path, f"frame {i} is damaged")
                 first = first or (frame.height, frame.width)
-                _check_shape(path, f"frame {i}", (frame.height, frame.width), first)
+                check_same_size(path, f"frame {i}", (frame.height, frame.width), first)
                 yield frame
                 i += 1
 
@@ -211,7 +217,7 @@ def _decode(path: PathLike) -> Generator[VideoFrame, None, None]:
 @lru_cache(maxsize=16384)
 def _index(path: str, mtime_ns: int, size: int) -> _Index:
     with _open(path) as (container, stream):
-        # What names its own length betrays a missing end, which demuxing would pass over in silence.
+        # Demuxing would ignore a missing end in silence.
         needed = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if (needed := max(needed, _declared_size(path))) > size:
             raise VideoError(path, f"is cut off: {size} of {needed} bytes are there")
@@ -221,9 +227,11 @@ def _index(path: str, mtime_ns: int, size: int) -> _Index:
                 raise VideoError(path, f"is damaged or cut off at about frame {len(packets)}")
             if packet.size and not packet.is_discard:
                 packets.append((packet.pts, packet.dts, packet.is_keyframe))
-        trusted = stream.codec.canonical_name in _ONE_FRAME_A_PACKET and "avi" not in container.format.name
+        indexed = container.format.name in _INDEXED_CONTAINERS and stream.codec.canonical_name in _ONE_FRAME_PER_PACKET
         fps = float(stream.average_rate or stream.guessed_rate or 25)
-        if container.format.name == "gif" and container.duration:  # the rate of the stream is a guess
+        if container.format.name == "dv" and stream.guessed_rate:  # reports its clock as the average rate
+            fps = float(stream.guessed_rate)
+        if container.format.name == "gif" and container.duration:  # the rate of its stream is a guess
             fps = len(packets) * av.time_base / container.duration
     with contextlib.closing(_decode(path)) as decoded:
         head = list(itertools.islice(decoded, _NUM_VERIFIED))
@@ -231,8 +239,8 @@ def _index(path: str, mtime_ns: int, size: int) -> _Index:
         raise VideoError(path, "has no frame that can be decoded")
     height, width, _ = _to_rgb(path, head[0]).shape
     times = sorted({pts for pts, _, _ in packets if pts is not None})
-    # Frames that lost their reference at the start, and fields in packets of their own, show in the head.
-    if not trusted or len(times) < len(packets) or [frame.pts for frame in head] != times[:_NUM_VERIFIED]:
+    # The first frames show whether frames have lost their reference at the start, and whether packets are fields.
+    if not indexed or len(times) < len(packets) or [frame.pts for frame in head] != times[:_NUM_VERIFIED]:
         return _Index(None, (), height, width, fps)
     keys = tuple(sorted((pts, dts) for pts, dts, is_key in packets if is_key and pts is not None))
     return _Index(np.array(times, np.int64), keys, height, width, fps)
@@ -244,7 +252,7 @@ def _count_decoded(path: str, mtime_ns: int, size: int) -> int:
 
 
 def _declared_size(path: str) -> int:
-    """Bytes a Matroska, AVI or GIF file says it has; 0 for others and where it does not say."""
+    """Size in bytes that a Matroska, AVI or GIF file declares; 0 if it declares none, and for other files."""
     with open(path, "rb") as file:
         head = file.read(4096)
         file.seek(-1, os.SEEK_END)
@@ -264,7 +272,7 @@ def _declared_size(path: str) -> int:
 
 
 def _read_from_keyframe(path: PathLike, index: _Index, wanted: range) -> list[Frames] | None:
-    """The clip, or None if only decoding from the beginning can tell it exactly."""
+    """Reads a clip from a keyframe; None if only decoding from the beginning is sure to be exact."""
     assert index.pts is not None
     first_pts = int(index.pts[wanted[0]])
     num_before = bisect.bisect_right(index.keys, first_pts, key=lambda key: key[0])
@@ -301,7 +309,7 @@ def _read_from_keyframe(path: PathLike, index: _Index, wanted: range) -> list[Fr
 
 def _to_rgb(path: PathLike, frame: VideoFrame) -> Frames:
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
-        pixels = _on_black(frame.to_ndarray(format="rgba", threads=1))
+        pixels = composite_on_black(frame.to_ndarray(format="rgba", threads=1))
     else:
         pixels = cast(Frames, frame.to_ndarray(format="rgb24", threads=1))
     if (matrix := cast(Any, frame.side_data.get("DISPLAYMATRIX"))) is None:
@@ -313,5 +321,5 @@ def _to_rgb(path: PathLike, frame: VideoFrame) -> Frames:
     elif b == c == 0 and a and d:
         flip_x, flip_y = a < 0, d < 0
     else:
-        raise VideoError(path, "is turned by other than quarter turns, which cannot be read")
+        raise VideoError(path, "is rotated by an angle that is not a multiple of 90 degrees, which cannot be read")
     return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])

@@ -1,12 +1,10 @@
-"""Writes videos that every player and browser shows, or that lose nothing."""
+"""Writes videos: MP4 and GIF, which every player and browser shows, and lossless MKV."""
 
 from __future__ import annotations
 
-import os
-import uuid
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import av
 import numpy as np
@@ -15,56 +13,54 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from av.video.stream import VideoStream
 from PIL import Image
 
+from lavita.core.files import replacing
+from lavita.core.names import VideoFormat
 from lavita.video.formats import Frames, PathLike, check_frames
 
 
 def write_video(path: PathLike, frames: Frames, fps: float) -> None:
-    """Write a video in a form that every player and browser shows.
+    """Writes a video file, whole or not at all.
 
     MP4 is H.264 at a visually clean quality; an odd height or width is made even, as 4:2:0 colour needs, by
-    repeating the last row or column. GIF has 256 colours a frame. MKV is FFV1, which loses nothing and which browsers
-    do not play. The file appears whole or not at all.
+    repeating the last row or column. GIF has 256 colours per frame. MKV is FFV1, which is lossless and which browsers
+    do not play.
 
     Args:
-        path: Where to write; ends in ``.mp4``, ``.gif`` or ``.mkv``. Missing folders are made.
+        path: File to write, which ends in ``.mp4``, ``.gif`` or ``.mkv``. Missing folders are created.
         frames: uint8 (F, H, W, 3), RGB, F >= 1.
-        fps: Frames a second, above 0; at most 100 for GIF, whose clock ticks in hundredths of a second.
+        fps: Frames per second, above 0 and at most 1000; at most 100 for GIF, which counts hundredths of a second.
 
     Raises:
         ValueError: Another suffix, dtype, shape or rate.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in (".mp4", ".gif", ".mkv"):
-        raise ValueError(f"path is {path}; a video to write ends in .mp4, .gif or .mkv")
+    if suffix not in (allowed := [f".{name}" for name in get_args(VideoFormat)]):
+        raise ValueError(f"path is {path}; a video to write ends in {', '.join(allowed)}")
     check_frames("frames", frames)
     if not 0 < fps <= (100 if suffix == ".gif" else 1000):
         raise ValueError(f"fps is {fps}; it must be above 0 and at most 1000 (GIF: 100)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.absolute().with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{suffix}")
-    try:
-        _encode(partial, frames, Fraction(fps).limit_denominator(1001) or Fraction(1, 1001))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # An absolute path, because FFmpeg takes the part before a colon in a relative one for a protocol.
+    with replacing(path.absolute()) as partial:
+        _encode(partial, suffix, frames, Fraction(fps).limit_denominator(1001) or Fraction(1, 1001))
 
 
-def _encode(path: Path, frames: Frames, rate: Fraction) -> None:
+def _encode(path: Path, suffix: str, frames: Frames, rate: Fraction) -> None:
     codec, pixel_format, convert = {
         ".mp4": ("libx264", "yuv420p", _to_yuv),
         ".gif": ("gif", "pal8", _quantize),
         ".mkv": ("ffv1", "bgr0", _to_bgr),
-    }[path.suffix]
-    is_mp4 = path.suffix == ".mp4"
-    # Matroska files carry random numbers unless told not to; equal frames shall be equal files.
-    options = {".mp4": {"movflags": "faststart"}, ".mkv": {"fflags": "+bitexact"}}.get(path.suffix, {})
+    }[suffix]
+    is_mp4 = suffix == ".mp4"
+    # Without this option Matroska files hold random numbers; equal frames must give equal files.
+    options = {".mp4": {"movflags": "faststart"}, ".mkv": {"fflags": "+bitexact"}}.get(suffix, {})
     with av.open(str(path), "w", options=options) as container:
         stream = cast(VideoStream, container.add_stream(codec, rate=rate))
         if is_mp4:
             to_even = ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0))
             frames = np.pad(frames, to_even, "edge")
             stream.options = {"crf": "12"}
-            # Tagged, since players guess the matrix of untagged files from their size.
+            # Tagged, because players guess the matrix of untagged files from their size.
             stream.codec_context.colorspace, stream.codec_context.color_range = 6, ColorRange.MPEG
         stream.pix_fmt = pixel_format
         stream.height, stream.width = frames.shape[1:3]

@@ -1,7 +1,7 @@
-"""Writes the latent cache: every frame of every video, encoded once, by one process or many.
+"""Writes a latent cache: every frame of every video, encoded once, by one or more processes.
 
-Which videos share a shard follows from the list of videos alone, and a shard's name from what is in it. So it does not
-matter how many processes write, or how often they were interrupted: a shard that is there is done.
+The list of videos alone decides which of them share a shard, and the content of a shard decides its name. So neither
+the number of processes nor interruptions change the cache: a shard that exists is finished.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from lavita.core.files import remove_partial
 from lavita.core.precision import Precision, without_fp16
 from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes
@@ -41,18 +42,18 @@ from lavita.data.latent_cache.shards import (
     read_shard,
     write_shard,
 )
-from lavita.models.autoencoder import Frames, encode, latent_size
+from lavita.models.autoencoder import encode, latent_size
 from lavita.models.fingerprint import fingerprint
-from lavita.video.formats import VideoError
+from lavita.video.formats import Frames, VideoError
 from lavita.video.reading import iter_frames
 
-CHUNK = 64  # frames decoded and encoded at once
+CHUNK = 64  # frames that are decoded and encoded together
 SHARD_BYTES = 256 * 10**6
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A video as it is now."""
+    """A video and its current content."""
 
     video: Video
     sha256: str
@@ -75,29 +76,29 @@ def encode_dataset(
     shard_bytes: int = SHARD_BYTES,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Makes a folder the latent cache of a data set, encoding what it lacks.
+    """Writes the latent cache of a data set, or completes an existing one.
 
-    A run that was stopped goes on, and ends with the files of one that was not. Where a cache is there already, new
-    videos go into new shards, changed ones are encoded again, and those that are gone leave the manifest; a shard of
-    which no video is left is deleted, and no other is touched. Processes that share the work give the same files.
+    An interrupted run resumes, and ends with the same files as an uninterrupted one. If the folder holds a cache
+    already, new videos go into new shards, changed videos are encoded again, and missing videos leave the manifest; a
+    shard is deleted when none of its videos is left, and never changed. Any number of processes write the same files.
 
     Args:
         catalog: the videos; the same in every process.
-        folder: the cache; made if missing.
+        folder: the cache; created if missing.
         vae: the autoencoder.
-        resolution: side of the frames after center crop and resize.
-        horizontal_flip: encode the mirrored frames as well.
-        precision: see `runtime.autocast`.
-        broken: what a video that cannot be decoded does: `skip` names it and goes on.
+        resolution: side of the frames in pixels, after center crop and resize.
+        horizontal_flip: also encode the mirrored frames.
+        precision: see `core.precision.autocast`.
+        broken: `skip` reports videos that cannot be decoded and leaves them out; `error` raises at the first.
         team: the processes that share the work.
-        shard_bytes: most bytes of latents in a shard of several videos.
-        verify: read finished shards back first; those that are not what was written are named and made again.
+        shard_bytes: most bytes of latents in a shard; a video with more has a shard of its own.
+        verify: read finished shards back first; damaged ones are reported and written again.
 
     Returns:
         The manifest.
 
     Raises:
-        ValueError: where `folder` holds a cache made in another way or of other videos, or no video can be decoded.
+        ValueError: if `folder` holds a cache with other settings or of other videos, or if no video can be decoded.
     """
     team = team or Processes()
     size = latent_size(vae, resolution)
@@ -111,14 +112,14 @@ def encode_dataset(
         }
     )
     finished: dict[str, Shard]
-    settled: set[str]
-    finished, settled = team.first_says(_prepare(folder, settings, catalog) if team.is_first else None)
+    listed: set[str]
+    finished, listed = team.first_says(_prepare(folder, settings, catalog) if team.is_first else None)
     if verify:
         for file in _damaged(finished, team):
             del finished[file]
     sources = _hash_sources(catalog, team)
     frame_bytes = ITEM * 2 * (1 + horizontal_flip) * int(vae.config["latent_channels"]) * size**2
-    groups = _plan(sources, finished, settled, settings, frame_bytes, shard_bytes)
+    groups = _group(sources, finished, listed, settings, frame_bytes, shard_bytes)
     work = team.share([(file, group) for file, group in groups.items() if file not in finished])
 
     progress = Progress("encoding frame", sum(source.video.info.num_frames for _, group in work for source in group))
@@ -129,14 +130,14 @@ def encode_dataset(
         for file, group in work:
             done, problems = [], []
             for source in group:
-                read, own = next(videos)
-                assert read is source
+                decoded, pieces_of_source = next(videos)
+                assert decoded is source
                 try:
-                    done.append(_encode_video(vae, source, settings, (piece for _, piece in own)))
+                    done.append(_encode_video(vae, source, settings, (piece for _, piece in pieces_of_source)))
                 except ValueError as error:
                     if broken == "error":
                         raise
-                    problems.append(_below(catalog.root, str(error)))
+                    problems.append(_with_name(catalog.root, str(error)))
                     progress.message(f"skipped: {error}")
                 if team.is_first:
                     progress.update(progress.done + source.video.info.num_frames, note)
@@ -148,12 +149,12 @@ def encode_dataset(
     if not team.is_first:
         return dict(team.first_says(None))
     shards = finished | {file: read_shard(folder / file) for file, (written, _) in outcome.items() if written}
-    problems = [_below(catalog.root, message) for message in catalog.broken]
+    problems = [_with_name(catalog.root, message) for message in catalog.broken]
     for file in groups:
         problems += shards[file].broken if file in shards else outcome[file][1]
     rows = _manifest_rows(catalog, sources, shards)
     if not rows:
-        raise ValueError(f"{catalog.root}: none of its videos could be read; the first: {problems[0]}")
+        raise ValueError(f"{catalog.root}: no video could be decoded; the first: {problems[0]}")
     manifest = {**settings, "videos": rows, "broken": problems}
     write_manifest(folder, manifest)
     for file in shards.keys() - {row["shard"] for row in rows}:
@@ -162,26 +163,22 @@ def encode_dataset(
 
 
 def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[dict[str, Shard], set[str]]:
-    """The finished shards of a folder, by name, and those of them that its manifest knows.
-
-    What a killed run left half-written goes, and damaged files, too.
-    """
+    """Removes partial and damaged files from a folder; returns its finished shards, and the names in its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob("*.partial"):
-        partial.unlink()
+    remove_partial(folder)
     shards = {}
     for path in sorted(folder.glob(f"{PREFIX}*{SUFFIX}")):
         try:
             shards[path.name] = read_shard(path)
         except ValueError as error:
-            print(f"{str(error).partition(';')[0]}: made again", file=sys.stderr)
+            print(f"{str(error).partition(';')[0]}; is written again", file=sys.stderr)
             path.unlink()
     manifest: dict[str, Any] | None = None
     if (folder / MANIFEST).exists():
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError):
-            print(f"{folder / MANIFEST}: damaged: made again", file=sys.stderr)
+            print(f"{folder / MANIFEST}: damaged; is written again", file=sys.stderr)
             (folder / MANIFEST).unlink()
     for other in [shard.settings for shard in shards.values()] + ([manifest] if manifest else []):
         for key, value in settings.items():
@@ -199,13 +196,15 @@ def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[
 
 
 def _damaged(shards: dict[str, Shard], team: Processes) -> list[str]:
-    """Deletes the shards whose latents are not those that were written; their names."""
+    """Deletes the shards whose latents differ from those that were written; returns their names."""
     damaged = []
     work = team.share(sorted(shards))
     progress = Progress("verifying shard", len(work))
     for number, file in enumerate(work, 1):
         if names := damaged_videos(shards[file]):
-            progress.message(f"{shards[file].path}: damaged in {len(names)} videos, such as {names[0]}: made again")
+            progress.message(
+                f"{shards[file].path}: damaged in {len(names)} videos, such as {names[0]}; is written again"
+            )
             shards[file].path.unlink()
             damaged.append(file)
         if team.is_first:
@@ -214,31 +213,30 @@ def _damaged(shards: dict[str, Shard], team: Processes) -> list[str]:
 
 
 def _hash_sources(catalog: Catalog, team: Processes) -> list[_Source]:
-    """What every video is now, in the catalog's order."""
-    mine = []
+    """Digests every video, in the order of the catalog."""
+    facts = []
     work = team.share(catalog.videos)
     progress = Progress("hashing video", len(work), active=team.is_first)
     for video in work:
-        mine.append((source_digest(video.info.path), source_bytes(video.info.path)))
-        progress.update(len(mine))
-    facts = zip(catalog.videos, team.collect(mine), strict=True)
-    return [_Source(video, digest, size) for video, (digest, size) in facts]
+        facts.append((source_digest(video.info.path), source_bytes(video.info.path)))
+        progress.update(len(facts))
+    return [_Source(video, *fact) for video, fact in zip(catalog.videos, team.collect(facts), strict=True)]
 
 
-def _plan(
+def _group(
     sources: Sequence[_Source],
     finished: dict[str, Shard],
-    settled: set[str],
+    listed: set[str],
     settings: dict[str, Any],
     frame_bytes: int,
     shard_bytes: int,
 ) -> dict[str, list[_Source]]:
-    """Which new videos share a shard, by the shard's name; some of the shards may be finished."""
-    # Shards that the manifest does not know come from an interrupted run: they are not counted as done yet, so that
-    # the others are cut as they were then.
-    settled = settled & finished.keys()
+    """Groups videos into shards, by the name of the shard; shards of an interrupted run are among them."""
+    # Shards that the manifest does not list come from an interrupted run. Their videos are grouped once more, so that
+    # the other videos are grouped as they were then.
+    kept = listed & finished.keys()
     for _ in range(2):
-        done = {(row.name, row.source_sha256) for file in settled for row in finished[file].videos.values()}
+        done = {(row.name, row.source_sha256) for file in kept for row in finished[file].videos.values()}
         groups: list[list[_Source]] = []
         room = 0
         for source in sources:
@@ -250,12 +248,12 @@ def _plan(
                 room = shard_bytes
             groups[-1].append(source)
             room -= size
-        plan = {_shard_name(settings, group): group for group in groups}
-        if finished.keys() <= settled | plan.keys():
+        named = {_shard_name(settings, group): group for group in groups}
+        if finished.keys() <= kept | named.keys():
             break
-        # The videos have changed since it was interrupted: its shards are kept, and the rest is cut anew.
-        settled = set(finished)
-    return plan
+        # The videos have changed since the interruption: keep its shards and group the remaining videos.
+        kept = set(finished)
+    return named
 
 
 def _shard_name(settings: dict[str, Any], group: Sequence[_Source]) -> str:
@@ -264,14 +262,14 @@ def _shard_name(settings: dict[str, Any], group: Sequence[_Source]) -> str:
 
 
 def _manifest_rows(catalog: Catalog, sources: Sequence[_Source], shards: dict[str, Shard]) -> list[dict[str, Any]]:
-    places: dict[tuple[str, str], tuple[str, ShardVideo]] = {}
+    stored: dict[tuple[str, str], tuple[str, ShardVideo]] = {}
     for file, shard in sorted(shards.items()):
         for row in shard.videos.values():
-            places.setdefault((row.name, row.source_sha256), (file, row))
+            stored.setdefault((row.name, row.source_sha256), (file, row))
     rows = []
     for source in sources:
-        if source.key in places:
-            file, row = places[source.key]
+        if source.key in stored:
+            file, row = stored[source.key]
             label = source.video.label
             rows.append(
                 {
@@ -288,9 +286,9 @@ def _manifest_rows(catalog: Catalog, sources: Sequence[_Source], shards: dict[st
 
 
 def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source, Frames | ValueError]]:
-    """All frames of videos in order, cropped and resized, up to CHUNK at once; for the rest of a broken one, its error.
+    """Yields the frames of videos in order, cropped and resized, up to CHUNK at a time.
 
-    At least one item a video.
+    If a video breaks, its error takes the place of its remaining frames. There is at least one item per video.
     """
     for source in sources:
         info = source.video.info
@@ -311,7 +309,7 @@ def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source
 def _encode_video(
     vae: AutoencoderKL, source: _Source, settings: dict[str, Any], pieces: Iterable[Frames | ValueError]
 ) -> tuple[ShardVideo, dict[str, torch.Tensor]]:
-    """Latents of every frame of a video, float16, of its pieces as `_read` gives them."""
+    """Encodes the frames of a video, in the pieces that `_read` yields, to float16 latents."""
     info = source.video.info
     side = latent_size(vae, settings["resolution"])
     shape = (info.num_frames, int(vae.config["latent_channels"]), side, side)
@@ -332,6 +330,6 @@ def _encode_video(
     return row, tensors
 
 
-def _below(root: Path, message: str) -> str:
-    """A message that begins with a video's path, with its name instead."""
+def _with_name(root: Path, message: str) -> str:
+    """Replaces the path of a video at the beginning of a message with its name."""
     return message.removeprefix(f"{root}/")

@@ -1,7 +1,7 @@
-"""The files of a latent cache: safetensors that hold the latents of many videos, and say of which.
+"""Shards, the files of a latent cache: safetensors with the latents of one or more videos.
 
-A shard has tensors `<video>/mean` and `<video>/std` (F, C, h, w), float16, and `<video>/mean_flip` and
-`<video>/std_flip` where mirrored frames were asked for. How they were made, and of what, stands in its header.
+A shard has float16 tensors `<video>/mean` and `<video>/std` (F, C, h, w), and for a cache with mirrored frames also
+`<video>/mean_flip` and `<video>/std_flip`. Its header holds the settings of the cache and the facts of its videos.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from lavita.core.files import replacing
+
 PREFIX, SUFFIX = "latents-", ".safetensors"
 TENSORS = ("mean", "std", "mean_flip", "std_flip")
-"""What a video has, in this order; the last two with mirrored frames only."""
+"""The tensors of a video, in this order; the last two only with mirrored frames."""
 ITEM = 2  # bytes of a float16
 _METADATA = "lavita"
 
 
 @dataclass(frozen=True)
 class ShardVideo:
-    """What a shard says of one of its videos."""
+    """The facts of a video in a shard."""
 
     name: str
     """Path below the data set's folder, with forward slashes."""
@@ -37,7 +39,7 @@ class ShardVideo:
     source_sha256: str
     source_bytes: int
     latents_sha256: str
-    """Of the bytes of its tensors, in the order of `TENSORS`."""
+    """SHA-256 of the bytes of its tensors, in the order of `TENSORS`."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ class Shard:
 
     path: Path
     settings: dict[str, Any]
-    """How its latents were made."""
+    """The settings of the cache: version, autoencoder, resolution, mirrored frames, precision."""
     videos: dict[str, ShardVideo]
     broken: tuple[str, ...]
-    """One message a video that should be in it, but could not be decoded; each begins with its name."""
+    """One message per video of the shard that could not be decoded; each begins with the video's name."""
     frame_shape: tuple[int, ...]
     """(C, h, w)."""
     offsets: dict[str, tuple[int, ...]]
-    """Of each video: where its tensors begin in the file, in the order of `TENSORS`."""
+    """For each video, where its tensors begin in the file, in the order of `TENSORS`."""
 
 
 def write_shard(
@@ -62,29 +64,26 @@ def write_shard(
     videos: Sequence[tuple[ShardVideo, dict[str, torch.Tensor]]],
     broken: Sequence[str],
 ) -> None:
-    """Writes a shard beside and renames it: it is complete or absent, and equal inputs are equal files.
+    """Writes a shard, whole or not at all. Equal inputs give equal files.
 
     Args:
         path: the file.
-        settings: how the latents were made.
-        videos: at least one, each with its tensors by the names of `TENSORS`, float16.
+        settings: see `Shard`.
+        videos: at least one video, with its float16 tensors by the names of `TENSORS`.
         broken: see `Shard`.
     """
-    # One entry: safetensors writes several in any order.
+    # A single entry, because safetensors writes several in arbitrary order.
     metadata = {_METADATA: json.dumps({**settings, "videos": [asdict(row) for row, _ in videos], "broken": [*broken]})}
-    tensors = {f"{row.name}/{key}": tensor for row, own in videos for key, tensor in own.items()}
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, metadata)
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    tensors = {f"{row.name}/{key}": tensor for row, latents in videos for key, tensor in latents.items()}
+    with replacing(path, durable=True) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def read_shard(path: Path) -> Shard:
-    """Reads the header of a shard, and checks that the file is as long as it says.
+    """Reads the header of a shard, and checks the length of the file.
 
     Raises:
-        ValueError: for a file that is missing, cut off, damaged in its header, or no shard.
+        ValueError: if the file is missing, cut off or damaged in its header, or is not a shard.
     """
     try:
         with path.open("rb") as stream:
@@ -115,7 +114,7 @@ def read_shard(path: Path) -> Shard:
                     or entry["shape"] != [row.num_frames, *frame_shape]
                     or last - first != length
                 ):
-                    raise ValueError(f"{name} is {entry}")
+                    raise ValueError(f"{name} has {entry}")
             offsets[name] = tuple(begin + entry["data_offsets"][0] for entry in entries)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, ZeroDivisionError) as error:
         raise ValueError(f"{path}: damaged in its header; run `lavita encode` again") from error
@@ -125,14 +124,14 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_rows(descriptor: int, offset: int, frame_shape: tuple[int, ...], rows: range) -> torch.Tensor:
-    """Reads some frames of a tensor, and no others.
+    """Reads some frames of a tensor.
 
-    Not through a memory map: its pages count as this process's memory for as long as it stays open, and a file that is
-    cut off under it kills the process.
+    Not through a memory map, whose pages count as memory of this process while it is open, and which kills the process
+    if the file is cut off.
 
     Args:
-        descriptor: of the open file.
-        offset: where the tensor begins in it.
+        descriptor: descriptor of the open file.
+        offset: where the tensor begins in the file.
         frame_shape: (C, h, w).
         rows: the frames.
 
@@ -140,7 +139,7 @@ def read_rows(descriptor: int, offset: int, frame_shape: tuple[int, ...], rows: 
         float32 (len(rows), C, h, w).
 
     Raises:
-        ValueError: where the file ends before them.
+        ValueError: if the file ends before the last of them.
     """
     length = ITEM * math.prod(frame_shape)
     values = np.empty((len(rows), *frame_shape), np.float16)
@@ -152,7 +151,7 @@ def read_rows(descriptor: int, offset: int, frame_shape: tuple[int, ...], rows: 
 
 
 def latents_digest(parts: Iterator[Any]) -> str:
-    """SHA-256 of the bytes of a video's tensors, given in the order of `TENSORS`, in parts of any length."""
+    """SHA-256 of the bytes of a video's tensors in the order of `TENSORS`, given in parts of any length."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -160,7 +159,7 @@ def latents_digest(parts: Iterator[Any]) -> str:
 
 
 def damaged_videos(shard: Shard, part: int = 1 << 20) -> list[str]:
-    """Names of the videos whose latents are not those that were written; reads the whole file."""
+    """Names of the videos whose latents differ from those that were written; reads the whole file."""
     damaged = []
     with shard.path.open("rb") as stream:
 
@@ -171,7 +170,7 @@ def damaged_videos(shard: Shard, part: int = 1 << 20) -> list[str]:
 
         for name, row in shard.videos.items():
             length = ITEM * row.num_frames * math.prod(shard.frame_shape)
-            own = (block for offset in shard.offsets[name] for block in blocks(offset, length))
-            if latents_digest(own) != row.latents_sha256:
+            stored = (block for offset in shard.offsets[name] for block in blocks(offset, length))
+            if latents_digest(stored) != row.latents_sha256:
                 damaged.append(name)
     return damaged

@@ -1,1 +1,1 @@
-"""Class accuracy and motion per class."""
+"""Metrics of class folders: accuracy and motion."""

@@ -1,9 +1,10 @@
-"""A small network that says which class a clip shows, if any, by its structure and not by its colours.
+"""A small network that tells which class a clip shows, if any, by structure and not by colour.
 
-It learns on real frames whose colours are mixed, inverted and greyed at random, anew for every frame, so that no
-colour tells a class; and moved, scaled, blurred and made noisy a little, so that neither single pixels nor the
-traces of an autoencoder do. It may also answer that a frame shows none of the classes, and learns that on frames
-whose parts are exchanged or washed out: the right background alone is not enough.
+It is trained on real frames whose colours are mixed, inverted and greyed at random, differently for every frame, so
+that colour does not tell the class; and which are moved, scaled, blurred and made noisy a little, so that neither
+single pixels nor the traces of an autoencoder do. It may also answer that a frame shows none of the classes, and learns
+this on frames whose parts are exchanged or washed out: the right background alone is not enough.
+
 Legend: N frames, F frames of a clip, R resolution, K classes.
 """
 
@@ -11,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -25,48 +24,50 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lavita.core.files import replacing
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator
-from lavita.data.catalog import Catalog, scan
+from lavita.data.catalog import Catalog
 from lavita.data.clips import center_crop_resize
+from lavita.data.content_hash import file_hash
 from lavita.evaluation.classes.clips import spread_videos
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
 
 VERSION = 1
-"""Of the network and its training; another number makes cached classifiers be trained anew."""
+"""Version of the network and its training; cached classifiers of another version are not used."""
 MAX_FRAMES = 20_000
 """Training frames held in memory, 250 MB at 64 pixels."""
 FRAME_STEP = 4
-"""Every fourth frame of a video is kept, as successive ones hardly differ; fewer of many or long videos."""
+"""Every fourth frame of a video is kept, as successive ones hardly differ; fewer of many or of long videos."""
 NUM_STEPS = 400
-"""Optimizer steps of a training."""
+"""Optimizer steps."""
 NONE = "(none)"
-"""What `Classifier.recognise` calls a clip that shows none of the classes."""
+"""Class that `Classifier.recognise` gives a clip that shows none of the classes."""
 
 _WIDTHS = (32, 64, 96, 128)
 _GRID = 4
 _BATCH_SIZE = 64
-# Frames of a batch that are also shown ruined. Four times fewer than intact ones, so that a class which is nothing but
-# texture, and so looks the same when it is shuffled, is still called by its name.
+# Frames of a batch that are also shown ruined. Only a quarter is shuffled, so that a class which is only texture, and
+# so looks the same when it is shuffled, is still recognised.
 _NUM_SHUFFLED, _NUM_WASHED_OUT = 16, 4
 _PEAK_LR = 4e-3
 
 
 class Classifier(nn.Module):
-    """Convolutions down to a coarse grid, and a linear layer that knows where on the grid things are.
+    """Convolutions down to a coarse grid, and a linear layer that sees where on the grid things are.
 
     Attributes:
-        class_names: the K classes, in the order of the logits; the last logit, of K + 1, is that of none of them.
-        resolution: side R of the frames it reads.
+        class_names: the K classes, in the order of the logits; the last of the K + 1 logits means none of them.
+        resolution: side R of the frames.
     """
 
     def __init__(self, class_names: tuple[str, ...], resolution: int) -> None:
         """Makes a network with random weights.
 
         Raises:
-            ValueError: fewer than two classes, or frames below 16 pixels.
+            ValueError: for fewer than two classes, or frames below 16 pixels.
         """
         super().__init__()
         if len(class_names) < 2:
@@ -87,10 +88,10 @@ class Classifier(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Scores frames.
+        """Computes the logits of frames.
 
         Args:
-            pixels: float32 `(N, 3, R, R)`, about 0 to 1; the mean colour of each frame is taken off.
+            pixels: float32 `(N, 3, R, R)`, about 0 to 1; the mean colour of each frame is subtracted.
 
         Returns:
             Logits `(N, K + 1)`.
@@ -101,7 +102,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def log_probabilities(self, frames: Frames) -> npt.NDArray[np.float32]:
-        """What a clip shows: the mean over its frames of their log-probabilities.
+        """Averages the log-probabilities of the classes over the frames of a clip.
 
         Args:
             frames: uint8 `(F, H, W, 3)`; cropped and resized to R.
@@ -118,71 +119,64 @@ class Classifier(nn.Module):
         return (*self.class_names, NONE)[int(self.log_probabilities(frames).argmax())]
 
     def save(self, folder: Path) -> None:
-        """Writes `config.json` and `model.safetensors` into a new folder, which appears whole or not at all."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-        partial.mkdir()
-        try:
+        """Writes a folder with `config.json` and `model.safetensors`; an existing one is replaced."""
+        with replacing(folder) as partial:
+            partial.mkdir()
             config = {"version": VERSION, "class_names": self.class_names, "resolution": self.resolution}
-            (partial / "config.json").write_text(json.dumps(config, indent=1))
+            (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
             weights = {key: value.contiguous() for key, value in self.state_dict().items()}
             save_file(weights, partial / "model.safetensors")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:
-        """Reads what `save` wrote, ready to classify.
+        """Reads a folder that `save` wrote.
+
+        Returns:
+            The classifier, in evaluation mode.
 
         Raises:
-            ValueError: the folder holds no classifier, a damaged one, or one of another version.
+            ValueError: if the classifier is missing, damaged, or of another version.
         """
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "model.safetensors")
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: holds no readable classifier ({error})") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder}: does not hold a readable classifier ({error})") from error
         if config.get("version") != VERSION:
             raise ValueError(f"{folder}: is a classifier of version {config.get('version')}, not {VERSION}")
         classifier = cls(tuple(config["class_names"]), config["resolution"])
         try:
             classifier.load_state_dict(weights)
         except RuntimeError as error:
-            raise ValueError(f"{folder}: its weights are not those of its config.json") from error
+            raise ValueError(f"{folder}: the weights do not fit config.json") from error
         return classifier.eval()
 
 
-def train_classifier(root: Path, resolution: int, seed: int = 0, num_steps: int = NUM_STEPS) -> Classifier:
+def train_classifier(catalog: Catalog, resolution: int, seed: int = 0, num_steps: int = NUM_STEPS) -> Classifier:
     """Trains a classifier on real videos: half a minute on 2 cores for 64-pixel frames.
 
     Args:
-        root: folder of class folders of videos.
+        catalog: videos in class folders.
         resolution: side of the frames, >= 16.
-        seed: of weights, batches and augmentation; the same seed gives the same classifier on the same machine.
+        seed: decides initial weights, batches and augmentation; the same seed gives the same classifier on the same
+            machine.
         num_steps: optimizer steps of 64 frames, >= 1.
 
     Returns:
         The classifier, in evaluation mode.
 
     Raises:
-        ValueError: for a folder without usable videos, videos outside class folders, fewer than two classes, or a
-            number out of its range.
+        ValueError: for fewer than two classes, or a number out of its range.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
-    return _train(scan(root, class_folders=True), resolution, seed, num_steps)
-
-
-def _train(catalog: Catalog, resolution: int, seed: int, num_steps: int) -> Classifier:
-    # Initial weights come from torch's global generator, which is not ours to disturb.
+    # Initial weights come from torch's global generator, whose state must stay as it is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = Classifier(catalog.class_names, resolution)
     frames, labels = _load_frames(catalog, resolution)
-    # Classes count alike, however many frames they have.
+    # All classes have the same weight, however many frames they have.
     weights = 1.0 / torch.bincount(labels).float()[labels]
     rng = generator(seed, "classifier")
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=_PEAK_LR, weight_decay=0.01)
@@ -203,25 +197,24 @@ def _train(catalog: Catalog, resolution: int, seed: int, num_steps: int) -> Clas
     return classifier.eval()
 
 
-def cached_classifier(root: Path, resolution: int, seed: int, cache_dir: Path | None) -> Classifier:
-    """Like `train_classifier`, but trained once for the same videos, resolution, seed and version.
+def cached_classifier(catalog: Catalog, resolution: int, seed: int, cache_dir: Path | None) -> Classifier:
+    """Trains a classifier, once for the same videos, resolution, seed and version.
 
     Args:
-        root: folder of class folders of videos.
+        catalog: videos in class folders.
         resolution: side of the frames, >= 16.
-        seed: as in `train_classifier`.
-        cache_dir: where classifiers are kept; None keeps none. A damaged one is trained again.
+        seed: as for `train_classifier`.
+        cache_dir: folder of trained classifiers; None keeps none. A damaged one is trained again.
     """
     if cache_dir is None:
-        return train_classifier(root, resolution, seed)
-    catalog = scan(root, class_folders=True)
+        return train_classifier(catalog, resolution, seed)
     folder = cache_dir / _content_key(catalog, resolution, seed)
     if folder.is_dir():
         try:
             return Classifier.load(folder)
         except ValueError as error:
             print(f"{error}; training another", file=sys.stderr)
-    classifier = _train(catalog, resolution, seed, NUM_STEPS)
+    classifier = train_classifier(catalog, resolution, seed)
     classifier.save(folder)
     return classifier
 
@@ -232,14 +225,12 @@ def _content_key(catalog: Catalog, resolution: int, seed: int) -> str:
         path = video.info.path
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.is_file():
-                with file.open("rb") as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
-                digest.update(repr((video.name, file.name, file.stat().st_size, content)).encode())
+                digest.update(repr((video.name, file.name, file.stat().st_size, file_hash(file))).encode())
     return digest.hexdigest()[:20]
 
 
 def _load_frames(catalog: Catalog, resolution: int) -> tuple[Tensor, Tensor]:
-    """Frames uint8 `(N, R, R, 3)` and labels int64 `(N,)`."""
+    """Reads some frames of some videos of each class: uint8 `(N, R, R, 3)`, and their labels, int64 `(N,)`."""
     videos = spread_videos(catalog)
     most = max(1, MAX_FRAMES // len(videos))
     progress = Progress("classifier: videos read", len(videos))
@@ -254,15 +245,15 @@ def _load_frames(catalog: Catalog, resolution: int) -> tuple[Tensor, Tensor]:
 
 
 def ruin(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Frames that show none of the classes, though their colours are right.
+    """Turns frames into ones that show none of the classes, though their colours are right.
 
     Args:
         pixels: float32 `(N, 3, R, R)`.
-        rng: draws the sizes for the batch and the order of the parts for each frame.
+        rng: draws the sizes once per batch and the order of the parts once per frame.
 
     Returns:
-        float32 `(N, 3, R, R)`: the last four are blurred beyond recognition, the others' square parts exchanged.
-        Parts are a sixteenth, a quarter or a half of the side, so that eighths remain for a fair check.
+        float32 `(N, 3, R, R)`: the last four frames are blurred beyond recognition; the square parts of all others are
+        exchanged. Parts are a sixteenth, a quarter or a half of the side, so that a check with eighths is fair.
     """
 
     def one_of(*choices: int) -> int:
@@ -284,31 +275,31 @@ def ruin(pixels: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Changes what must not tell a class: colours first of all, then place, size, sharpness and noise.
+    """Changes what must not tell a class: colours above all, then position, size, sharpness and noise.
 
     Args:
         pixels: float32 `(N, 3, R, R)`, 0 to 1.
-        rng: draws anew for each frame.
+        rng: draws for each frame separately.
 
     Returns:
-        float32 `(N, 3, R, R)`, without a fixed range.
+        float32 `(N, 3, R, R)`, not limited to a range.
     """
     num = len(pixels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(num, *shape, generator=rng)
 
-    # Moved by up to an eighth of the frame, and scaled by up to 15%, each axis on its own.
+    # Move by up to an eighth of the frame, and scale by up to 15%, each axis on its own.
     placement = torch.zeros(num, 2, 3)
     placement[:, (0, 1), (0, 1)] = uniform(0.85, 1.15, 2)
     placement[:, :, 2] = uniform(-0.25, 0.25, 2)
     grid = F.affine_grid(placement, list(pixels.shape), align_corners=False)
     pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
-    # Half of the frames have their colours turned about grey in any direction (which mixes hue, saturation and
-    # brightness), half have their channels exchanged and inverted; some of both then become grey.
+    # Rotate the colours of half of the frames about grey in any direction, which mixes hue, saturation and brightness;
+    # exchange and invert the channels of the others; then turn some of both grey.
     turned, triangular = torch.linalg.qr(torch.randn(num, 3, 3, generator=rng))
-    # Without this the signs of a QR decomposition favour some directions, and colours tell again (Mezzadri 2007).
+    # Without this the signs of a QR decomposition favour some directions, so that colours tell (Mezzadri 2007).
     turned = turned * triangular.diagonal(dim1=1, dim2=2).sign()[:, None]
     exchanged = torch.eye(3)[torch.rand(num, 3, generator=rng).argsort(1)]
     exchanged = exchanged * torch.where(torch.rand(num, 3, 1, generator=rng) < 0.5, -1.0, 1.0)
@@ -330,29 +321,29 @@ def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
 def recolour(frames: Frames, rng: np.random.Generator) -> Frames:
     """Gives a clip other colours, in another way than the training does.
 
-    Channels become random weighted sums, spread over the whole range, bent by a random gamma, inverted or not.
+    Channels become random weighted sums, stretched to the whole range, with a random gamma, inverted or not.
 
     Args:
         frames: uint8 `(F, H, W, 3)`.
-        rng: one draw for the clip.
+        rng: draws once for the whole clip.
 
     Returns:
         uint8 `(F, H, W, 3)`.
     """
     mixed = frames.reshape(-1, 3) / 255 @ rng.normal(size=(3, 3))
     low, high = mixed.min(0), mixed.max(0)
-    # A clip of one colour has nothing to spread.
+    # The range of a clip of one colour is 0.
     mixed = ((mixed - low) / np.maximum(high - low, 1e-6)) ** np.exp(rng.uniform(-0.7, 0.7, size=3))
     mixed = np.where(rng.random(3) < 0.5, 1 - mixed, mixed)
     return (mixed * 255).round().astype(np.uint8).reshape(frames.shape)
 
 
 def shuffle_patches(frames: Frames, rng: np.random.Generator, patch: int = 8) -> Frames:
-    """Exchanges the patches of each frame at random: colours and small texture stay, structure goes.
+    """Exchanges the patches of each frame at random, which keeps colours and fine texture and destroys structure.
 
     Args:
-        frames: uint8 `(F, H, W, 3)`; what is left at the edges beside whole patches stays in place.
-        rng: another draw for each frame.
+        frames: uint8 `(F, H, W, 3)`; pixels at the edges that do not fill a patch stay in place.
+        rng: draws for each frame separately.
         patch: side of the patches in pixels.
 
     Returns:

@@ -11,11 +11,11 @@ import numpy.typing as npt
 Frames = npt.NDArray[np.uint8]
 
 FACTOR = 2.0
-"""Generated motion agrees with real motion from a half of it to twice as much, both included."""
+"""Generated motion agrees with real motion if it is from half to twice as much, both included."""
 
 
 def motion(frames: Frames) -> float:
-    """Mean absolute difference of successive frames.
+    """Measures the mean absolute difference of successive frames.
 
     Args:
         frames: uint8 `(F, H, W, 3)`, F >= 2.
@@ -24,7 +24,7 @@ def motion(frames: Frames) -> float:
         The mean over pixels, channels and pairs of frames, in 1/255 of the range: 0 to 255.
 
     Raises:
-        ValueError: another dtype or shape.
+        ValueError: for another dtype or shape.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) < 2 or 0 in frames.shape:
         raise ValueError(f"frames is {frames.dtype} {frames.shape}; motion needs uint8 (F, H, W, 3), F >= 2")
@@ -40,7 +40,7 @@ class ClassMotion:
     generated: float
     """Mean over the generated clips."""
     ratio: float | None
-    """Generated over real; None where nothing real moves."""
+    """Generated over real; None if nothing moves in the real clips."""
     within_factor_two: bool
     num_real_clips: int
     num_generated_clips: int
@@ -59,7 +59,7 @@ def compare_motion(
         A comparison for each class of `generated`, sorted by name.
 
     Raises:
-        ValueError: a class without clips, real or generated.
+        ValueError: for a class without real or generated clips.
     """
     result = {}
     for name in sorted(generated):
@@ -71,7 +71,7 @@ def compare_motion(
             real=real_mean,
             generated=generated_mean,
             ratio=generated_mean / real_mean if real_mean else None,
-            # Not by the ratio, so that a still class is matched by still clips.
+            # Not computed from the ratio, so that still clips match a still class.
             within_factor_two=real_mean / FACTOR <= generated_mean <= real_mean * FACTOR,
             num_real_clips=len(real[name]),
             num_generated_clips=len(generated[name]),

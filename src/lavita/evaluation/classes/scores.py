@@ -1,4 +1,4 @@
-"""Scores of classes: is what was asked for recognised, and does it move as the real thing does?"""
+"""Class metrics: do generated clips show the class that was asked for, and move as much as real ones?"""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 from lavita.core.seeds import numpy_generator
 from lavita.evaluation.classes.classifier import VERSION, Classifier, cached_classifier, recolour, shuffle_patches
-from lavita.evaluation.classes.clips import Comparison
+from lavita.evaluation.classes.clips import ClassVideos
 from lavita.evaluation.classes.motion import compare_motion, motion
+from lavita.evaluation.clips import ClipSet, iter_pixels
 
-ClassMetric = Callable[[Comparison, Path | None], dict[str, Any]]
-"""Makes a JSON-able report of a comparison, with a folder to keep what can be used again, or None."""
+ClassMetric = Callable[[ClassVideos, Path | None], dict[str, Any]]
+"""Computes a JSON-able report; the folder, if any, is the cache of trained classifiers."""
 
 MAX_CLASSIFIER_RESOLUTION = 64
-"""The classifier reads larger frames shrunk to this side: classes show there already, and it trains in seconds."""
+"""Larger frames are shrunk to this side for the classifier: enough to tell classes, and it trains in seconds."""
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -49,28 +50,30 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     return low, 1.0 if correct == total else center + reach
 
 
-def accuracy(comparison: Comparison, cache_dir: Path | None = None) -> dict[str, Any]:
-    """How often a classifier trained on the real videos recognises the class that a clip was asked to show.
+def accuracy(videos: ClassVideos, cache_dir: Path | None = None) -> dict[str, Any]:
+    """Measures how often a classifier trained on the real videos recognises the class that a clip was asked to show.
 
     Args:
-        comparison: what is compared.
-        cache_dir: where trained classifiers are kept.
+        videos: the videos to compare.
+        cache_dir: folder of trained classifiers.
 
     Returns:
-        `accuracy` with its Wilson `interval_95`, the same by class, `confusion` {asked for: {recognised: clips}}
-        where a clip may be recognised as none of the classes,
-        the `mistakes`, and `controls`: accuracy on held-out real clips as they are, recoloured, and with their
-        patches shuffled, or None without held-out videos.
+        `accuracy` with its Wilson `interval_95`; both per class; `confusion` {class asked for: {class recognised:
+        number of clips}}, where a clip may be recognised as none of the classes; `mistakes`; and `controls`: the
+        accuracy on held-out real clips as they are, recoloured, and with shuffled patches, or None without held-out
+        videos.
     """
-    resolution = min(comparison.resolution, MAX_CLASSIFIER_RESOLUTION)
-    classifier = cached_classifier(comparison.real.root, resolution, comparison.seed, cache_dir)
-    confusion: dict[str, Counter[str]] = {name: Counter() for name in comparison.class_names}
+    resolution = min(videos.resolution, MAX_CLASSIFIER_RESOLUTION)
+    # The classifier learns from all real videos, even those that are too short for a clip.
+    classifier = cached_classifier(videos.real.folder.catalog(), resolution, videos.seed, cache_dir)
+    confusion: dict[str, Counter[str]] = {name: Counter() for name in videos.class_names}
     mistakes = []
-    for name, video, frames in comparison.generated_clips():
+    for clip, frames in iter_pixels(videos.generated_clips(), videos.resolution):
+        assert clip.label is not None
         recognised = classifier.recognise(frames)
-        confusion[name][recognised] += 1
-        if recognised != name:
-            mistakes.append({"clip": video.name, "recognised": recognised})
+        confusion[clip.label][recognised] += 1
+        if recognised != clip.label:
+            mistakes.append({"clip": clip.name, "recognised": recognised})
     correct = {name: row[name] for name, row in confusion.items()}
     total = {name: row.total() for name, row in confusion.items()}
     all_correct, all_total = sum(correct.values()), sum(total.values())
@@ -84,24 +87,24 @@ def accuracy(comparison: Comparison, cache_dir: Path | None = None) -> dict[str,
         "per_class_num_clips": total,
         "confusion": {name: dict(sorted(row.items())) for name, row in confusion.items()},
         "mistakes": mistakes,
-        "controls": _controls(classifier, comparison),
-        "classifier": {"version": VERSION, "resolution": resolution, "seed": comparison.seed},
+        "controls": _controls(classifier, videos),
+        "classifier": {"version": VERSION, "resolution": resolution, "seed": videos.seed},
     }
 
 
-def _controls(classifier: Classifier, comparison: Comparison) -> dict[str, Any] | None:
-    if comparison.held_out is None:
+def _controls(classifier: Classifier, videos: ClassVideos) -> dict[str, Any] | None:
+    if videos.held_out is None:
         return None
-    # Eighths of the frame, 8 of 64 pixels, are patches that the classifier has not been trained to reject.
-    patch = max(1, comparison.resolution // 8)
+    # Eighths of the frame (8 of 64 pixels): the classifier was not trained to reject patches of this size.
+    patch = max(1, videos.resolution // 8)
     hits: Counter[str] = Counter()
     num_clips = 0
-    shown = comparison.real_clips(comparison.held_out, classifier.class_names)
-    for number, (name, frames) in enumerate(shown):
-        rng = numpy_generator(comparison.seed, "controls", number)
-        hits["held_out"] += classifier.recognise(frames) == name
-        hits["recoloured"] += classifier.recognise(recolour(frames, rng)) == name
-        hits["shuffled"] += classifier.recognise(shuffle_patches(frames, rng, patch)) == name
+    clips = videos.real_clips(videos.held_out, classifier.class_names)
+    for number, (clip, frames) in enumerate(iter_pixels(clips, videos.resolution)):
+        rng = numpy_generator(videos.seed, "controls", number)
+        hits["held_out"] += classifier.recognise(frames) == clip.label
+        hits["recoloured"] += classifier.recognise(recolour(frames, rng)) == clip.label
+        hits["shuffled"] += classifier.recognise(shuffle_patches(frames, rng, patch)) == clip.label
         num_clips += 1
     return {
         "num_clips": num_clips,
@@ -109,29 +112,34 @@ def _controls(classifier: Classifier, comparison: Comparison) -> dict[str, Any] 
     }
 
 
-def motion_ratio(comparison: Comparison, cache_dir: Path | None = None) -> dict[str, Any]:
-    """How much moves in generated clips against real ones of the same length and frame interval, by class.
+def motion_ratio(videos: ClassVideos, cache_dir: Path | None = None) -> dict[str, Any]:
+    """Compares how much moves in generated clips and in real ones of the same length and frame interval, by class.
 
     Args:
-        comparison: what is compared.
-        cache_dir: not needed by this metric.
+        videos: the videos to compare.
+        cache_dir: not used by this metric.
 
     Returns:
         `per_class` {class: real and generated motion in 1/255, their ratio, whether it is within a factor of two},
         and `num_within_factor_two` of `num_classes`.
     """
-    real: dict[str, list[float]] = {}
-    for name, frames in comparison.real_clips(comparison.real, comparison.class_names):
-        real.setdefault(name, []).append(motion(frames))
-    generated: dict[str, list[float]] = {}
-    for name, _, frames in comparison.generated_clips():
-        generated.setdefault(name, []).append(motion(frames))
-    rows = compare_motion(real, generated)
+    rows = compare_motion(
+        _motion_by_class(videos.real_clips(videos.real, videos.class_names), videos.resolution),
+        _motion_by_class(videos.generated_clips(), videos.resolution),
+    )
     return {
         "num_within_factor_two": sum(row.within_factor_two for row in rows.values()),
         "num_classes": len(rows),
         "per_class": {name: asdict(row) for name, row in rows.items()},
     }
+
+
+def _motion_by_class(clips: ClipSet, resolution: int) -> dict[str, list[float]]:
+    result: dict[str, list[float]] = {}
+    for clip, frames in iter_pixels(clips, resolution):
+        assert clip.label is not None
+        result.setdefault(clip.label, []).append(motion(frames))
+    return result
 
 
 CLASS_METRICS: dict[str, ClassMetric] = {"accuracy": accuracy, "motion": motion_ratio}

@@ -1,1 +1,1 @@
-"""Distances between two sets of features, and scores of one."""
+"""Formulas: distances between two sets of features, and scores of one set."""

@@ -1,4 +1,4 @@
-"""The Frechet distance of two sets of features, in float64, with an interval and its limit for many samples.
+"""The Frechet distance of two sets of features, in float64, with an interval and a limit for infinitely many samples.
 
 Legend: N rows of a set, D features, r = min(N, D).
 """
@@ -19,17 +19,17 @@ Z_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class FrechetScore:
-    """A Frechet distance and how sure it is."""
+    """A Frechet distance and its uncertainty."""
 
     value: float
-    """Of these samples. It is biased upwards, the more the fewer samples there are."""
+    """Distance of these samples. It is biased upwards, and more so with fewer samples."""
     standard_error: float
-    """Of `value` around its mean over other samples of the same numbers, from its influence function."""
+    """Standard error of `value` around its mean over other samples of the same size, from its influence function."""
     interval_95: tuple[float, float]
-    """Covers the mean of `value` over other samples of the same numbers: not the distance of the distributions."""
+    """Covers the mean of `value` over other samples of the same size, not the distance of the distributions."""
     infinity: float | None
-    """The estimate for infinitely many samples of both sides, which may be below 0; None where half of the samples are
-    no more than the features."""
+    """Estimate for infinitely many samples, which may be below 0; None if half of the samples are no more than the
+    features."""
     infinity_interval_95: tuple[float, float] | None
     """Covers the distance of the distributions, as far as the bias falls as 1/N."""
 
@@ -46,8 +46,8 @@ class _Moments:
 def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike, ddof: int = 0) -> float:
     """`|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))` (Dowson & Landau 1982; Heusel et al. 2017, Eq. 6).
 
-    The trace of the root is the sum of the singular values of `A_x A_y'` for any factors `S = A' A`; those of a QR
-    decomposition of the rows are exact to rounding where a covariance is singular, unlike roots of its eigenvalues.
+    The trace of the root is the sum of the singular values of `A_x A_y'` for any factors `S = A' A`. With factors from
+    a QR decomposition of the rows it is exact to rounding even for singular covariances, unlike roots of eigenvalues.
 
     Args:
         x: features (N, D), finite.
@@ -55,7 +55,7 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike, ddof: int = 0) -> float
         ddof: 0 divides covariances by N (StyleGAN-V), 1 by N - 1 (clean-fid).
 
     Raises:
-        ValueError: for arrays that are no such sets, or fewer than 2 rows.
+        ValueError: for arrays of another shape, features that are not finite, or fewer than 2 rows.
     """
     first, second = _moments("x", x, ddof), _moments("y", y, ddof)
     singular = np.linalg.svd(_overlap(first, second), compute_uv=False).astype(np.float64)
@@ -71,21 +71,21 @@ def frechet_score(
     num_halvings: int = 4,
     seed: int = 0,
 ) -> FrechetScore:
-    """A Frechet distance with its interval and limit.
+    """Computes a Frechet distance with its interval and limit.
 
-    The standard error is that of the mean of the influence function: a row `d` around its mean contributes
+    The standard error is that of the mean of the influence function: a row with deviation `d` from the mean contributes
     `2 d (m_x - m_y) + d' (I - T) d`, where T is the optimal transport map between the two Gaussians. Rows of one
-    cluster, as frames of one clip, count as one draw. The limit halves both sides: `2 F(N) - F(N / 2)` loses the part
-    of the bias that falls as 1/N (Chong & Forsyth 2020 shrink one side only).
+    cluster, such as frames of one clip, count as one draw. The limit is `2 F(N) - F(N / 2)` with both sets halved: it
+    is free of the part of the bias that falls as 1/N (Chong & Forsyth 2020 shrink only one set).
 
     Args:
         x: features (N, D).
         y: features (M, D).
-        ddof: as in `frechet_distance`.
-        clusters_x: a name for each row (N,), equal where rows are not independent; by default all are.
+        ddof: as for `frechet_distance`.
+        clusters_x: the cluster of each row (N,), equal for rows that are not independent; by default all are.
         clusters_y: the same for y.
-        num_halvings: random halvings that the limit is the mean of; 0 for no limit.
-        seed: of the halvings.
+        num_halvings: number of random halvings to average for the limit; 0 for no limit.
+        seed: seed of the halvings.
 
     Raises:
         ValueError: as `frechet_distance`, or for clusters of another length.
@@ -96,7 +96,7 @@ def frechet_score(
     numbers = (cluster_numbers("x", clusters_x, len(first.q)), cluster_numbers("y", clusters_y, len(second.q)))
     for field, number in zip("xy", numbers, strict=True):
         if num_clusters(number) < 2:
-            raise ValueError(f"{field} has 1 independent sample, one video; an interval needs at least 2")
+            raise ValueError(f"{field} has 1 independent sample (one video); an interval needs at least 2")
     variance = 0.0
     for own, other, vectors, cluster in ((first, second, left, numbers[0]), (second, first, right.T, numbers[1])):
         count = len(own.q)
@@ -111,7 +111,7 @@ def frechet_score(
     infinity = interval = None
     if halves is not None:
         infinity = 2 * value - float(halves.mean())
-        # Which rows fall into which half is chance, too; with one halving nothing tells how much.
+        # The assignment of rows to halves adds to the variance, by an amount that one halving cannot show.
         spread = float(halves.var(ddof=1)) / len(halves) if len(halves) > 1 else 0.0
         reach = Z_95 * float(np.sqrt(variance + spread))
         interval = (infinity - reach, infinity + reach)
@@ -128,16 +128,16 @@ def _moments(field: str, rows: npt.ArrayLike, ddof: int) -> _Moments:
 
 
 def _overlap(x: _Moments, y: _Moments) -> Array:
-    """`r_x r_y'`, whose singular values add up to the trace of the root."""
+    """`r_x r_y'`, whose singular values sum to the trace of the root."""
     if x.r.shape[1] != y.r.shape[1]:
-        raise ValueError(f"y has {y.r.shape[1]} features a row, but x {x.r.shape[1]}")
+        raise ValueError(f"y has {y.r.shape[1]} features per row, but x {x.r.shape[1]}")
     overlap: Array = x.r @ y.r.T
     return overlap
 
 
 def _distance(x: _Moments, y: _Moments, singular: Array) -> float:
     traces = float((x.r**2).sum() + (y.r**2).sum())
-    # Rounding can leave a distance of equal sets a trace below 0.
+    # Rounding can make the distance of equal sets slightly negative.
     return max(float(((x.mean - y.mean) ** 2).sum()) + traces - 2 * float(singular.sum()), 0.0)
 
 
@@ -150,7 +150,7 @@ def _halved(
     num: int,
     seed: int,
 ) -> Array | None:
-    """Distances of halves (num,), each the mean over the two of a halving; None where a half is too small."""
+    """Distances of halves (num,), each the mean over the two halves; None if a half is too small."""
     if not num or min(num_clusters(clusters_x), num_clusters(clusters_y)) < 4:
         return None
     rng = np.random.default_rng(seed)
@@ -163,7 +163,7 @@ def _halved(
             first[rng.permutation(count)[: count // 2]] = True
             picked.append(first[clusters])
         halves = [(x[picked[0]], y[picked[1]]), (x[~picked[0]], y[~picked[1]])]
-        # Singular covariances have a bias of another kind, which this does not take off.
+        # Singular covariances have a bias of another kind, which this does not remove.
         if min(len(part) for half in halves for part in half) <= x.shape[1]:
             return None
         distances.append(np.mean([frechet_distance(*half, ddof=ddof) for half in halves]))
@@ -171,14 +171,14 @@ def _halved(
 
 
 def check_features(field: str, rows: npt.ArrayLike) -> Array:
-    """Features as float64 (N, D), N >= 2.
+    """Converts features to float64 (N, D), N >= 2.
 
     Raises:
-        ValueError: naming `field`, for another shape or values that are not finite.
+        ValueError: for another shape or values that are not finite; the message names `field`.
     """
     values = np.asarray(rows, dtype=np.float64)
     if values.ndim != 2 or len(values) < 2 or not values.shape[1]:
         raise ValueError(f"{field} has shape {values.shape}; features are (N, D) with N >= 2")
     if not np.isfinite(values).all():
-        raise ValueError(f"{field} holds features that are not finite numbers")
+        raise ValueError(f"{field} has features that are not finite numbers")
     return values

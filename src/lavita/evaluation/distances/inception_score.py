@@ -1,4 +1,4 @@
-"""The Inception Score, in the three ways that papers on video generation compute it."""
+"""The Inception Score, in the three variants of papers on video generation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Variant:
-    """How many samples a published way takes, in how many splits."""
+    """Numbers of samples and splits of a published variant."""
 
     num_samples: int
     num_splits: int
@@ -21,13 +21,13 @@ VARIANTS = {
     "tganv2": Variant(20_480, 10),
     "stylegan-v": Variant(2_048, 10),
 }
-"""TGAN (Saito et al. 2017): one split. TGANv2 (Saito et al. 2020): ten loops of 2,048, each a split of its own.
-StyleGAN-V (Skorokhodov et al. 2022): 2,048 in ten splits, which cannot exceed 76 for 101 balanced classes."""
+"""TGAN (Saito et al. 2017): one split. TGANv2 (Saito et al. 2020): ten splits of 2,048. StyleGAN-V (Skorokhodov et al.
+2022): 2,048 in ten splits, which cannot exceed 76 for 101 balanced classes."""
 
 
 @dataclass(frozen=True)
 class InceptionScore:
-    """Mean and standard deviation over splits; a score without n and splits says nothing."""
+    """Mean and standard deviation over splits; a score means nothing without the numbers of samples and splits."""
 
     value: float
     std_of_splits: float
@@ -39,18 +39,18 @@ def inception_score(probabilities: npt.ArrayLike, num_splits: int) -> InceptionS
     """`exp(mean_x KL(p(y|x) || p(y)))` of each split (Salimans et al. 2016), in float64, without an epsilon.
 
     Args:
-        probabilities: (N, K), rows sum to 1; 0 log 0 is 0.
-        num_splits: successive parts of the rows, of N / num_splits each to a row.
+        probabilities: (N, K), each row sums to 1; 0 log 0 is 0.
+        num_splits: number of successive parts of the rows, each of N / num_splits rows, rounded.
 
     Raises:
-        ValueError: for rows that are no probabilities, or fewer than one a split.
+        ValueError: if the rows are not probabilities, or fewer than the splits.
     """
     rows = np.asarray(probabilities, dtype=np.float64)
     if rows.ndim != 2 or not np.isfinite(rows).all() or (rows < 0).any() or (abs(rows.sum(1) - 1) > 1e-3).any():
         raise ValueError("probabilities are not (N, K) with rows that are at least 0 and sum to 1")
     if not 1 <= num_splits <= len(rows):
         raise ValueError(f"num_splits is {num_splits}; allowed: 1 to {len(rows)}, the number of samples")
-    # float32 rows sum to 1 within 1e-6 only, which is more than float64 needs to show.
+    # Rows of float32 sum to 1 only within 1e-6; in float64 the difference would show.
     rows = rows / rows.sum(1, keepdims=True)
     scores = []
     for split in range(num_splits):

@@ -1,4 +1,4 @@
-"""Nearest neighbours in feature space: precision, recall, density, coverage, and who resembles whom.
+"""Nearest neighbours in feature space: precision, recall, density, coverage, and the nearest real samples.
 
 Legend: N real rows, M generated rows, D features.
 """
@@ -13,38 +13,41 @@ import numpy.typing as npt
 from lavita.evaluation.distances.frechet import check_features
 
 Array = npt.NDArray[np.float64]
-_ROWS = 1024  # of a distance matrix held at a time
+_ROWS = 1024  # rows of a distance matrix in memory at a time
 
 
 @dataclass(frozen=True)
 class NeighbourScores:
-    """Shares of samples that lie among those of the other side."""
+    """Shares of samples of one set that lie among those of the other."""
 
     precision: float
-    """Share of generated samples within the radius of any real one (Kynkaanniemi et al. 2019), 0 to 1: quality."""
+    """Share of generated samples within the radius of a real one (Kynkaanniemi et al. 2019), 0 to 1: quality."""
     recall: float
-    """Share of real samples within the radius of any generated one, 0 to 1: variety."""
+    """Share of real samples within the radius of a generated one, 0 to 1: variety."""
     density: float
-    """Mean number of real neighbourhoods that a generated sample lies in, over k (Naeem et al. 2020): 1 is as real."""
+    """Mean number of real neighbourhoods that a generated sample is in, over k (Naeem et al. 2020); 1 for real ones."""
     coverage: float
-    """Share of real samples whose neighbourhood holds a generated one, 0 to 1."""
+    """Share of real samples with a generated one in their neighbourhood, 0 to 1."""
     k: int
+    """Number of neighbours that defines a neighbourhood."""
 
 
 def neighbour_scores(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = 5) -> NeighbourScores:
-    """Precision, recall, density and coverage; a radius is the distance to the k-th other sample of the same side.
+    """Computes precision, recall, density and coverage.
+
+    The radius of a sample is its distance to the k-th nearest other sample of the same set.
 
     Args:
         real: features (N, D), N > k.
         generated: features (M, D), M > k.
-        k: neighbours, >= 1; 3 for Kynkaanniemi's precision and recall, 5 for Naeem's density and coverage.
+        k: number of neighbours, >= 1; 3 for Kynkaanniemi's precision and recall, 5 for Naeem's density and coverage.
 
     Raises:
-        ValueError: for arrays that are no such sets, or too few rows.
+        ValueError: for arrays of another shape, features that are not finite, or too few rows.
     """
     x, y = check_features("real", real), check_features("generated", generated)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"generated has {y.shape[1]} features a row, but real {x.shape[1]}")
+        raise ValueError(f"generated has {y.shape[1]} features per row, but real {x.shape[1]}")
     for field, rows in (("real", x), ("generated", y)):
         if not 1 <= k < len(rows):
             raise ValueError(f"k is {k}; allowed: 1 to {len(rows) - 1}, below the number of {field} samples")
@@ -68,14 +71,14 @@ def neighbour_scores(real: npt.ArrayLike, generated: npt.ArrayLike, k: int = 5) 
 
 
 def nearest(queries: npt.ArrayLike, references: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], Array]:
-    """The nearest reference of each query.
+    """Finds the nearest reference of each query.
 
     Args:
         queries: features (M, D).
         references: features (N, D).
 
     Returns:
-        Index of the reference (M,), the first of equals, and its Euclidean distance (M,).
+        Index of the reference (M,), the first one of a tie, and its Euclidean distance (M,).
     """
     x, y = check_features("queries", queries), check_features("references", references)
     indices, distances = np.zeros(len(x), dtype=np.int64), np.zeros(len(x))
@@ -88,12 +91,12 @@ def nearest(queries: npt.ArrayLike, references: npt.ArrayLike) -> tuple[npt.NDAr
 
 
 def _radii(rows: Array, k: int) -> Array:
-    """Squared distance of each row to its k-th other one, (N,)."""
+    """Squared distance of each row to the k-th nearest other row, (N,)."""
     radii = np.zeros(len(rows))
     for first in range(0, len(rows), _ROWS):
         part = slice(first, first + _ROWS)
         distances = _squared_distances(rows[part], rows)
-        # A row is its own nearest one, whatever rounding says.
+        # Rounding must not make another row nearer to a row than itself.
         distances[np.arange(len(distances)), np.arange(first, first + len(distances))] = 0
         radii[part] = np.partition(distances, k, axis=1)[:, k]
     return radii

@@ -1,1 +1,1 @@
-"""Feature networks, and the features of clips and frames."""
+"""Networks, and the features of clips and frames that are read from their outputs."""

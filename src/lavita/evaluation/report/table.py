@@ -1,4 +1,4 @@
-"""Reports: JSON, a table on the console, and a comparison of two that refuses unlike protocols."""
+"""Reports as JSON and as tables on the console."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lavita.core.files import write_text
+
 
 def write_scores(scores: Mapping[str, Any], out: Path) -> None:
-    """Writes a report of `score` as JSON; missing folders are made."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
+    """Writes a report as JSON.
+
+    Raises:
+        ValueError: if a score is not a finite number.
+    """
+    write_text(out, json.dumps(scores, indent=1, allow_nan=False) + "\n")
 
 
 def print_scores(scores: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints a report of `scores.score`: a line a score of features, and a line a class.
+    """Prints a report: one row per metric of features, and one row per class for class metrics.
 
     Args:
-        scores: the report, or what was read from its JSON.
+        scores: the report.
         console: where to print; standard output by default.
     """
     console = console or Console()
@@ -46,7 +51,7 @@ def _print_features(report: Mapping[str, Any], console: Console) -> None:
         table.add_column(heading, justify="right")
     for name, row in report["scores"].items():
         for label, (value, interval, *others) in feature_rows(name, row):
-            # The network on a line of its own, or else the table is too wide for a console.
+            # The network is on a line of its own, as the table would be too wide for a console otherwise.
             narrow = escape(label.replace("[", "\n["))
             table.add_row(narrow, f"{value}\n{interval}" if interval else value, *others)
         for quoted in row.get("quoted", ()):
@@ -58,15 +63,13 @@ def _print_features(report: Mapping[str, Any], console: Console) -> None:
     near = report.get("neighbours")
     if near and near["other_real"]:
         chance = near["other_real"]["chance_that_generated_is_nearer"]
-        console.print(
-            f"A generated clip is nearer to the real ones than another real clip is: {chance:.1%} (50% alike)."
-        )
+        console.print(f"A generated clip is nearer to real clips than another real clip: {chance:.1%} (50%: alike).")
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
 
 def feature_rows(name: str, row: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """A score as rows for reading: label; value, interval, limit, floor, numbers of samples."""
+    """Formats a score as rows of a label and five cells: value, interval, limit, floor, numbers of samples."""
     counts = f"{row['num_real']:,} / {row['num_generated']:,}"
     if "precision" in row:
         floor = row["floor"] or {}
@@ -82,7 +85,7 @@ def feature_rows(name: str, row: Mapping[str, Any]) -> list[tuple[str, list[str]
 
 
 def number(value: float | None) -> str:
-    """A score for reading: four significant digits, `-` for None."""
+    """Formats a score with four significant digits; `-` for None."""
     return "-" if value is None else f"{value:.4g}"
 
 
@@ -132,7 +135,7 @@ def _accuracy_cells(num_clips: int, share: float, interval: Sequence[float]) -> 
 def _describe_controls(recognised: Mapping[str, Any]) -> str:
     controls = recognised["controls"]
     if controls is None:
-        return "The classifier was not checked: give held-out videos."
+        return "The classifier was not checked; --held-out checks it."
     return (
         f"The classifier on {controls['num_clips']} held-out real clips: {controls['held_out']:.1%}; recoloured "
         f"{controls['recoloured']:.1%}; with patches shuffled {controls['shuffled']:.1%} "

@@ -1,1 +1,1 @@
-"""Loads the weights of other models: DiT, Latte, and earlier runs."""
+"""Initialisation from pretrained weights: of DiT, of Latte, or of an earlier run."""

@@ -1,4 +1,4 @@
-"""What became of every tensor when a model was given the weights of another."""
+"""Report of which tensors a model took from pretrained weights."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import numpy as np
 
 @dataclass
 class LoadReport:
-    """What became of every tensor; printed, it fits a screen.
+    """Which tensors a model took from pretrained weights, the source; its string fits a screen.
 
-    Each of the model's names is in exactly one of `loaded`, `adapted` and `new`, each of the source's in exactly one
-    of `used` and `dropped`.
+    Each tensor of the model is in exactly one of `loaded`, `adapted` and `new`, and each tensor of the source is in
+    exactly one of `used` and `dropped`.
     """
 
     source: str
-    """Where the weights come from."""
+    """Name of the source, for messages."""
     loaded: list[str] = field(default_factory=list)
-    """Parameters of the model that are the source's as they stand."""
+    """The model's tensors that equal the source's."""
     adapted: dict[str, str] = field(default_factory=dict)
-    """Parameters that are made from the source's, and how."""
+    """The model's tensors that are made from the source's, and how."""
     dropped: dict[str, str] = field(default_factory=dict)
-    """Tensors of the source that the model has no use for, and why."""
+    """The source's tensors that the model does not use, and why."""
     new: dict[str, str] = field(default_factory=dict)
-    """Parameters that owe nothing to the source, and why."""
+    """The model's tensors that take nothing from the source, and why."""
     partly_new: list[str] = field(default_factory=list)
-    """Those of `adapted` in which a part owes nothing to the source: closed gates, rows of new classes."""
+    """Tensors of `adapted` of which a part takes nothing from the source: closed gates, rows of new classes."""
     used: list[str] = field(default_factory=list)
-    """Tensors of the source that `loaded` and `adapted` come from."""
+    """The source's tensors that `loaded` and `adapted` come from."""
 
     @property
     def fresh(self) -> set[str]:
-        """Parameters that only training gives their values, whole or in part."""
+        """The model's tensors that are new in whole or in part, so that they must be trained."""
         return {*self.new, *self.partly_new}
 
     def __str__(self) -> str:
@@ -50,12 +50,13 @@ class LoadReport:
 
 
 def _paragraph(start: str, names: Iterable[str], end: str = "") -> list[str]:
+    """Lines of a list of names, wrapped."""
     text = f"{start}{', '.join(_grouped(names)) or 'none'}{end}"
     return textwrap.wrap(text, 120, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
-    """`blocks.0.mlp`, `blocks.1.mlp`, `blocks.2.mlp` as `blocks.{0..2}.mlp`."""
+    """Shortens `blocks.0.mlp`, `blocks.1.mlp`, `blocks.2.mlp` to `blocks.{0..2}.mlp`."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         match = re.fullmatch(r"(.*?blocks)\.(\d+)\.(.*)", name)
@@ -65,7 +66,7 @@ def _grouped(names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """`{0..3}` for 0 1 2 3, `{1,3..7}` for 1 3 5 7, `{1,2,5}` for 1 2 5, `4` for 4."""
+    """Writes 0 1 2 3 as `{0..3}`, 1 3 5 7 as `{1,3..7}`, 1 2 5 as `{1,2,5}`, and 4 as `4`."""
     rest, parts = sorted(numbers), []
     if len(rest) == 1:
         return str(rest[0])

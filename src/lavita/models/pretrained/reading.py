@@ -1,4 +1,7 @@
-"""Where weights come from: files of DiT and Latte, folders of diffusers and of this package, under DiT's names."""
+"""Reads pretrained weights: files of DiT and Latte, and folders of diffusers and of this package.
+
+Whatever the format, the tensors get DiT's names, which are also Latte's and ours.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,25 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.utils.logging import disable_progress_bar
 
+from lavita.models.packaged import model_source
 from lavita.models.transformer import LavitaTransformer3DModel
 
 Weights = Literal["ema", "model"]
 Tensors = Mapping[str, torch.Tensor]
 
-BUILTIN = "builtin"
 BLOCK_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 OTHER_LAYERS = ("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2")
 FINAL_LAYERS = ("final_layer.adaLN_modulation.1", "final_layer.linear")
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-# What Latte's files are, in the fields of our constructor.
+# Fields of our constructor that describe every Latte file.
 LATTE: dict[str, Any] = {
     "variant": 2,
     "patch_embedding": "uniform",
@@ -38,26 +40,27 @@ LATTE: dict[str, Any] = {
 
 @dataclass
 class Source:
-    """Tensors, and what is known of the model that they are of."""
+    """Pretrained weights, and what is known about their model."""
 
     name: str
+    """Path or hub id, for messages."""
     kind: Literal["image", "video"]
+    """Kind of the model."""
     tensors: dict[str, torch.Tensor]
-    """Under DiT's names."""
+    """The weights, under DiT's names."""
     config: dict[str, Any]
-    """Fields of our constructor, those that are known."""
+    """The known fields of our constructor."""
     origins: dict[str, list[str]] = field(default_factory=dict)
-    """Which of the source's tensors one of `tensors` is made of; by default that of the same name."""
+    """For a name in `tensors`, the file's tensors that it is made of; by default the one of the same name."""
     notes: dict[str, str] = field(default_factory=dict)
-    """What is to be said of a tensor that is taken as it stands."""
+    """Remarks on tensors, for the report."""
     useless: dict[str, str] = field(default_factory=dict)
-    """The source's other tensors, and why they are not among `tensors`."""
+    """The file's tensors that are not part of `tensors`, and why."""
 
 
 def open_source(source: str, weights: Weights | None) -> Source:
-    """Reads the weights of a file, a folder, a hub id, or `builtin`; arguments and errors as `initialize`."""
-    if source == BUILTIN:
-        source = str(files("lavita") / "weights" / "arcade")
+    """Reads the weights of a file, a folder, a hub id, or `builtin`; arguments and errors as in `initialize`."""
+    source = model_source(source)
     path = Path(source)
     is_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
     if path.is_file():
@@ -79,7 +82,7 @@ def open_source(source: str, weights: Weights | None) -> Source:
 
 
 def _read_folder(source: str) -> Source:
-    """A model in diffusers' layout, or a pipeline's `transformer`: a folder, or a hub id."""
+    """Reads a model in diffusers' layout, or a pipeline's `transformer`: a folder, or a hub id."""
     config: dict[str, Any] = {}
     subfolder: str | None = None
     for subfolder in ("transformer", None):
@@ -91,7 +94,7 @@ def _read_folder(source: str) -> Source:
     if not config:
         raise ValueError(f"{source}: holds no model (no config.json in it or in its folder `transformer`)")
     name = config.get("_class_name")
-    # diffusers called its DiT `Transformer2DModel` when the published weights were converted.
+    # The published weights were converted when diffusers' class was still called `Transformer2DModel`.
     is_dit = name == "DiTTransformer2DModel" or (
         name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
     )
@@ -104,7 +107,7 @@ def _read_folder(source: str) -> Source:
         )
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
         raise ValueError(f"{source}: cannot load its weights ({' '.join(str(error).split())[:200]})") from error
-    # Early versions of diffusers stored this table, which is computed.
+    # Early versions of diffusers stored this fixed table.
     unknown = set(loading["unexpected_keys"]) - ({"pos_embed.pos_embed"} if is_dit else set())
     _check_names(source, loading["missing_keys"], unknown)
     if is_dit:
@@ -113,7 +116,7 @@ def _read_folder(source: str) -> Source:
 
 
 def _from_diffusers(source: str, model: Any) -> Source:
-    """The DiT of diffusers under DiT's names."""
+    """Gives the tensors of diffusers' DiT their names in facebookresearch/DiT."""
     config, state = model.config, model.state_dict()
     for key, allowed in {
         "norm_type": "ada_norm_zero",
@@ -150,42 +153,40 @@ def _from_diffusers(source: str, model: Any) -> Source:
         if rest.startswith(embedder) and block.isdigit():
             if not torch.equal(state[name], state[f"transformer_blocks.0.{rest}"]):
                 raise ValueError(
-                    f"{source}: {name} is not that of block 0, but a DiT has one embedding of the timestep"
+                    f"{source}: {name} differs from block 0's, but a DiT has one embedding of the timestep"
                 )
             useless[name] = "equal to block 0's"
         elif rest == "norm1.emb.class_embedder.embedding_table.weight":
             useless[name] = "the classes of images (Sec. 3.6)"
     _check_names(source, (), set(state) - {origin for own in origins.values() for origin in own} - set(useless))
     inferred = config_of_file(source, tensors)
-    note = "as it stands, for DiT's timestep frequencies 10000^(-i/128); diffusers' class, not its weights, has i/127"
+    note = "unchanged, for DiT's timestep frequencies 10000^(-i/128); diffusers' class computes others, with i/127"
     return Source(
         source,
         "image",
         tensors,
-        {**inferred, "num_heads": config["num_attention_heads"]},
-        origins,
-        {"t_embedder.mlp.0.weight": note},
-        dict(sorted(useless.items())),
+        config={**inferred, "num_heads": config["num_attention_heads"]},
+        origins=origins,
+        notes={"t_embedder.mlp.0.weight": note},
+        useless=dict(sorted(useless.items())),
     )
 
 
 def read_file(file: str, weights: Weights | None) -> Source:
-    """Reads a `.pt` in the layout of DiT or Latte; arguments and errors as `initialize`."""
+    """Reads a `.pt` file in the layout of DiT or Latte; arguments and errors as in `initialize`."""
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
-    # DiT's own checkpoints have the arguments of the run beside the weights, a plain bag of values.
+    # DiT's own checkpoints also hold the arguments of their run, in an `argparse.Namespace`.
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # torch raises many kinds for a damaged file
-        why = "damaged, or no such file at all"
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
+        why = "damaged, or not a file of torch's"
         if "unsupported" in str(error).lower() or "allowed global" in str(error):
             why = "it holds more than tensors, which could run code"
-        raise ValueError(f"{file}: is not read as weights ({why})") from error
+        raise ValueError(f"{file}: cannot be read as weights ({why})") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{file}: holds a {type(loaded).__name__}, not tensors by name")
-    if "model_config" in loaded:
-        raise ValueError(f"{file}: is a checkpoint of `lavita train`; give the folder of its run")
     choices = [key for key in ("ema", "model") if isinstance(loaded.get(key), dict)]
     name = file
     if choices:
@@ -207,7 +208,11 @@ def read_file(file: str, weights: Weights | None) -> Source:
 
 
 def config_of_file(name: str, state: Tensors) -> dict[str, Any]:
-    """What the tensors of a DiT or a Latte tell of it, in the fields of our constructor; ValueError for others'."""
+    """Infers fields of our constructor from the tensors of a DiT or a Latte.
+
+    Raises:
+        ValueError: for the tensors of another model.
+    """
     numbers = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
     projection = state.get("x_embedder.proj.weight")
     if not numbers or projection is None or projection.ndim != 4:
@@ -223,13 +228,13 @@ def config_of_file(name: str, state: Tensors) -> dict[str, Any]:
     out_channels = state["final_layer.linear.weight"].shape[0] / patch**2
     if out_channels not in (channels, 2 * channels):
         raise ValueError(
-            f"{name}: its final layer makes {out_channels:g} channels of {channels}: neither as many nor two"
+            f"{name}: its final layer has {out_channels:g} output channels, but must have {channels} or {2 * channels}"
         )
     for table in ("pos_embed", "temp_embed"):
         if table in state and (state[table].ndim != 3 or state[table].shape[::2] != (1, width)):
             raise ValueError(f"{name}: {table} is {tuple(state[table].shape)}, but must be (1, any, {width})")
     if "pos_embed" in state and isqrt(state["pos_embed"].shape[1]) ** 2 != state["pos_embed"].shape[1]:
-        raise ValueError(f"{name}: pos_embed has {state['pos_embed'].shape[1]} places, which make no square")
+        raise ValueError(f"{name}: pos_embed has {state['pos_embed'].shape[1]} places, which do not form a square")
     return {
         **LATTE,
         "hidden_size": width,
@@ -242,7 +247,8 @@ def config_of_file(name: str, state: Tensors) -> dict[str, Any]:
 
 
 def _check_names(name: str, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    for problem, names in (("lack", sorted(missing)), ("have, unknown here,", sorted(unknown))):
+    """Raises a ValueError that names the first missing, or else unknown, tensors."""
+    for problem, names in (("lack", sorted(missing)), ("include the unknown", sorted(unknown))):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{name}: its weights {problem} {', '.join(names[:3])}{more}")

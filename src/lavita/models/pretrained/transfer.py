@@ -1,4 +1,7 @@
-"""From a source to a model, tensor by tensor, with a report of what became of each."""
+"""Initialises a model with pretrained weights, tensor by tensor, and reports which ones it took.
+
+In this file `here` is the model, `there` the source of the weights.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,42 @@ import torch
 from lavita.models.embeddings import spatial_positions, temporal_positions
 from lavita.models.presets import block_plan
 from lavita.models.pretrained.load_report import LoadReport
-from lavita.models.pretrained.reading import (
-    BLOCK_LAYERS,
-    LABEL_TABLE,
-    Source,
-    Weights,
-    open_source,
-)
+from lavita.models.pretrained.reading import BLOCK_LAYERS, LABEL_TABLE, Source, Weights, open_source
 from lavita.models.transformer import LavitaTransformer3DModel
 
 
+def initialize(model: LavitaTransformer3DModel, source: str, weights: Weights | None = None) -> LoadReport:
+    """Initialises a model with pretrained weights, as far as they fit.
+
+    With an image model's weights, a video model starts as this image model applied to every frame: the layers that mix
+    frames are closed, by a zero gate or a zero projection, and open in training (Sec. 3.6). Only the fixed temporal
+    positions (with `absolute`) distinguish the frames at first.
+
+    Tensors that the source does not have keep their initial values or become zero: the embedding of labels or texts if
+    the source has no such condition, and the decoder if the source's predicts something else. Classes that the source
+    does not know start as its "no label".
+
+    Args:
+        model: a freshly built model.
+        source: `builtin`, the package's arcade model; a folder or hub id of a LAVITA or DiT pipeline in diffusers'
+            layout, or of its transformer; the folder of a run, for its pipeline; or a `.pt` file of
+            facebookresearch/DiT or of Latte.
+        weights: which set of weights of a file to read: the averaged ones (`ema`) or the others (`model`). Required if
+            it has both. A run has averaged ones only.
+
+    Returns:
+        Which tensors were taken. The weights of diffusers' `DiTTransformer2DModel` are used with DiT's own timestep
+        frequencies, 10000^(-i/128), with which they were trained; diffusers' class computes 10000^(-i/127).
+
+    Raises:
+        ValueError: for a source that is missing, damaged, of another kind or size, or holds more than tensors. The
+            model is then unchanged.
+    """
+    return transfer_weights(model, open_source(source, weights))
+
+
 def transfer_weights(model: LavitaTransformer3DModel, source: Source) -> LoadReport:
-    """Gives a model the weights of a source, as far as they fit; ValueError where they do not, and all is as it was."""
+    """Gives a model the weights of a source that was read; errors as in `initialize`."""
     _check_fields(model, source)
     transfer = _Transfer(model, source)
     if source.kind == "image":
@@ -33,6 +60,7 @@ def transfer_weights(model: LavitaTransformer3DModel, source: Source) -> LoadRep
 
 
 def _check_fields(model: LavitaTransformer3DModel, source: Source) -> None:
+    """Checks that the sizes of model and source agree, and for a video model its structure, too."""
     here, there = dict(model.config), dict(source.config)
     for fields in (here, there):
         fields["width of the MLPs"] = int(fields["hidden_size"] * fields["mlp_ratio"])
@@ -47,7 +75,7 @@ def _check_fields(model: LavitaTransformer3DModel, source: Source) -> None:
 
 
 class _Transfer:
-    """Keeps the books while tensors go from a source to a model; writes nothing before the end."""
+    """Collects new values for a model's tensors, with the report; the model is written to only at the end."""
 
     def __init__(self, model: LavitaTransformer3DModel, source: Source) -> None:
         self.model, self.source = model, source
@@ -65,13 +93,23 @@ class _Transfer:
         origin: str | None = None,
         partly_new: bool = False,
     ) -> None:
-        """Gives the model's `name` the source's `origin` (by default of the same name), or a value made of it.
+        """Takes the model's tensor `name` from the source.
 
-        `partly_new`: a part of the value is not the source's, and only training gives it one.
+        Args:
+            name: name of the model's tensor.
+            how: how its value is made from the source's, for the report; empty if it is equal.
+            value: the new value, or a function from the source's to it; by default the source's.
+            origin: name of the source's tensor; by default `name`.
+            partly_new: whether a part of the value does not come from the source.
+
+        Raises:
+            ValueError: if the new value does not have the shape of the model's tensor.
         """
         origin = origin or name
         tensor = self.source.tensors[origin]
-        result = tensor if value is None else value if isinstance(value, torch.Tensor) else value(tensor)
+        if value is None:
+            value = tensor
+        result = value if isinstance(value, torch.Tensor) else value(tensor)
         if result.shape != self.targets[name].shape:
             shapes = f"{tuple(tensor.shape)}, but {name} of this model {tuple(self.targets[name].shape)}"
             raise ValueError(f"{self.source.name}: {origin} has the shape {shapes}")
@@ -86,34 +124,34 @@ class _Transfer:
             self.report.partly_new.append(name)
 
     def new(self, name: str, why: str, zero: bool = False) -> None:
-        """Leaves the model's `name` at its initial value, or makes it zero."""
+        """Leaves the model's tensor `name` at its initial value, or sets it to zero."""
         self.report.new[name] = why
         if zero:
             self.values[name] = torch.zeros_like(self.targets[name])
 
     def new_condition(self, why: str) -> None:
-        """Labels or texts add nothing at first."""
+        """Leaves the embedding of labels or texts new, but sets its last layer to zero, so that it adds nothing."""
         last = (LABEL_TABLE, "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias")
         for name in self.targets:
             if name.startswith("y_embedder."):
                 self.new(name, f"{why}; it adds nothing at first", zero=name in last)
 
     def drop(self, prefix: str, why: str) -> None:
-        """Says why the source's tensors of a prefix that were not taken were not."""
+        """Records why the source's tensors with this prefix, except those taken already, are not used."""
         for name in self.source.tensors:
             if name.startswith(prefix) and name not in self.used:
                 self.useless.setdefault(name, why)
 
-    def open(self) -> list[str]:
-        """The model's names that nothing was said of yet."""
+    def pending(self) -> list[str]:
+        """Names of the model's tensors that are neither taken nor new yet."""
         report = self.report
-        said = {*report.loaded, *report.adapted, *report.new}
-        return [name for name in self.targets if name not in said]
+        done = {*report.loaded, *report.adapted, *report.new}
+        return [name for name in self.targets if name not in done]
 
     @torch.no_grad()
     def finish(self) -> LoadReport:
-        """Writes the values into the model."""
-        assert not self.open()
+        """Writes the collected values to the model and completes the report."""
+        assert not self.pending()
         for name, value in self.values.items():
             self.targets[name].copy_(value)
         for name in self.source.tensors:
@@ -127,11 +165,11 @@ class _Transfer:
 
 
 def _transfer_video(transfer: _Transfer) -> None:
-    """By name: source and model are built alike."""
+    """Takes a video model's tensors, by name: source and model have the same structure."""
     _transfer_condition(transfer)
     _transfer_positions(transfer)
     _transfer_decoder(transfer)
-    for name in transfer.open():
+    for name in transfer.pending():
         if name in transfer.source.tensors:
             transfer.take(name)
         else:
@@ -141,12 +179,12 @@ def _transfer_video(transfer: _Transfer) -> None:
 
 
 def _transfer_condition(transfer: _Transfer) -> None:
-    """Labels and texts, where they are the same ones."""
+    """Takes the embedding of labels or texts if source and model have the same kind of condition."""
     here, there = transfer.model.config, transfer.source.config
     names = [name for name in transfer.targets if name.startswith("y_embedder.")]
     given = [name for name in transfer.source.tensors if name.startswith("y_embedder.")]
     if LABEL_TABLE in given and LABEL_TABLE not in names and here["conditioning"] == "s_adaln":
-        # S-AdaLN adds the vectors of timestep and label: with this one, the model is the source without a label.
+        # S-AdaLN adds the vectors of timestep and label: with this sum, the model equals the source without a label.
         null = transfer.source.tensors[LABEL_TABLE][-1]
         transfer.take("t_embedder.mlp.2.bias", "the source's vector of `no label` is added", lambda bias: bias + null)
     if not names:
@@ -160,19 +198,19 @@ def _transfer_condition(transfer: _Transfer) -> None:
         return
     elif any(transfer.source.tensors[name].shape != transfer.targets[name].shape for name in names):
         sizes = [transfer.source.tensors[names[0]].shape, transfer.targets[names[0]].shape]
-        why = f"{sizes[0][1]} numbers a text there, {sizes[1][1]} here"
+        why = f"texts have {sizes[0][1]} numbers there, {sizes[1][1]} here"
     if why:
         transfer.new_condition(why)
         transfer.drop("y_embedder.", why)
         return
     encoders = there.get("text_encoder"), here["text_encoder"]
-    note = "" if encoders[0] == encoders[1] else "as it stands, for texts of {} there, {} here"
+    note = "" if encoders[0] == encoders[1] else "unchanged, though the text encoder is {} there, {} here"
     for name in names:
         transfer.take(name, note.format(*encoders))
 
 
 def _transfer_classes(transfer: _Transfer) -> None:
-    """The table of classes: rows of the same name, and for classes that the source has not, its row of `no label`."""
+    """Takes the table of classes: rows by name, and for classes unknown to the source its row of `no label`."""
     here, there = transfer.model.config["class_names"], transfer.source.config.get("class_names")
     num_classes, table = transfer.model.config["num_classes"], transfer.source.tensors[LABEL_TABLE]
     if table.shape[0] == num_classes + 1 and (not here or not there or list(here) == list(there)):
@@ -180,7 +218,7 @@ def _transfer_classes(transfer: _Transfer) -> None:
         return
     null = table.shape[0] - 1
     names = list(here or map(str, range(num_classes)))
-    # Numbers alone do not tell that two classes are the same.
+    # Without names, equal labels do not mean equal classes.
     rows = [list(there).index(name) if here and there and name in there else null for name in names]
     same = [name for name, row in zip(names, rows, strict=True) if row != null]
     new = [name for name, row in zip(names, rows, strict=True) if row == null]
@@ -193,11 +231,12 @@ def _transfer_classes(transfer: _Transfer) -> None:
 
 
 def _listed(names: list[str]) -> str:
+    """Names separated by commas, shortened if there are many."""
     return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:6])} and {len(names) - 6} more"
 
 
 def _transfer_positions(transfer: _Transfer) -> None:
-    """Fixed tables, of space and of time: the source's, or computed where they are longer or shorter here."""
+    """Takes the fixed spatial and temporal positions, or recomputes them if their number differs."""
     tensors, width = transfer.source.tensors, transfer.model.config["hidden_size"]
     num_tokens = transfer.model.config["num_frames"] // transfer.model.tube_size
     for name in ("pos_embed", "temp_embed"):
@@ -205,7 +244,7 @@ def _transfer_positions(transfer: _Transfer) -> None:
         if here is None:
             continue
         if there is None:
-            transfer.new(name, "fixed sin-cos, computed; the source stores none")
+            transfer.new(name, "fixed sin-cos, computed; the source stores no positions")
         elif here.shape == there.shape:
             is_image = transfer.source.kind == "image"
             transfer.take(name, f"replicated over {num_tokens} frames" if is_image else "")
@@ -214,18 +253,18 @@ def _transfer_positions(transfer: _Transfer) -> None:
             steps = np.arange(length, dtype=np.float64)
             is_space = name == "pos_embed"
             table = spatial_positions(isqrt(length), width) if is_space else temporal_positions(steps, width)
-            # Half precision is what the tolerance is for.
+            # The tolerance is for tables stored in half precision.
             if there.shape != table.shape or not torch.allclose(there.float(), table, rtol=0, atol=1e-2):
                 raise ValueError(
-                    f"{transfer.source.name}: {name} is not fixed sin-cos, so it cannot be computed for "
-                    f"{here.shape[1]} places, which this model has, from {length}"
+                    f"{transfer.source.name}: {name} is not fixed sin-cos, so its {length} places cannot be "
+                    f"recomputed for the {here.shape[1]} of this model"
                 )
             what = "places of a frame" if is_space else "frames"
             transfer.take(name, f"recomputed: {here.shape[1]} {what} here, {length} there", here)
 
 
 def _transfer_decoder(transfer: _Transfer) -> None:
-    """The final linear layer: channels cut or added for the variance, repeated for the frames of a tube."""
+    """Takes the final linear layer, without or with new channels of the variance, repeated for a tube's frames."""
     config, known = transfer.model.config, transfer.source.config
     is_image = transfer.source.kind == "image"
     why = ""
@@ -234,22 +273,22 @@ def _transfer_decoder(transfer: _Transfer) -> None:
             f"the source predicts {known['prediction_type']}, this model {config['prediction_type']}; it starts at zero"
         )
     elif is_image and config["conditioning"] == "all_tokens":
-        why = "behind another norm than the source's; it starts at zero"
+        why = "its norm is not the source's; it starts at zero"
     tube = transfer.model.tube_size if is_image else 1
     there = config["in_channels"] * (1 + known["learn_sigma"])
     here = transfer.model.out_channels
     changes = []
     if here < there:
-        changes.append("noise without variance")
+        changes.append("without the channels of the variance")
     if here > there:
-        changes.append("the variance, which the source has not, starts at zero")
+        changes.append("the variance, which the source does not predict, starts at zero")
     if tube > 1:
         changes.append(f"repeated for the {tube} frames of a tube")
 
     def adapt(value: torch.Tensor) -> torch.Tensor:
-        rows = value.reshape(config["patch_size"] ** 2, there, -1)[:, :here]  # (P P, C, D), of a bias (P P, C, 1)
+        rows = value.reshape(config["patch_size"] ** 2, there, -1)[:, :here]  # (P P, C, D); a bias (P P, C, 1)
         rows = torch.nn.functional.pad(rows, (0, 0, 0, here - rows.shape[1]))
-        return rows.repeat(1, tube, 1).reshape(-1, *value.shape[1:])  # a tube's channel is s C + c
+        return rows.repeat(1, tube, 1).reshape(-1, *value.shape[1:])  # channel c of frame s is number s C + c
 
     for part in ("weight", "bias"):
         name = f"final_layer.linear.{part}"
@@ -259,14 +298,14 @@ def _transfer_decoder(transfer: _Transfer) -> None:
         else:
             transfer.take(name, "; ".join(changes), adapt if changes else None, partly_new=here > there)
     if why:
-        for name in transfer.open():
+        for name in transfer.pending():
             if name.startswith("temporal_upsample."):
-                transfer.new(name, "behind the final layer, which starts anew")
+                transfer.new(name, "follows the final layer, which is new")
         transfer.drop("temporal_upsample.", why)
 
 
 def _transfer_image(transfer: _Transfer) -> None:
-    """An image model in every frame; nothing passes between frames at first."""
+    """Takes an image model's tensors such that every frame is this model's image, and no frame sees another."""
     tensors, config = transfer.source.tensors, transfer.model.config
     transfer.new_condition("the source's are classes of images (Sec. 3.6)")
     _transfer_decoder(transfer)
@@ -275,41 +314,42 @@ def _transfer_image(transfer: _Transfer) -> None:
     if config["patch_embedding"] == "compression":
         how = f"repeated over the {tube} frames of a tube, divided by {tube}"
         transfer.take("x_embedder.proj.weight", how, lambda value: value[:, :, None].repeat(1, 1, tube, 1, 1) / tube)
-    for name in transfer.open():
+    for name in transfer.pending():
         if name.startswith(("x_embedder.", "t_embedder.", "final_layer.adaLN_modulation.")):
             transfer.take(name)
     _transfer_image_blocks(transfer)
     starts = {
         ".temporal_attn.proj.": ("zero: attention in time adds nothing at first", True),
-        ".temporal_attn.": ("attention in time, which an image model has not", False),
-        "norm": ("a norm of all_tokens, which the source has not", False),
-        "temporal_upsample.": ("hands each frame of a tube its own channels", False),
+        ".temporal_attn.": ("attention in time, which an image model does not have", False),
+        "norm": ("a norm of all_tokens, which the source does not have", False),
+        "temporal_upsample.": ("gives each frame of a tube its own channels", False),
     }
-    for name in transfer.open():
+    for name in transfer.pending():
         why, zero = next(start for part, start in starts.items() if part in name)
         transfer.new(name, why, zero)
     transfer.drop("y_embedder.", "the classes of images (Sec. 3.6)")
     for name in tensors:
         if config["conditioning"] == "all_tokens" and ".adaLN_modulation." in name:
             transfer.drop(name, "all_tokens has no modulation")
-    transfer.drop("blocks.", "not among the blocks, or the parts of them, that were taken")
+    transfer.drop("blocks.", "this model has no such block, or no such part in it")
 
 
 def _transfer_image_blocks(transfer: _Transfer) -> None:
+    """Takes an image model's blocks, evenly spaced if the numbers differ, and closes attention in time."""
     config = transfer.model.config
     width, here, there = config["hidden_size"], config["num_blocks"], transfer.source.config["num_blocks"]
     plain = config["conditioning"] == "all_tokens"
     picks = [round(index * (there - 1) / max(here - 1, 1)) for index in range(here)]
-    spaced = "" if here == there else f"of blocks {' '.join(map(str, picks))} of the source's {there}"
+    spaced = "" if here == there else f"from blocks {' '.join(map(str, picks))} of the source's {there}"
 
     def close_gate(value: torch.Tensor) -> torch.Tensor:
         closed = value.clone()
-        closed[2 * width : 3 * width] = 0  # after shift and scale
+        closed[2 * width : 3 * width] = 0  # the gate follows shift and scale
         return closed
 
     def close_heads(value: torch.Tensor) -> torch.Tensor:
         closed = value.clone()
-        closed[:, width // 2 :] = 0  # the second half of the heads looks along time
+        closed[:, width // 2 :] = 0  # the second half of the heads attends in time
         return closed
 
     for index, mixing in enumerate(block_plan(config["variant"], here)):
@@ -324,36 +364,8 @@ def _transfer_image_blocks(transfer: _Transfer) -> None:
                     transfer.new(name, "zero: attention in time adds nothing at first", zero=True)
                     continue
                 elif mixing == "space_and_time" and (layer, part) == ("attn.proj", "weight"):
-                    how, change = "columns of the heads that look along time are zero at first", close_heads
+                    how, change = "columns of the heads that attend in time are zero at first", close_heads
                 else:
                     how, change = "", None
                 how = "; ".join(filter(None, (how, spaced)))
                 transfer.take(name, how, change, origin, partly_new=change is not None)
-
-
-def initialize(model: LavitaTransformer3DModel, source: str, weights: Weights | None = None) -> LoadReport:
-    """Gives a model the weights of a source, as far as they fit.
-
-    An image model's weights make a video model that starts as that image model applied to every frame: what mixes
-    frames is closed, by a zero gate or a zero projection, and opens in training (Sec. 3.6). Only the fixed temporal
-    positions (of `absolute`) tell its frames apart.
-
-    Args:
-        model: a fresh one; what the source has nothing for keeps its initial values, or becomes zero (texts, labels
-            where the source has none, a decoder that would decode something else), or, of classes that the source does
-            not know, what it has for no label.
-        source: `builtin`, the arcade model of the package; a folder or hub id of a LAVITA or DiT pipeline in
-            diffusers' layout, or of its transformer; the folder of a run, whose pipeline it is; a `.pt` file of
-            facebookresearch/DiT or of Latte.
-        weights: which of a file's two: the averaged (`ema`) or the others. Needed where it has both. A run gives its
-            averaged ones.
-
-    Returns:
-        What became of each tensor. Values that come from diffusers' `DiTTransformer2DModel` count on DiT's own
-        timestep frequencies, 10000^(-i/128), with which the published weights were trained; that class has i/127.
-
-    Raises:
-        ValueError: for a source that is missing, damaged, of another kind or size, or holds more than tensors. The
-            model is then as it was.
-    """
-    return transfer_weights(model, open_source(source, weights))

@@ -1,0 +1,19 @@
+"""Names that the command line shares with the rooms that they belong to.
+
+This module imports nothing but `typing`, so that `lavita --help` can list the names without loading pydantic or torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+DataSetName = Literal["folder", "faceforensics", "sky_timelapse", "ucf101", "taichi_hd"]
+"""Layouts of data sets (`data.datasets`): any folder of videos, or one of the paper's data sets."""
+SamplerName = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
+"""Samplers (`sampling.schedulers`)."""
+Spacing = Literal["trailing", "karras"]
+"""Spacings of a sampler's steps (`sampling.schedulers`)."""
+RecipeName = Literal["default", "paper", "fast"]
+"""Sampling recipes (`sampling.recipes`)."""
+VideoFormat = Literal["mp4", "gif", "mkv"]
+"""Formats of written videos (`video.writing`); each is the suffix of its files."""

@@ -1,0 +1,131 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lavita.core import files
+from lavita.core.files import remove_partial, replacing, write_json, write_text
+
+
+class Killed(BaseException):
+    """Like KeyboardInterrupt: not caught by `except Exception`."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_made_with_its_folders_and_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "er" / "a.txt"
+    write_text(file, "old")
+    with replacing(file) as partial:
+        assert partial.parent == file.parent and partial.suffix == ".txt" and partial.name.startswith(".")
+        partial.write_text("new")
+        assert file.read_text() == "old"  # until the block ends
+    assert file.read_text() == "new"
+    assert names(file.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, Killed])
+def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with pytest.raises(error), replacing(file) as partial:
+        partial.write_text("half of the n")
+        raise error
+    assert names(tmp_path) == ["a.txt"] and file.read_text() == "old"
+    with pytest.raises(error), replacing(tmp_path / "new.txt"):
+        raise error  # before anything was written
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with pytest.raises(Killed), replacing(folder) as partial:
+        partial.mkdir()
+        (partial / "weights").write_text("x")
+        raise Killed
+    assert names(tmp_path) == []
+    folder.mkdir()  # an empty folder is replaced
+    with replacing(folder) as partial:
+        partial.mkdir()
+        (partial / "weights").write_text("x")
+    assert names(tmp_path) == ["model"] and names(folder) == ["weights"]
+    with pytest.raises(OSError), replacing(folder) as partial:  # one with content is not
+        partial.mkdir()
+    assert names(tmp_path) == ["model"] and names(folder) == ["weights"]
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a").read_text() == "first"  # whose block ended last
+    assert names(tmp_path) == ["a"]
+
+
+def test_durable_files_are_synced_before_and_their_folder_after_the_replacement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    file = tmp_path / "a.txt"
+    sync = files.sync
+
+    def record(path: Path) -> None:
+        events.append(f"{'folder' if path == tmp_path else 'file'}, {'replaced' if file.exists() else 'not yet'}")
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", record)
+    write_text(file, "x")
+    assert events == []
+    file.unlink()
+    write_text(file, "x", durable=True)
+    assert events == ["file, not yet", "folder, replaced"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys; from lavita.core.files import replacing\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with replacing(folder / 'a.txt') as file, replacing(folder / 'model') as model:\n"
+        "    file.write_text('half'); model.mkdir(); (model / 'weights').write_text('half'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
+    (tmp_path / ".hidden").write_text("of somebody else")
+    (tmp_path / "b.txt").write_text("whole")
+    assert len(names(tmp_path)) == 4
+    remove_partial(tmp_path)
+    assert names(tmp_path) == [".hidden", "b.txt"]
+    remove_partial(tmp_path / "missing")
+
+
+def test_text_is_utf8_in_any_locale(tmp_path: Path) -> None:
+    code = (
+        "import locale, pathlib, sys; from lavita.core.files import write_text\n"
+        "write_text(pathlib.Path(sys.argv[1]), 'caf\\u00e9 \\u2192 \\u6771'); print(locale.getpreferredencoding())"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.txt")],
+        env={**os.environ, **ascii_only},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "ANSI_X3.4-1968"
+    assert (tmp_path / "a.txt").read_bytes() == "café → 東".encode()
+
+
+def test_json_is_indented_and_reads_back(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None], "name": "café"}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value and text.startswith('{\n "a": [') and text.endswith("}\n")
