@@ -25,8 +25,8 @@ from diffusers import AutoencoderKL
 from benchmarks.speed.machine import describe
 from benchmarks.speed.peaks import reset_peak, resident
 from lavita.core.files import write_json
-from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER, load_autoencoder
-from lavita.models.packaged import autoencoder_source, model_source
+from lavita.models.autoencoder import load_autoencoder
+from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, autoencoder_source, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.schedulers import make_scheduler

@@ -28,7 +28,7 @@ from benchmarks.speed import (
     training,
 )
 from benchmarks.speed.setup import Setup, resolve_precision, set_compiled
-from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER
+from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER
 
 Bench = Callable[..., tuple[int, str, str]]
 TINY = Setup("tiny/2", num_frames=3, sample_size=8, batch_size=2, repeats=2, steps=3, compiled=False, memory=False)
