@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.machine import PEAK, square_product
 from benchmarks.speed.products import Floor, record
@@ -14,7 +13,7 @@ from benchmarks.speed.sampling import stable_diffusion
 from benchmarks.speed.setup import Setup
 from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from lavita.core.progress import Progress
-from lavita.models.autoencoder import downsampling, frames_at_once, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, downsampling, frames_at_once, load_autoencoder
 from lavita.models.autoencoder_cpu import decode_pixels, encode_moments, is_covered
 from lavita.models.packaged import autoencoder_source
 

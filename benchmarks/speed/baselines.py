@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from torch import nn
 
 CAPTION_WIDTH = 8

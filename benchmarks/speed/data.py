@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.peaks import resident
 from benchmarks.speed.setup import IN_CHANNELS, Setup, available_memory
@@ -27,6 +26,7 @@ from lavita.data.clip_sources import CacheSource, VideoSource
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels
 from lavita.data.latent_cache.manifest import VERSION, write_manifest
 from lavita.data.latent_cache.shards import TENSORS, ShardVideo, latents_digest, write_shard
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.video.writing import write_video
 
 COLD = "from the latent cache, not in the page cache"

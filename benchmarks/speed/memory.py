@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.speed.machine import describe
 from benchmarks.speed.peaks import ChildFailed, highest_allocated, reset_peak, resident, run_job, storage_bytes
 from lavita.core.files import write_json
 from lavita.core.processes import Processes
-from lavita.models.autoencoder import decode
+from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.presets import preset_sizes
 from lavita.models.transformer import LavitaTransformer3DModel

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.setup import IN_CHANNELS, Setup, build_model, model_inputs
 from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from lavita.core.progress import Progress
-from lavita.models.autoencoder import decode
+from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.compilation import compile_blocks
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER

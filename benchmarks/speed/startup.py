@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.machine import describe
 from benchmarks.speed.peaks import reset_peak, resident
 from lavita.core.files import write_json
-from lavita.models.autoencoder import load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, load_autoencoder
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, autoencoder_source, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from benchmarks.robustness.crash import crash, differences
+from lavita.models.autoencoder import AutoencoderKL
 
 
 @pytest.mark.slow
