@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
 from lavita.core.files import replacing
-from lavita.core.names import Spacing
+from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
 from lavita.models.adapters import Adapters
 from lavita.models.autoencoder import decode
@@ -27,7 +27,6 @@ from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
 from lavita.sampling.schedulers import Scheduler, denoise_step, make_scheduler, set_timesteps, uses_learned_variance
-from lavita.sampling.step_cache import CacheName
 
 logger = get_logger(__name__)
 

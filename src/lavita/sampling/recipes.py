@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 
 from diffusers import ConfigMixin
 
-from lavita.core.names import Spacing
+from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import low_precision, store_linear_weights
 from lavita.models.compilation import compile_blocks
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.sampling.step_cache import CacheName, check_cache
+from lavita.sampling.step_cache import check_cache
 
 DEFAULT_GUIDANCE = 1.5
 Quantization = Literal["int8"]

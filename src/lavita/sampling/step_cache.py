@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers.hooks import FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 
+from lavita.core.names import CacheName
 from lavita.models.blocks import TransformerBlock
 from lavita.models.transformer import LavitaTransformer3DModel
-
-CacheName = Literal["pab", "fastercache", "taylorseer"]
 
 # FasterCache warns at every use that it is experimental, and that it calls torch.meshgrid in an old way.
 logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)
