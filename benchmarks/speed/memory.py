@@ -26,7 +26,8 @@ from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.presets import preset_sizes
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.studies.memory import Peak, Setting, sampling_memory, training_memory
+from lavita.studies.live_storages import Peak
+from lavita.studies.memory import Setting, sampling_memory, training_memory
 from lavita.training.batches import random_batch
 from lavita.training.config import TrainConfig
 from lavita.training.state import TrainState

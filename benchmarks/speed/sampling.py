@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.speed.setup import IN_CHANNELS, Setup, build_model, model_inputs
 from benchmarks.speed.timing import Row, Section, interleave, num_timings
+from lavita.core.names import CacheName
 from lavita.core.progress import Progress
 from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.compilation import compile_blocks
@@ -19,7 +20,6 @@ from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.schedulers import make_scheduler
-from lavita.sampling.step_cache import CacheName
 
 FORWARD = "an evaluation alone"
 LOOP = "loop"
