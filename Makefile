@@ -7,14 +7,14 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-# Options for `make demo` and `make test`, as in: make demo ARGS="--out runs/another"; make test ARGS="-k video"
+# Options for `make demo`, `make test` and `make bench`, as in: make demo ARGS="--out runs/another"; make test ARGS="-k video"
 ARGS ?=
 TEST_WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test bench check format clean
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -27,6 +27,9 @@ demo: $(STAMP)  ## from arcade games to generated videos; writes runs/demo
 # One thread a worker: small tensors, and two workers already fill two cores.
 test: $(STAMP)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+
+bench: $(STAMP)  ## measure speed, memory, scores and robustness; without ARGS, show the commands
+	@$(BIN)/python -m benchmarks $(or $(ARGS),--help)
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -1,14 +1,11 @@
 """Do the 95% intervals cover? Repeats on Gaussians of known distance, for the Frechet and the kernel distance.
 
-    python benchmarks/evaluation/coverage.py --repeats 400 --out benchmarks/results/coverage-YYYY-MM-DD.md
-
-The interval of a value should cover the mean value over all repeats; those of the limit and of the kernel distance
-should cover the distance of the distributions. `alike` draws both sets from one distribution.
+The interval of a value should cover the mean value over all repeats; that of the limit, and that of the kernel
+distance, should cover the distance of the distributions. `alike` draws both sides from the same distribution.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +13,30 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lavita.core.files import write_text
 from lavita.evaluation.distances.frechet import frechet_score
 from lavita.evaluation.distances.kernel import kernel_score
 
 Array = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator], tuple[Array, Array]]
-# Number of features, samples of each set, frames per clip (rows of one cluster).
+# Features, samples per side, frames per clip (rows of one cluster).
 CASES = ((8, 128, 1), (16, 256, 1), (64, 256, 1), (64, 1024, 1), (400, 2048, 1), (16, 256, 8))
+HEADINGS = (
+    "features",
+    "samples per side",
+    "sides",
+    "distance",
+    "mean score",
+    "score's interval covers",
+    "mean limit",
+    "limit's interval covers",
+    "kernel's interval covers",
+    "s",
+)
 
 
 def make_draw(dim: int, num: int, rows: int, alike: bool) -> tuple[Draw, float]:
-    """A pair of sides with falling spectra, as features have them, and their Frechet distance in closed form."""
+    """Draws a pair of sides with falling spectra, like those of features; also their exact Frechet distance."""
     rng = np.random.default_rng(dim)
     spectrum = 1 / np.sqrt(np.arange(1, dim + 1))
     stretch = np.ones(dim) if alike else np.exp(rng.normal(0, 0.2, dim))
@@ -34,7 +44,7 @@ def make_draw(dim: int, num: int, rows: int, alike: bool) -> tuple[Draw, float]:
     truth = float((shift**2).sum() + ((spectrum - spectrum * stretch) ** 2).sum())
 
     def side(rng: np.random.Generator) -> Array:
-        # Half of the variance is the clip's, half the frame's.
+        # Half of the variance is between clips, half between the frames of a clip.
         clips = rng.normal(size=(num, 1, dim))
         frames = rng.normal(size=(num, rows, dim))
         return clips[:, 0] if rows == 1 else ((clips + frames) / np.sqrt(2)).reshape(num * rows, dim)
@@ -43,10 +53,12 @@ def make_draw(dim: int, num: int, rows: int, alike: bool) -> tuple[Draw, float]:
 
 
 def covered(intervals: list[tuple[float, float]], truth: float) -> str:
+    """The share of the intervals that cover a value."""
     return f"{np.mean([low <= truth <= high for low, high in intervals]):.1%}"
 
 
 def study(dim: int, num: int, rows: int, alike: bool, repeats: int) -> list[str]:
+    """One line of the table."""
     draw, truth = make_draw(dim, num, rows, alike)
     clusters = np.repeat(np.arange(num), rows)
     start = time.monotonic()
@@ -72,35 +84,14 @@ def study(dim: int, num: int, rows: int, alike: bool, repeats: int) -> list[str]
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=400)
-    parser.add_argument("--max-dim", type=int, default=400, help="leave out cases of more features")
-    parser.add_argument("--out", type=Path, help="write the table as Markdown, too")
-    arguments = parser.parse_args()
-    heads = [
-        "features",
-        "samples per set",
-        "sides",
-        "distance",
-        "mean score",
-        "score's interval covers",
-        "mean limit",
-        "limit's interval covers",
-        "kernel's interval covers",
-        "s",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+def study_coverage(repeats: int, max_dim: int, out: Path | None) -> None:
+    """Prints a line per case with at most `max_dim` features, and writes the table as Markdown if `out` is given."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     print("\n".join(lines), flush=True)
     for dim, num, rows in CASES:
         for alike in (False, True):
-            if dim <= arguments.max_dim:
-                lines.append("| " + " | ".join(study(dim, num, rows, alike, arguments.repeats)) + " |")
+            if dim <= max_dim:
+                lines.append("| " + " | ".join(study(dim, num, rows, alike, repeats)) + " |")
                 print(lines[-1], flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(f"{arguments.repeats} repeats a line.\n\n" + "\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    if out is not None:
+        write_text(out, f"{repeats} repeats per line.\n\n" + "\n".join(lines) + "\n")

@@ -1,15 +1,12 @@
-"""A full evaluation with the offline extractor: wall time by stage, without and with the cache.
+"""A full evaluation with the offline extractor: wall time by stage, without and with cached features.
 
-    python benchmarks/evaluation/evaluation_speed.py --data runs/demo/data --num-clips 2048 --out runs/evaluation-speed
-
-Cuts the generated side, lossless clips of 16 frames, from held-out videos; then scores it twice. Under
-`torchrun --nproc-per-node 2 benchmarks/evaluation/evaluation_speed.py ...` two processes share the work.
+Cuts the generated side, lossless clips of 16 frames, from held-out videos; then scores it twice.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from lavita.core.processes import processes
@@ -22,35 +19,37 @@ from lavita.video.writing import write_video
 METRICS = ["frechet-video", "kernel-video", "prdc", "frechet-image", "kernel-image", "prdc-image", "inception-score"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/ class folders")
-    parser.add_argument("--num-clips", type=int, default=2048)
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--metrics", default=",".join(METRICS))
-    parser.add_argument("--no-floor", action="store_true", help="leave out real against real")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    generated = arguments.out / "generated"
+def time_evaluation(
+    data: Path, out: Path, num_clips: int, resolution: int, metrics: Sequence[str] | None, floor: bool
+) -> None:
+    """Scores held-out clips against training clips twice and prints the seconds of each stage.
+
+    Args:
+        data: folder with train/ and heldout/, each with one folder per class.
+        out: folder for the clips, the cached features and the reports; clips that are there are used again.
+        num_clips: clips per side.
+        resolution: height and width of the clips.
+        metrics: names of metrics; by default `METRICS`.
+        floor: whether real clips are scored against real ones, too.
+    """
+    generated = out / "generated"
     with processes() as team:
         if team.is_first and not generated.exists():
-            source = VideoFolder(arguments.data / "heldout").usable(16)
-            clips = choose_clips(source, arguments.num_clips, 16, 1, seed=99)
-            for number, clip in enumerate(clips.clips):
-                pixels = read_pixels(clips, clip, arguments.resolution)
+            chosen = choose_clips(VideoFolder(data / "heldout").usable(16), num_clips, 16, 1, seed=99)
+            for number, clip in enumerate(chosen.clips):
+                pixels = read_pixels(chosen, clip, resolution)
                 write_video(generated / str(clip.label) / f"{number:05}.mkv", pixels, fps=15)
         team.gather(None)
-        splits = [] if arguments.num_clips == 2048 else ["inception_score=custom", "inception_splits=2"]
-        num = arguments.num_clips
-        overrides = [f"num_real_clips={num}", f"num_generated_clips={num}", "frame_interval=1", *splits]
+        splits = [] if num_clips == 2048 else ["inception_score=custom", "inception_splits=2"]
+        overrides = [f"num_real_clips={num_clips}", f"num_generated_clips={num_clips}", "frame_interval=1", *splits]
         options = EvaluationOptions(
-            arguments.data / "train",
+            data / "train",
             generated,
-            arguments.data / "heldout",
-            arguments.metrics.split(","),
+            data / "heldout",
+            metrics or METRICS,
             preset="offline",
-            overrides=[*overrides, f"floor={not arguments.no_floor}"],
-            cache=arguments.out / "cache",
+            overrides=[*overrides, f"floor={floor}"],
+            cache=out / "cache",
             device="cpu",
         )
         for name in ("first", "cached"):
@@ -58,8 +57,4 @@ def main() -> None:
             if team.is_first:
                 print_scores(report)
                 print(name, json.dumps(report["seconds"], indent=1))
-                write_scores(report, arguments.out / f"{name}.json")
-
-
-if __name__ == "__main__":
-    main()
+                write_scores(report, out / f"{name}.json")

@@ -1,17 +1,13 @@
-"""Does each score worsen as real clips are degraded more and more, and which degradations does it not see?
-
-    python benchmarks/evaluation/monotone.py --data runs/demo/data --num-clips 512 --out runs/monotone
+"""Does each score worsen as real clips are degraded more and more, and which score is blind to what?
 
 Held-out arcade clips, degraded in six ways at four strengths, are scored against training clips with the offline
-extractor. Writes `monotone.json`, `monotone.md` (a table) and `monotone.png`.
+extractor.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +15,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageFilter
 
+from lavita.core.files import write_json, write_text
 from lavita.core.progress import Progress
 from lavita.evaluation.classes.classifier import cached_classifier
 from lavita.evaluation.classes.motion import motion
@@ -37,23 +34,25 @@ Labels = npt.NDArray[np.str_]
 NUM_FRAMES = 16
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BLUR, NOISE = 3.0, 12.0  # pixels, and 1/255, at full strength
-# Which way is worse: +1 for distances.
+# The sign of a change for the worse; +1 for all other scores, which are distances.
 WORSE = {"recall": -1, "precision": -1, "density": -1, "coverage": -1, "accuracy": -1, "motion agreement": -1}
 
 
 def blur(clips: Clips, level: float, rng: np.random.Generator) -> Clips:
+    """Gaussian blur."""
     kernel = ImageFilter.GaussianBlur(BLUR * level)
     flat = clips.reshape(-1, *clips.shape[2:])
     return np.stack([np.asarray(Image.fromarray(frame).filter(kernel)) for frame in flat]).reshape(clips.shape)
 
 
 def add_noise(clips: Clips, level: float, rng: np.random.Generator) -> Clips:
+    """Gaussian noise."""
     noise = rng.normal(0, NOISE * level, clips.shape)
     return (clips + noise).clip(0, 255).round().astype(np.uint8)
 
 
 def shuffled(level: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """An order in which that share of the frames has changed places."""
+    """An order of the frames in which a share of them has changed positions."""
     order = np.arange(NUM_FRAMES)
     moved = np.sort(rng.choice(NUM_FRAMES, round(level * NUM_FRAMES), replace=False))
     order[moved] = rng.permutation(moved)
@@ -61,23 +60,31 @@ def shuffled(level: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
 
 
 def frozen(level: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """An order in which the last share of the clip stands still."""
+    """An order of the frames in which the last share of the clip stands still."""
     return np.minimum(np.arange(NUM_FRAMES), round((1 - level) * (NUM_FRAMES - 1)))
 
 
-def scores(
-    real: Outputs,
-    real_labels: Labels,
-    real_clips: Clips,
-    made: Outputs,
-    labels: Labels,
-    clips: Clips,
-    recognise: Callable[[Clips], str],
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Side:
+    """Clips, their classes and what the network computes of each frame."""
+
+    clips: Clips
+    labels: Labels
+    outputs: Outputs
+
+    def reordered(self, orders: Sequence[npt.NDArray[np.int64]]) -> Side:
+        """The same clips with their frames in other orders; the network sees frames one by one, so it is not run."""
+        clips = np.stack([clip[order] for clip, order in zip(self.clips, orders, strict=True)])
+        outputs = np.stack([row[order] for row, order in zip(self.outputs, orders, strict=True)])
+        return Side(clips, self.labels, outputs)
+
+
+def scores(real: Side, made: Side, recognise: Callable[[Clips], str]) -> dict[str, float]:
+    """All scores of one side against the real one."""
     result: dict[str, float] = {}
     for name in ("efficientnet_lite0_video", "efficientnet_lite0_mean"):
         read = EXTRACTORS[name].read
-        x, y = read(real), read(made)
+        x, y = read(real.outputs), read(made.outputs)
         if min(len(x), len(y)) > EXTRACTORS[name].num_features:
             result[f"frechet-video[{name}]"] = frechet_distance(x, y)
         result[f"kernel-video[{name}]"] = kernel_score(x, y).value
@@ -85,110 +92,97 @@ def scores(
             near = neighbour_scores(x, y)
             result |= {key: getattr(near, key) for key in ("precision", "recall", "density", "coverage")}
             by_class = [
-                kernel_score(x[real_labels == label], y[labels == label]).value
-                for label in sorted(set(labels.tolist()))
-                if min((real_labels == label).sum(), (labels == label).sum()) >= 3  # fewer give no distance
+                kernel_score(x[real.labels == label], y[made.labels == label]).value
+                for label in sorted(set(made.labels.tolist()))
+                if min((real.labels == label).sum(), (made.labels == label).sum()) >= 3  # fewer give no distance
             ]
             result["kernel-video, mean of classes"] = float(np.mean(by_class or [np.nan]))
-    frames = [EXTRACTORS["efficientnet_lite0"].read(rows) for rows in (real, made)]
+    frames = [EXTRACTORS["efficientnet_lite0"].read(side.outputs) for side in (real, made)]
     x, y = (rows.reshape(-1, rows.shape[-1]) for rows in frames)
     if min(len(x), len(y)) > x.shape[1]:
         result["frechet-image[efficientnet_lite0]"] = frechet_distance(x, y)
     result["kernel-image[efficientnet_lite0]"] = kernel_score(
         frames[0][:, NUM_FRAMES // 2], frames[1][:, NUM_FRAMES // 2]
     ).value
-    result["accuracy"] = float(np.mean([recognise(clip) == label for clip, label in zip(clips, labels, strict=True)]))
+    recognised = [recognise(clip) == label for clip, label in zip(made.clips, made.labels, strict=True)]
+    result["accuracy"] = float(np.mean(recognised))
     agreements = []
-    for label in sorted(set(labels.tolist()) & set(real_labels.tolist())):
-        a = float(np.mean([motion(clip) for clip in real_clips[real_labels == label]]))
-        b = float(np.mean([motion(clip) for clip in clips[labels == label]]))
+    for label in sorted(set(made.labels.tolist()) & set(real.labels.tolist())):
+        a, b = (float(np.mean([motion(clip) for clip in side.clips[side.labels == label]])) for side in (real, made))
         agreements.append(min(a, b) / max(a, b) if max(a, b) else 1.0)
     result["motion agreement"] = float(np.mean(agreements))
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/ class folders")
-    parser.add_argument(
-        "--num-clips", type=int, default=512, help="real and degraded clips each; Frechet distances need more than 384"
-    )
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--classifier", type=Path, help="folder of trained classifiers, as lavita evaluate --cache")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    network = load_network(NETWORKS["efficientnet_lite0"])
-    classifier = cached_classifier(
-        VideoFolder(arguments.data / "train").catalog(), arguments.resolution, 0, arguments.classifier
-    )
+def study_degradations(data: Path, out: Path, num_clips: int, resolution: int, classifier: Path | None) -> None:
+    """Writes `monotone.json`, `monotone.md` (a table) and `monotone.png` (curves).
 
-    def run(clips: Clips, what: str) -> Outputs:
+    Args:
+        data: folder with train/ and heldout/, each with one folder per class.
+        out: folder to write to.
+        num_clips: clips per side; Frechet distances need more than 384.
+        resolution: height and width of the frames.
+        classifier: folder of trained classifiers, as in `lavita evaluate --cache`.
+    """
+    network = load_network(NETWORKS["efficientnet_lite0"])
+    trained = cached_classifier(VideoFolder(data / "train").catalog(), resolution, 0, classifier)
+
+    def run(clips: Clips, labels: Labels, what: str) -> Side:
         progress = Progress(f"{what}: clip", len(clips))
         rows = []
         with torch.inference_mode():
             for first in range(0, len(clips), BATCH_SIZE):
                 rows.append(network.run(torch.from_numpy(clips[first : first + BATCH_SIZE])).numpy())
                 progress.update(min(first + BATCH_SIZE, len(clips)))
-        return np.concatenate(rows)
+        return Side(clips, labels, np.concatenate(rows))
 
-    def load(folder: str, classes: Sequence[str] = (), seed: int = 0) -> tuple[Clips, Labels]:
-        source = VideoFolder(arguments.data / folder).usable(NUM_FRAMES)
+    def load(folder: str, what: str, classes: Sequence[str] = ()) -> Side:
+        source = VideoFolder(data / folder).usable(NUM_FRAMES)
         if classes:
             kept = {video.name for video in source.catalog.videos if video.info.path.parent.name in classes}
             source = replace(source, catalog=source.catalog.only(kept))
-        chosen = choose_clips(source, arguments.num_clips, NUM_FRAMES, 1, seed)
-        clips = np.stack([read_pixels(chosen, clip, arguments.resolution) for clip in chosen.clips])
-        return clips, np.array(chosen.labels)
+        chosen = choose_clips(source, num_clips, NUM_FRAMES, 1, 0)
+        clips = np.stack([read_pixels(chosen, clip, resolution) for clip in chosen.clips])
+        return run(clips, np.array(chosen.labels), what)
 
-    real_clips, real_labels = load("train")
-    clips, labels = load("heldout")
-    real, made = run(real_clips, "real"), run(clips, "held-out")
-    names = sorted(set(labels.tolist()))
+    real, held_out = load("train", "real"), load("heldout", "held-out")
+    names = sorted(set(held_out.labels.tolist()))
     rows: dict[str, list[dict[str, float]]] = {}
 
-    def note(kind: str, outputs: Outputs, labels: Labels, spoilt: Clips) -> None:
-        rows.setdefault(kind, []).append(
-            scores(real, real_labels, real_clips, outputs, labels, spoilt, classifier.recognise)
-        )
+    def note(kind: str, degraded: Side) -> None:
+        rows.setdefault(kind, []).append(scores(real, degraded, trained.recognise))
 
     for level in LEVELS:
         rng = np.random.default_rng(0)
-        for kind, spoil in (("blur", blur), ("noise", add_noise)):
-            spoilt = clips if level == 0 else spoil(clips, level, rng)
-            note(kind, made if level == 0 else run(spoilt, f"{kind} {level}"), labels, spoilt)
-        # The network sees frames one by one, so frames in another order need no other pass.
-        for kind, reorder in (("frame shuffling", shuffled), ("frozen frames", frozen)):
-            orders = [reorder(level, rng) for _ in clips]
+        for kind, degrade in (("blur", blur), ("noise", add_noise)):
             note(
                 kind,
-                np.stack([row[o] for row, o in zip(made, orders, strict=True)]),
-                labels,
-                np.stack([clip[o] for clip, o in zip(clips, orders, strict=True)]),
+                run(degrade(held_out.clips, level, rng), held_out.labels, f"{kind} {level}") if level else held_out,
             )
-        wrong = labels.copy()
-        chosen = rng.choice(len(labels), round(level * len(labels)), replace=False)
-        wrong[chosen] = [names[(names.index(label) + 1) % len(names)] for label in labels[chosen]]
-        note("wrong classes", made, wrong, clips)
-        # As many clips, of fewer classes: 8, 6, 4, 2 and 1 of 8.
+        for kind, reorder in (("frame shuffling", shuffled), ("frozen frames", frozen)):
+            note(kind, held_out.reordered([reorder(level, rng) for _ in held_out.clips]))
+        wrong = held_out.labels.copy()
+        chosen = rng.choice(len(wrong), round(level * len(wrong)), replace=False)
+        wrong[chosen] = [names[(names.index(label) + 1) % len(names)] for label in wrong[chosen]]
+        note("wrong classes", replace(held_out, labels=wrong))
+        # As many clips from fewer classes: 8, 6, 4, 2 and 1 of 8.
         kept = names[: max(1, round(len(names) * (1 - level)))]
-        fewer, their_labels = (clips, labels) if level == 0 else load("heldout", kept)
-        note("fewer classes", made if level == 0 else run(fewer, f"classes {level}"), their_labels, fewer)
+        note("fewer classes", load("heldout", f"classes {level}", kept) if level else held_out)
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "monotone.json").write_text(json.dumps({"levels": LEVELS, "rows": rows}, indent=1))
     text = table(rows)
-    (arguments.out / "monotone.md").write_text(text)
+    write_json(out / "monotone.json", {"levels": LEVELS, "rows": rows})
+    write_text(out / "monotone.md", text)
     print(text)
-    plot(rows, arguments.out / "monotone.png")
+    plot(rows, out / "monotone.png")
 
 
 def verdict(values: Sequence[float], sign: int, scale: float) -> str:
-    """`worsens` at each step, `worsens in all`, `blind`, or `improves`.
+    """`worsens` (at every step), `worsens in all` (from first to last), `blind`, or `improves`.
 
     Args:
-        values: by rising strength.
+        values: the score at rising strengths.
         sign: +1 if a higher score is worse, -1 if a lower one is.
-        scale: the most that anything changes this score; less than a fiftieth of it counts as nothing.
+        scale: the largest change of this score by any degradation; changes below a fiftieth of it count as none.
     """
     steps = sign * np.diff(values)
     in_all = sign * (values[-1] - values[0])
@@ -200,6 +194,7 @@ def verdict(values: Sequence[float], sign: int, scale: float) -> str:
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """One line per score, one column per degradation."""
     heads = ["score", *rows]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name in next(iter(rows.values()))[0]:
@@ -213,7 +208,8 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: dict[str, list[dict[str, float]]], picture: Path) -> None:
+def plot(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Draws the scores as curves over the strength of each degradation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -230,8 +226,4 @@ def plot(rows: dict[str, list[dict[str, float]]], picture: Path) -> None:
                 axes.set_title(kind, fontsize=8)
         line[0].set_ylabel(name.replace("[", "\n["), fontsize=5)
         line[0].tick_params(labelsize=6)
-    figure.savefig(picture, dpi=80)
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(path, dpi=80)

@@ -1,16 +1,13 @@
-"""Kills `lavita encode` and `lavita train` with SIGKILL at random moments, and compares the end with quiet runs.
-
-    python benchmarks/crash.py --data runs/demo/data/train --out runs/crash --kills 30
+"""Kills `lavita encode` and `lavita train` with SIGKILL at random moments and compares the end with quiet runs.
 
 Every kill is followed by the same command. The moments: while the command starts, while frames are encoded, within a
-step, while a checkpoint is written, while samples or the pipeline are. At the end the latent cache, the weights, the
-averages, the moments of the optimizer, the losses and the sample videos must be those of a run that nobody killed, to
-the bit.
+step, while a checkpoint is written, while samples or the pipeline are written. At the end the latent cache, the
+weights, their moving averages, the optimizer's moments, the losses and the sample videos must equal those of an
+uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -32,10 +29,10 @@ Moment = Callable[[], bool]
 
 
 def commands(data: Path, folder: Path, steps: int, autoencoder: str, resolution: int) -> tuple[list[str], list[str]]:
-    """Encoding and training of a folder of their own."""
+    """The commands that encode and train in a folder."""
     size = ["--autoencoder", autoencoder, "--resolution", str(resolution)]
     encode = [*LAVITA, "encode", "--data", str(data), "--out", str(folder / "latents"), *size]
-    encode += ["--shard-mb", "1"]  # many files, so that many can be cut off
+    encode += ["--shard-mb", "1"]  # many files, so that many can be cut short
     fields = {
         "run_dir": folder / "run",
         "autoencoder": autoencoder,
@@ -56,12 +53,13 @@ def commands(data: Path, folder: Path, steps: int, autoencoder: str, resolution:
     return encode, [*LAVITA, "train", *(f"{key}={value}" for key, value in fields.items())]
 
 
-def quietly(command: list[str]) -> None:
+def run_quietly(command: list[str]) -> None:
+    """Runs a command to its end."""
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def kill_when(command: list[str], moment: Moment, delay: float) -> bool:
-    """Runs a command and kills it some seconds after a moment has come; False where it had ended before."""
+    """Runs a command and kills it `delay` seconds after a moment; False if it ended before that."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not moment():
             time.sleep(0.001)
@@ -75,40 +73,40 @@ def kill_when(command: list[str], moment: Moment, delay: float) -> bool:
 
 
 def growing(file: Path, more: int) -> Moment:
-    """Once a file has so many more lines than now."""
+    """The moment when a file has `more` lines than now, or was written again."""
 
     def lines() -> int:
-        return file.read_text().count("\n") if file.exists() else 0
+        return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
     before = lines()
     return lambda: lines() < before or lines() >= before + more
 
 
 def appearing(folder: Path, pattern: str) -> Moment:
-    """Once something new of this name is in a folder."""
+    """The moment when a folder has a new entry that matches a pattern."""
     before = {path.name for path in folder.glob(pattern)}
     return lambda: any(path.name not in before for path in folder.glob(pattern))
 
 
 def crash(data: Path, out: Path, kills: int, steps: int, seed: int, autoencoder: str, resolution: int) -> Counter[str]:
-    """Makes a quiet run and a crashed one below `out`; returns how often each kind of moment was hit."""
+    """Makes a quiet run and a crashed run in `out`; returns how often each kind of moment was hit."""
     quiet, crashed = out / "quiet", out / "crashed"
     for command in commands(data, quiet, steps, autoencoder, resolution):
-        quietly(command)
+        run_quietly(command)
     rng, hits = random.Random(seed), Counter[str]()
     encode, train = commands(data, crashed, steps, autoencoder, resolution)
     run, latents = crashed / "run", crashed / "latents"
     for number in range(max(1, kills // 4)):
-        # Of a cache, something is written all the time: half of the kills come at a new file, half at any time.
+        # A cache is written to all the time: half of the kills come at a new file, half at any time.
         moment = appearing(latents, "*") if number % 2 else (lambda: latents.exists())
         hits["encoding"] += kill_when(encode, moment, rng.uniform(0, 1.0))
-    quietly(encode)
+    run_quietly(encode)
     kinds = {
         "start": lambda: (lambda: True, rng.uniform(0, 8)),
         "step": lambda: (growing(run / "metrics.jsonl", rng.randint(2, 8)), rng.uniform(0, 0.1)),
         "checkpoint": lambda: (appearing(run / "checkpoints", ".step-*.partial-*"), rng.uniform(0, 0.02)),
         "samples": lambda: (appearing(run / "samples", "step-*"), rng.uniform(0, 0.02)),
-        "pipeline": lambda: (appearing(run, "pipeline.*"), rng.uniform(0, 0.02)),
+        "pipeline": lambda: (appearing(run, "*pipeline.*"), rng.uniform(0, 0.02)),
     }
     order = ["step", "checkpoint", "pipeline", "checkpoint", "step", "start", "checkpoint", "samples"]
     for number in range(kills - max(1, kills // 4)):
@@ -116,12 +114,12 @@ def crash(data: Path, out: Path, kills: int, steps: int, seed: int, autoencoder:
         moment, delay = kinds[kind]()
         hits[kind] += kill_when(train, moment, delay)
         print(f"kill {sum(hits.values())}: {kind}", file=sys.stderr, flush=True)
-    quietly(train)
+    run_quietly(train)
     return hits
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What is not the same in two folders that `crash` made."""
+    """Names of what differs between two folders that `crash` made."""
     found = []
     caches = [{file.name: _digest(file) for file in (root / "latents").iterdir()} for root in (one, other)]
     found += [f"latents/{name}" for name in caches[0].keys() | caches[1] if caches[0].get(name) != caches[1].get(name)]
@@ -135,7 +133,9 @@ def differences(one: Path, other: Path) -> list[str]:
             found.append(name)
     lines = []
     for root in (one, other):
-        records = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         lines.append([{key: value for key, value in r.items() if key != "clips_per_second"} for r in records])
     if lines[0] != lines[1]:
         found.append("metrics.jsonl")
@@ -152,23 +152,11 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="class folders of videos")
-    parser.add_argument("--out", type=Path, default=Path("runs/crash"))
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder", default="builtin")
-    parser.add_argument("--resolution", type=int, default=64)
-    options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
-    hits = crash(**vars(options))
+def run_crashes(data: Path, out: Path, kills: int, steps: int, seed: int, autoencoder: str, resolution: int) -> int:
+    """Runs the benchmark in an empty folder `out` and prints the result; the exit code is 1 if anything differs."""
+    shutil.rmtree(out, ignore_errors=True)
+    hits = crash(data, out, kills, steps, seed, autoencoder, resolution)
     print(f"{sum(hits.values())} kills: {', '.join(f'{count} {kind}' for kind, count in sorted(hits.items()))}")
-    unlike = differences(options.out / "quiet", options.out / "crashed")
-    print("equal to the bit" if not unlike else f"{len(unlike)} differences: {', '.join(sorted(unlike)[:10])}")
-    sys.exit(bool(unlike))
-
-
-if __name__ == "__main__":
-    main()
+    found = differences(out / "quiet", out / "crashed")
+    print("equal bit for bit" if not found else f"{len(found)} differences: {', '.join(sorted(found)[:10])}")
+    return int(bool(found))

@@ -1,5 +1,5 @@
-"""`lavita bench`: how near to the machine's own limits everything runs, measured where the user is.
+"""How close training, sampling and everything around them come to the machine's own limits.
 
-Times of one machine say little of another, so each figure is a ratio of things that took turns in one run: an
-implementation over its *floor*, the matrix products of the same pass back to back and nothing else.
+Times measured on one machine say little about another, so each figure is a ratio of candidates that took turns in one
+run: the time of an implementation over its *floor*, the matrix products of the same pass back to back and nothing else.
 """

@@ -1,4 +1,4 @@
-"""`lavita bench`: sections one after the other, then all files at once."""
+"""Runs sections of the speed benchmark one after the other, then writes all files at once."""
 
 from __future__ import annotations
 
@@ -18,34 +18,31 @@ from benchmarks.speed.plots import draw
 from benchmarks.speed.setup import TINY, Setup, build_model
 from benchmarks.speed.tables import markdown, print_section
 from benchmarks.speed.timing import Section
+from lavita.core.files import write_json, write_text
 from lavita.models.compilation import compile_blocks
 
-SECTIONS = ("forward", "training", "sampling", "autoencoder", "data", "evaluation", "scaling")
 RESULT, TABLE = "result.json", "table.md"
 
 
-def run_bench(setup: Setup, sections: Sequence[str] = (), out: Path | None = None) -> list[Section]:
-    """Measures, prints, and writes `result.json`, `table.md` and pictures into `out`, all at the end.
+def run_sections(setup: Setup, sections: Sequence[str], out: Path | None = None) -> list[Section]:
+    """Measures, prints, and writes `result.json`, `table.md` and plots into `out`, all at the end.
 
     Args:
-        setup: of all sections.
-        sections: of `SECTIONS`; by default all.
+        setup: settings of all sections.
+        sections: names of modules of `benchmarks.speed` with a function `run`.
         out: folder; files of an earlier run are replaced.
 
     Raises:
-        ValueError: for an unknown section, a folder that is a file, or a preset that does not fit the machine.
+        ValueError: for an `out` that is not a folder, or a preset that does not fit the machine.
     """
-    for name in sections:
-        if name not in SECTIONS:
-            raise ValueError(f"section is {name!r}; allowed: {', '.join(SECTIONS)}")
     if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"out is {out}, which is no folder")
-    if setup.compiled:  # says now that there is no compiler
+        raise ValueError(f"out is {out}, which is not a folder")
+    if setup.compiled:  # fails now if there is no compiler
         compile_blocks(build_model(replace(setup, **TINY)))
     console = Console()
     machine = describe(setup.torch_device)
     console.print(machine.line(), highlight=False)
-    slow = "" if machine.fast_bf16 or setup.precision == "fp32" else ", which this machine is slow at"
+    slow = "" if machine.fast_bf16 or setup.precision == "fp32" else " (slow on this machine)"
     console.print(
         f"{setup.preset}, {setup.batch_size} x {setup.num_frames} frames of {setup.sample_size} x {setup.sample_size} "
         f"latents, {setup.precision}{slow}; {setup.repeats} rounds",
@@ -54,7 +51,7 @@ def run_bench(setup: Setup, sections: Sequence[str] = (), out: Path | None = Non
     limits = measure_limits(setup.torch_device, setup.dtype, setup.repeats)
     console.print(f"{_limits(limits)}\n", highlight=False)
     measured = []
-    for name in dict.fromkeys(sections or SECTIONS):
+    for name in sections:
         run: Callable[[Setup], Section] = import_module(f"benchmarks.speed.{name}").run
         section = run(setup)
         print_section(section, console)
@@ -66,7 +63,7 @@ def run_bench(setup: Setup, sections: Sequence[str] = (), out: Path | None = Non
 
 
 def write(out: Path, setup: Setup, machine: Machine, limits: dict[str, Any], sections: Sequence[Section]) -> None:
-    """Writes all files of a benchmark: made beside `out`, then moved in, so that none is ever half-written."""
+    """Writes all files of a benchmark into a temporary folder and then moves them into `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": machine.to_json(),
@@ -76,11 +73,11 @@ def write(out: Path, setup: Setup, machine: Machine, limits: dict[str, Any], sec
         "sections": [section.to_json() for section in sections],
     }
     head = [machine.line(), "", f"{setup.preset}, {setup.precision}; {_limits(limits)}", ""]
-    head += ["Seconds are medians of rounds in which the rows took turns, ratios medians of the rounds' ratios."]
+    head += ["Seconds are medians over rounds in which the rows took turns, ratios medians of the rounds' ratios."]
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=out.parent) as name:
         folder = Path(name)
-        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
-        (folder / TABLE).write_text(markdown(head, sections))
+        write_json(folder / RESULT, result)
+        write_text(folder / TABLE, markdown(head, sections))
         draw(sections, folder)
         out.mkdir(exist_ok=True)
         for file in folder.iterdir():
@@ -88,8 +85,8 @@ def write(out: Path, setup: Setup, machine: Machine, limits: dict[str, Any], sec
 
 
 def read_sections(path: Path) -> list[Section]:
-    """Of a `result.json`."""
-    return [Section.from_json(values) for values in json.loads(path.read_text())["sections"]]
+    """The sections of a `result.json`."""
+    return [Section.from_json(values) for values in json.loads(path.read_text(encoding="utf-8"))["sections"]]
 
 
 def _limits(limits: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
-"""One evaluation of the model, by every implementation at hand."""
+"""One evaluation of the model by each implementation."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.speed.baselines import DIT_NOTE, LATTE_NOTE, PlainModel, make_dit, make_latte
 from benchmarks.speed.machine import PEAK, square_product
-from benchmarks.speed.peaks import Case, measure_peaks, stored_bytes
-from benchmarks.speed.plain import PlainModel
+from benchmarks.speed.peaks import Candidate, measure_peaks, stored_bytes
 from benchmarks.speed.products import Floor, Product, record, total_macs
-from benchmarks.speed.rivals import DIT_NOTE, LATTE_NOTE, make_dit, make_latte
 from benchmarks.speed.setup import Setup, build_model, model_inputs, set_compiled
-from benchmarks.speed.timing import Row, Section, interleave, timings
+from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from lavita.core.precision import store_linear_weights
 from lavita.core.progress import Progress
 from lavita.models.compilation import compile_blocks
@@ -33,15 +33,15 @@ PLAIN = "plain eager"
 LATTE = "diffusers, Latte"
 DIT = "diffusers, DiT, frame by frame"
 NOTES = {
-    HALVED: "the same weights rounded once, where autocast rounds them at every evaluation",
-    PLAIN: "conditions repeated a frame and a place, attention's weights in full, tokens copied between the blocks",
+    HALVED: "weights rounded once and kept; autocast rounds the same weights at every evaluation",
+    PLAIN: "conditions repeated for every frame and token, attention weights in full, tokens copied between blocks",
     LATTE: LATTE_NOTE,
     DIT: DIT_NOTE,
 }
 
 
 def candidates(setup: Setup) -> list[str]:
-    """Who takes part, beside the floor."""
+    """Names of the candidates, without the floor."""
     int8 = setup.device == "cpu" and torch.backends.mkldnn.is_available()
     halved = [HALVED] if setup.dtype != torch.float32 else []
     compiled = [COMPILED, *halved] if setup.compiled else halved
@@ -51,32 +51,32 @@ def candidates(setup: Setup) -> list[str]:
 
 @dataclass
 class _Shared:
-    """Models that several candidates use."""
+    """Models that several candidates share."""
 
     ours: LavitaTransformer3DModel | None = None
     int8: LavitaTransformer3DModel | None = None
 
 
-def make_case(name: str, setup: Setup, shared: _Shared | None = None) -> Case:
-    """A candidate, ready to run.
+def make_candidate(name: str, setup: Setup, shared: _Shared | None = None) -> Candidate:
+    """A candidate that is ready to run.
 
     Args:
-        name: of `candidates`.
-        setup: of the benchmark.
-        shared: models that are there already, and where those that are made now are kept.
+        name: one of `candidates`.
+        setup: settings of the benchmark.
+        shared: models that other candidates have built; those built now are added.
     """
     shared = shared or _Shared()
     inputs = model_inputs(setup)
     if name in (LATTE, DIT):
-        rival = make_latte(setup.config) if name == LATTE else make_dit(setup.config)
-        rival.model.to(setup.torch_device)
-        return Case(_evaluation(setup, lambda: rival.run(*inputs)), [rival.model], list(inputs))
+        baseline = make_latte(setup.config) if name == LATTE else make_dit(setup.config)
+        baseline.model.to(setup.torch_device)
+        return Candidate(_evaluation(setup, lambda: baseline.run(*inputs)), [baseline.model], list(inputs))
     if shared.ours is None:
         shared.ours = build_model(setup)
     model = shared.ours
     if name == PLAIN:
         plain = PlainModel(dict((*model.named_parameters(), *model.named_buffers())), setup.config)
-        return Case(_evaluation(setup, lambda: plain(*inputs)), [model], list(inputs))
+        return Candidate(_evaluation(setup, lambda: plain(*inputs)), [model], list(inputs))
     if name == HALVED:
         model = copy.deepcopy(model)
         store_linear_weights(model.blocks, setup.dtype)
@@ -92,7 +92,7 @@ def make_case(name: str, setup: Setup, shared: _Shared | None = None) -> Case:
         set_compiled(model, compiled)
         return model(*inputs).sample
 
-    return Case(_evaluation(setup, run), [model], list(inputs), warm=compiled)
+    return Candidate(_evaluation(setup, run), [model], list(inputs), warm=compiled)
 
 
 def _evaluation(setup: Setup, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -104,33 +104,28 @@ def _evaluation(setup: Setup, run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def smallest_memory(setup: Setup, products: list[Product], *modules: nn.Module) -> int:
-    """Weights, and the largest activation set: what a linear layer reads and writes, of all tokens, at its largest."""
-    size = setup.dtype.itemsize
-    activations = max(_values(product) * size for product in products)
-    return stored_bytes(*modules) + activations
-
-
-def _values(product: Product) -> int:
-    return sum(torch.Size(shape).numel() for shape in (product.input_shape, product.output_shape))
+    """Bytes of the weights and of the largest activation set: inputs and outputs of one linear layer for all tokens."""
+    values = max(math.prod(product.input_shape) + math.prod(product.output_shape) for product in products)
+    return stored_bytes(*modules) + values * setup.dtype.itemsize
 
 
 def run(setup: Setup) -> Section:
-    """Times and peak memory of a forward pass."""
+    """Measures time and peak memory of a forward pass."""
     names = candidates(setup)
-    progress = Progress("forward: run", timings(len(names) + 2, setup.repeats) + len(names) * setup.memory)
+    progress = Progress("forward: run", num_timings(len(names) + 2, setup.repeats) + len(names) * setup.memory)
     memory = measure_peaks("forward", names, setup, progress) if setup.memory else {}
     shared = _Shared()
-    cases = {name: make_case(name, setup, shared) for name in names}
+    ready = {name: make_candidate(name, setup, shared) for name in names}
     assert shared.ours is not None
     set_compiled(shared.ours, False)
-    products = {name: record(cases[name].run) for name in (OURS, PLAIN, LATTE, DIT)}
+    products = {name: record(ready[name].run) for name in (OURS, PLAIN, LATTE, DIT)}
     for name in memory:
-        memory[name]["smallest"] = smallest_memory(setup, products[OURS], *cases[name].modules)
+        memory[name]["smallest"] = smallest_memory(setup, products[OURS], *ready[name].modules)
     floor = Floor(products[OURS], setup.dtype)
     square, square_macs = square_product(setup.torch_device, setup.dtype)
     runs: dict[str, Callable[[], Any]] = {
         FLOOR: floor,
-        **{name: case.run for name, case in cases.items()},
+        **{name: candidate.run for name, candidate in ready.items()},
         PEAK: square,
     }
     seconds = interleave(runs, setup.repeats, setup.torch_device, progress)
@@ -148,14 +143,14 @@ def run(setup: Setup) -> Section:
 
 def _notes(setup: Setup) -> list[str]:
     notes = [
-        "The floor is the linear layers' and the patch convolution's products of our pass, in their order, on inputs "
-        "of their shapes, the weights in the products' precision: no attention, no norms, no activations. 8-bit "
-        "products can be quicker than it.",
-        "Per product: times ours, over the multiply-accumulates of either one's own linear layers.",
+        "The floor is the products of the linear layers and the patch convolution of our pass, in order, on inputs of "
+        "the same shapes, with weights in the precision of the products: no attention, norms or activations. 8-bit "
+        "products can be faster than it.",
+        "Per product: times ours, each time divided by the multiply-accumulates of the model's own linear layers.",
     ]
     if setup.memory:
         notes.append(
-            "Smallest memory: the weights as they are kept, and the largest activation set, what one linear layer "
-            "reads and writes of all tokens."
+            "Smallest memory: the weights as they are stored and the largest activation set, the input and output of "
+            "one linear layer for all tokens."
         )
     return notes

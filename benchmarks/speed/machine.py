@@ -1,4 +1,4 @@
-"""What the machine is, and the two limits of what it can do: its rate of products and its memory's bandwidth."""
+"""Describes the machine and measures its two limits: the rate of matrix products and the bandwidth of its memory."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.timing import Spread, clock_name, interleave
+from benchmarks.speed.timing import Clock, Spread, default_clock, interleave
 from lavita.core.precision import has_bf16
 
 PEAK = "one large square product"
 LIBRARIES = ("lavita", "torch", "diffusers", "numpy")
 COPY = "a large copy"
-SIDES = {"cpu": 2048, "gpu": 8192}
-COPIED_BYTES = 2**28  # more than a cache holds
+SIDES = {"cpu": 2048, "gpu": 8192}  # of the square product
+COPIED_BYTES = 2**28  # more than any cache holds
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The processor that was measured on."""
+    """The machine that the measurements are from."""
 
     processor: str
     cores: int
-    """That this process may use."""
+    """Cores that this process may use."""
     threads: int
-    """Of torch."""
-    clock: str
-    """By which times are told, see `timing.clock_name`."""
+    """Threads of torch."""
+    clock: Clock
+    """The clock that times are measured with, see `timing.default_clock`."""
     instructions: list[str]
-    """Of those that matter here."""
+    """Instruction sets that matter here."""
     device: str
     gpu: str | None
     fast_bf16: bool
-    """Whether the device multiplies bf16 in hardware, which is what `auto` asks."""
+    """Whether the device multiplies bf16 in hardware, which decides what `auto` means."""
     load: float
-    """Average of the last minute's waiting and running processes when it began: of others, on a quiet machine 0."""
+    """Load average of the minute before the start: 0 on a quiet machine."""
     system: str
     python: str
     libraries: dict[str, str]
     date: str
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """All fields."""
         return asdict(self)
 
     def line(self) -> str:
-        """For people."""
-        where = f"{self.gpu}, beside {self.processor}" if self.gpu else self.processor
+        """One line for people."""
+        where = f"{self.gpu}, with {self.processor}" if self.gpu else self.processor
         bf16 = "fast" if self.fast_bf16 else "slow"
         return (
             f"{where}; {self.cores} cores, {self.threads} threads, {self.clock} time; "
@@ -62,13 +62,13 @@ class Machine:
 
 
 def describe(device: torch.device) -> Machine:
-    """Of this process."""
+    """Describes the machine as this process sees it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         processor=_processor(),
         cores=cores,
         threads=torch.get_num_threads(),
-        clock=clock_name(device),
+        clock=default_clock(device),
         instructions=_instructions(),
         device=str(device),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -83,7 +83,7 @@ def describe(device: torch.device) -> Machine:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -109,14 +109,14 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[
 
 
 def large_copy(device: torch.device) -> tuple[Callable[[], Any], int]:
-    """A copy that no cache holds, and the bytes that it reads and writes."""
+    """A copy too large for any cache, and the bytes that it reads and writes."""
     source = torch.ones(COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """Rates of a large square product in a type, and of a large copy."""
+    """The rate of a large square product in a data type, and the bandwidth of a large copy."""
     (product, macs), (copy, moved) = square_product(device, dtype), large_copy(device)
     seconds = interleave({"product": product, "copy": copy}, repeats, device)
     return {

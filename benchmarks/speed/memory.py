@@ -1,42 +1,37 @@
-"""Predicted against measured peak memory of training and sampling on a CPU, configuration by configuration.
-
-    python benchmarks/memory.py --out benchmarks/results/memory.json
-    python benchmarks/memory.py --only S/2
+"""Predicted and measured peak memory of training and sampling on a CPU, configuration by configuration.
 
 Each configuration runs in fresh processes. *Resident*: the highest resident memory of the process (VmHWM, reset before
-the model is built) over what it had then, after imports and a step of a tiny model. Blocks over 64 KiB come from the
-kernel and go back to it (MALLOC_MMAP_THRESHOLD_), so that free memory is not counted. *Allocated*: the highest total of
+the model is built) minus what it had then, after imports and a step of a tiny model. *Allocated*: the highest total of
 torch's allocator in one more step, by its profiler. Ratios are predicted / measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
-from benchmarks.speed.peaks import forget_peak, highest_allocated, resident
+from benchmarks.speed.machine import describe
+from benchmarks.speed.peaks import ChildFailed, highest_allocated, reset_peak, resident, run_job, storage_bytes
+from lavita.core.files import write_json
 from lavita.core.processes import Processes
 from lavita.models.autoencoder import AutoencoderKL, decode
-from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.presets import preset_sizes
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.studies.memory import Peak, Setting, sampling_memory, training_memory
-from lavita.training.ema import EMA
-from lavita.training.optimizers import make_optimizers
-from lavita.training.parallel import ParallelModel
+from lavita.studies.live_storages import Peak
+from lavita.studies.memory import Setting, sampling_memory, training_memory
+from lavita.training.batches import random_batch
+from lavita.training.config import TrainConfig
+from lavita.training.state import TrainState
+from lavita.training.step import train_step
 
 MIB = 2**20
 SMALL_AUTOENCODER = {
@@ -50,26 +45,26 @@ SMALL_AUTOENCODER = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """A configuration that is measured."""
 
     preset: str
     fields: dict[str, Any] = field(default_factory=dict)
-    """Of the model, beside the preset's."""
+    """Arguments of the model in addition to the preset's."""
     batch_size: int = 1
     num_images: int = 0
     setting: dict[str, Any] = field(default_factory=dict)
-    """Of `Setting`; for sampling its precision only."""
+    """Fields of `Setting`; for sampling only its precision."""
     sampling: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's."""
+        """Arguments of the model's constructor."""
         sizes = preset_sizes(self.preset, self.fields.get("variant", 2))
         return {**sizes, "num_frames": 16, "sample_size": 32, **self.fields}
 
     @property
     def title(self) -> str:
-        """On one line."""
+        """The configuration in one line."""
         facts = {**self.fields, "batch": self.batch_size, "images": self.num_images, **self.setting}
         words = " ".join(f"{key}={value}" for key, value in facts.items() if value)
         return f"{self.preset} {'sampling ' if self.sampling else ''}{words}"
@@ -108,65 +103,49 @@ CASES = [
 
 
 def predict(case: Case) -> Peak:
-    """By a rehearsal."""
+    """The predicted peak, by a rehearsal on meta tensors."""
     if case.sampling:
         return sampling_memory(case.config, case.batch_size, autoencoder=SMALL_AUTOENCODER, **case.setting)
     return training_memory(case.config, case.batch_size, None, case.num_images, Setting(**case.setting))
 
 
 class Training:
-    """A run of a model on random latents."""
+    """A model in training on random latents."""
 
     def __init__(self, case: Case, team: Processes) -> None:
-        self.setting = Setting(**case.setting)
+        """Builds the model and its training state, and two batches: the current one and the next one, read ahead."""
+        setting = Setting(**case.setting)
         torch.manual_seed(0)
-        self.model = LavitaTransformer3DModel.from_config(case.config).train()
-        checkpoint_blocks(self.model, self.setting.gradient_checkpointing)
-        kind = "fsdp" if self.setting.sharded else "ddp" if self.setting.processes > 1 else "auto"
-        self.parallel = ParallelModel(self.model, kind, team, torch.device("cpu"))
-        self.ema = EMA(self.model, 0.9999)
-        self.optimizers = make_optimizers(self.model, self.setting.optimizer, 1e-4, 0.0)
-        self.diffusion = GaussianDiffusion()
-        config, clips = case.config, case.batch_size * self.setting.accumulation
-        shape = (clips, config["num_frames"] + case.num_images, 4, config["sample_size"], config["sample_size"])
-        self.micro, self.num_images = case.batch_size, case.num_images
-        self.latents, self.noise, *self.next = (torch.randn(shape) for _ in range(4))
-        rows = (clips, 1 + case.num_images) if case.num_images else (clips,)
-        self.labels = torch.zeros(rows, dtype=torch.long) if config.get("num_classes") else None
+        model: LavitaTransformer3DModel = LavitaTransformer3DModel.from_config(case.config).train()
+        checkpoint_blocks(model, setting.gradient_checkpointing)
+        clips = case.batch_size * setting.accumulation
+        self.settings = TrainConfig(
+            batch_size=clips,
+            accumulation=setting.accumulation,
+            parallel="fsdp" if setting.sharded else "auto",
+            optimizer=setting.optimizer,
+            precision=setting.precision,
+        )
+        self.team = team
+        self.state = TrainState.build(model, self.settings, torch.device("cpu"), team)
+        self.batches = [random_batch(case.config, clips, num_images=case.num_images) for _ in range(2)]
 
     def step(self) -> None:
         """One optimizer step."""
-        for first in range(0, len(self.latents), self.micro):
-            part = slice(first, first + self.micro)
-            latents, noise = self.latents[part], self.noise[part]
-            timesteps = torch.full((self.micro,), 300)
-            labels = None if self.labels is None else self.labels[part]
-            noisy = self.diffusion.q_sample(latents, timesteps, noise)
-            with self.parallel.gradients_later(first + self.micro < len(self.latents)):
-                bf16 = self.setting.precision == "bf16"
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    output = self.parallel(noisy, timesteps, labels, num_images=self.num_images)
-                losses = self.diffusion.losses(output, latents, timesteps, noise).total
-                losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.ema.update(1)
+        train_step(self.state, self.batches[0], self.settings, self.team)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What stays between steps."""
-        states = [
-            tensor for optimizer in self.optimizers for state in optimizer.state.values() for tensor in state.values()
-        ]
-        model = [*self.model.parameters(), *self.model.buffers()]
-        return [*model, *self.ema.weights.values(), *states, self.latents, self.noise, *self.next]
+        """The tensors that live between steps."""
+        buffers = self.state.model.buffers()
+        batches = [tensor for batch in self.batches for tensor in (batch.latents, batch.noise)]
+        return [*self.state.tensors().values(), *buffers, *batches]
 
 
 class Sampling:
     """The largest moments of `LavitaPipeline`: an evaluation, and decoding."""
 
     def __init__(self, case: Case, team: Processes) -> None:
+        """Builds the networks and random latents."""
         self.model = LavitaTransformer3DModel.from_config(case.config).eval().requires_grad_(False)
         self.vae = AutoencoderKL.from_config(SMALL_AUTOENCODER).eval().requires_grad_(False)
         size = case.config["sample_size"]
@@ -174,85 +153,90 @@ class Sampling:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One of each."""
+        """Evaluates and decodes once."""
         self.model(self.latents, torch.full((len(self.latents),), 300)).sample.float()
         decode(self.vae, self.latents, "fp32")
 
     def tensors(self) -> list[torch.Tensor]:
-        """What stays."""
+        """The tensors that live between steps."""
         vae = [*self.vae.parameters(), *self.vae.buffers()]
         return [*self.model.parameters(), *self.model.buffers(), *vae, self.latents]
 
 
-def measure(number: int, team: Processes) -> dict[str, int]:
-    """Runs a case in this process."""
+def measure(case: Case, team: Processes) -> dict[str, int]:
+    """Measures a case in this process."""
     torch.set_num_threads(1)
-    case = CASES[number]
     kind = Sampling if case.sampling else Training
-    warm = Case(
-        "tiny/8", {"num_frames": 2, "sample_size": 8}, 1, 0, {"precision": case.setting.get("precision", "fp32")}
-    )
-    kind(warm, Processes()).step()
-    forget_peak()
+    precision = case.setting.get("precision", "fp32")
+    kind(Case("tiny/8", {"num_frames": 2, "sample_size": 8}, setting={"precision": precision}), Processes()).step()
+    reset_peak()
     before = resident("VmRSS")
     run = kind(case, team)
-    # The first training step has no optimizer's state in its passes; in the second one DDP makes its buckets anew.
+    # The first training step allocates the optimizer's state at its end; DDP rebuilds its buckets in the second.
     for _ in range(1 if case.sampling else 1 + team.count):
         run.step()
-    peak = resident("VmHWM") - before
+    peak = resident("VmHWM")
+    if before is None or peak is None:
+        raise OSError("this system does not say how much memory is resident; the benchmark needs Linux")
     if team.count > 1:
-        return {"resident": peak}
-    stays = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in run.tensors()}
-    return {"resident": peak, "allocated": sum(stays.values()) + highest_allocated(run.step)}
+        return {"resident": peak - before}
+    return {"resident": peak - before, "allocated": storage_bytes(run.tensors()) + highest_allocated(run.step)}
 
 
-def in_process(rank: int, number: int, count: int, folder: str) -> None:
-    """One of several processes; the first one says what it measured."""
+def measure_process(rank: int, number: int, count: int, folder: str) -> None:
+    """Measures a case as one of several processes; the first one writes what it measured."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
-    answer = measure(number, Processes(rank, count))
+    answer = measure(CASES[number], Processes(rank, count))
     dist.barrier()
     if rank == 0:
-        Path(folder, "answer").write_text(json.dumps(answer))
+        Path(folder, "answer").write_text(json.dumps(answer), encoding="utf-8")
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose title has this in it")
-    parser.add_argument("--out", type=Path, help="JSON of all rows")
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case is not None:
-        count = CASES[arguments.case].setting.get("processes", 1)
-        if count == 1:
-            print(json.dumps(measure(arguments.case, Processes())))
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(in_process, (arguments.case, count, folder), nprocs=count)
-            print(Path(folder, "answer").read_text())
-        return
-    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    environment = {**os.environ, **malloc, "OMP_NUM_THREADS": "1"}
+def measure_case(number: int) -> dict[str, int]:
+    """Measures a case with as many processes as it needs."""
+    count = CASES[number].setting.get("processes", 1)
+    if count == 1:
+        return measure(CASES[number], Processes())
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(measure_process, (number, count, folder), nprocs=count)
+        result: dict[str, int] = json.loads(Path(folder, "answer").read_text(encoding="utf-8"))
+        return result
+
+
+def compare(only: str = "", out: Path | None = None) -> None:
+    """Predicts and measures each case in fresh processes, prints a table, and writes it as JSON if `out` is given.
+
+    Args:
+        only: leave out cases whose title does not contain this.
+        out: JSON file.
+
+    Raises:
+        ValueError: if no case is left, or a process fails.
+    """
+    chosen = [number for number, case in enumerate(CASES) if only in case.title]
+    if not chosen:
+        raise ValueError(f"only is {only!r}, which is in no title")
     rows = []
     print(f"{'MiB':72} predicted  resident ratio  allocated ratio  at")
-    for number, case in enumerate(CASES):
-        if arguments.only not in case.title:
-            continue
-        command = [sys.executable, __file__, "--case", str(number)]
-        answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=900)
-        measured, peak = json.loads(answer.stdout.splitlines()[-1]), predict(case)
-        row = {"case": asdict(case), "title": case.title, "predicted": peak.to_json(), "measured": measured}
-        row["ratios"] = {name: round(peak.total / value, 3) for name, value in measured.items()}
-        rows.append(row)
-        columns = "".join(f"{measured[name] / MIB:10,.1f} {row['ratios'][name]:5.2f}" for name in measured)
+    for number in chosen:
+        case = CASES[number]
+        try:
+            measured = run_job("benchmarks.speed.memory", number, threads=1)
+        except ChildFailed as error:
+            raise ValueError(f"{case.title}: {error}") from error
+        peak = predict(case)
+        ratios = {name: round(peak.total / value, 3) for name, value in measured.items()}
+        fields = {"case": asdict(case), "title": case.title, "predicted": peak.to_json()}
+        rows.append({**fields, "measured": measured, "ratios": ratios})
+        columns = "".join(f"{measured[name] / MIB:10,.1f} {ratios[name]:5.2f}" for name in measured)
         print(f"{case.title:72}{peak.total / MIB:10,.1f}{columns}  {peak.phase}", flush=True)
-    worst = max((abs(row["ratios"]["resident"] - 1), row["title"]) for row in rows)
-    print(f"{len(rows)} configurations; largest error against resident memory {worst[0]:.1%}: {worst[1]}")
-    if arguments.out is not None:
-        facts = {"date": date.today().isoformat(), "torch": torch.__version__, "machine": platform.machine()}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**facts, "largest_error": worst[0], "rows": rows}, indent=1) + "\n")
+    largest, title = max((abs(row["ratios"]["resident"] - 1), row["title"]) for row in rows)
+    print(f"{len(rows)} configurations; largest error against resident memory {largest:.1%}: {title}")
+    if out is not None:
+        facts = {"machine": describe(torch.device("cpu")).to_json(), "largest_error": largest}
+        write_json(out, {**facts, "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure_case(int(sys.argv[1]))))

@@ -1,8 +1,8 @@
 """Peak memory of a candidate, in a process of its own.
 
 *Allocated*: the highest total of torch's allocator, weights and inputs included. *Resident*: the highest resident
-memory of the process (VmHWM) over what it had after its imports and a tiny model's pass, on Linux; it holds what
-libraries pack for themselves, too, and the compiler's own memory. On a GPU only the former.
+memory of the process (VmHWM, Linux only) minus what it had after its imports and a pass of a tiny model; this includes
+buffers that libraries keep for themselves and the compiler's own memory. On a GPU only the former is measured.
 """
 
 from __future__ import annotations
@@ -24,77 +24,102 @@ from benchmarks.speed.setup import TINY, Setup
 from lavita.core.progress import Progress
 from lavita.sampling.int8 import Int8Linear
 
-# Blocks over 64 KiB come from the kernel and go back to it, so that free memory is not counted.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+# Blocks above 64 KiB come from the kernel and return to it, so that free memory is not counted.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass
-class Case:
-    """A candidate, ready to run."""
+class Candidate:
+    """A candidate that is ready to run."""
 
     run: Callable[[], Any]
     modules: list[nn.Module]
-    """What its weights are in."""
+    """Modules that hold its weights."""
     tensors: list[torch.Tensor] = field(default_factory=list)
-    """What else stays between two calls."""
+    """Other tensors that live between two calls."""
     warm: bool = False
-    """Whether its first call is another one: it compiles, or makes state."""
+    """Whether the first call differs from later ones: it compiles or allocates state."""
     states: Callable[[], list[torch.Tensor]] = list
-    """State that is made later."""
+    """State that is allocated later."""
 
 
 def measure_peaks(
     section: str, names: Sequence[str], setup: Setup, progress: Progress | None = None
 ) -> dict[str, dict[str, int]]:
-    """Of each candidate of a section, bytes `allocated` and, where the system tells, `resident`.
+    """Bytes `allocated` and, if the system says, `resident`, for each candidate of a section.
 
     Raises:
-        ValueError: where a process fails, for want of memory most likely.
+        ValueError: if a process fails, most likely for lack of memory.
     """
     peaks = {}
-    threads = str(torch.get_num_threads())
-    environment = {**os.environ, **_MALLOC, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
     for name in names:
-        job = json.dumps({"section": section, "name": name, "setup": setup.to_json()})
-        command = [sys.executable, "-m", "benchmarks.speed.peaks", job]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1:] or ["killed, for want of memory most likely"]
-            raise ValueError(f"peak memory of {section}, {name}: its process ended with {done.returncode}: {reason[0]}")
-        peaks[name] = json.loads(done.stdout.splitlines()[-1])
+        job = {"section": section, "name": name, "setup": setup.to_json()}
+        threads = torch.get_num_threads()
+        try:
+            peaks[name] = run_job("benchmarks.speed.peaks", job, threads)
+        except ChildFailed as error:
+            raise ValueError(f"peak memory of {section}, {name}: {error}") from error
         if progress is not None:
             progress.update(progress.done + 1, f"memory: {name}")
     return peaks
 
 
+class ChildFailed(Exception):
+    """A process of `run_job` failed; the message has its exit code and its last line."""
+
+
+def run_job(module: str, job: Any, threads: int) -> Any:
+    """Runs `python -m MODULE JOB` with threads and allocator set for measurements of memory.
+
+    Args:
+        module: name of a module that takes a JSON value as its argument and prints another one last.
+        job: the JSON value.
+        threads: number of threads of the process.
+
+    Returns:
+        The JSON value that it printed.
+
+    Raises:
+        ChildFailed: if the process fails.
+    """
+    environment = {**os.environ, **MALLOC, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", module, json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["killed, most likely for lack of memory"]
+        raise ChildFailed(f"its process ended with {done.returncode}: {reason[0]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure_here(section: str, name: str, setup: Setup) -> dict[str, int]:
     """The peak of a candidate in this process."""
-    make: Callable[[str, Setup], Case] = import_module(f"benchmarks.speed.{section}").make_case
+    make: Callable[[str, Setup], Candidate] = import_module(f"benchmarks.speed.{section}").make_candidate
     tiny = make(name, replace(setup, **TINY))
     tiny.run()
     del tiny
     device = setup.torch_device
     if device.type == "cuda":
-        case = make(name, setup)
-        case.run()
+        candidate = make(name, setup)
+        candidate.run()
         torch.cuda.reset_peak_memory_stats(device)
-        case.run()
+        candidate.run()
         torch.cuda.synchronize(device)
         return {"allocated": torch.cuda.max_memory_allocated(device)}
     before = resident("VmRSS")
-    case = make(name, setup)
-    if case.warm:
-        case.run()
-    forget_peak()
-    step = highest_allocated(case.run)
-    peaks = {"allocated": _kept(case) + step}
+    candidate = make(name, setup)
+    if candidate.warm:
+        candidate.run()
+    reset_peak()
+    step = highest_allocated(candidate.run)
+    kept = stored_bytes(*candidate.modules) + storage_bytes([*candidate.tensors, *candidate.states()])
+    peaks = {"allocated": kept + step}
     if before is not None and (highest := resident("VmHWM")) is not None:
         peaks["resident"] = highest - before
     return peaks
 
 
 def highest_allocated(run: Callable[[], Any]) -> int:
-    """Bytes that a call allocates at its highest, over those before it, on the CPU."""
+    """Bytes that a call allocates at its highest point, on top of those before it, on the CPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     assert profile.profiler is not None
@@ -106,43 +131,35 @@ def highest_allocated(run: Callable[[], Any]) -> int:
     return highest
 
 
-def _kept(case: Case) -> int:
-    from benchmarks.speed.peaks import stored_bytes
+def storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
-    tensors = [*case.tensors, *case.states()]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return stored_bytes(*case.modules) + sum(storages.values())
+
+def stored_bytes(*modules: nn.Module) -> int:
+    """Bytes of parameters, buffers and packed 8-bit weights."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Int8Linear)]
+    return sum(tensor.nbytes for tensor in tensors) + sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def resident(kind: str) -> int | None:
-    """Bytes of this process: VmRSS now, or VmHWM, the highest; None where the system does not tell."""
+    """Bytes of this process: VmRSS now, or VmHWM at its highest; None if the system does not say."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), None)
 
 
-def forget_peak() -> None:
-    """VmHWM starts again from here."""
+def reset_peak() -> None:
+    """Resets VmHWM to the memory of now."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 
 
-def main() -> None:
-    """In the process of its own: prints the peak as JSON."""
+if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     print(json.dumps(measure_here(job["section"], job["name"], Setup(**job["setup"]))))
-
-
-if __name__ == "__main__":
-    main()
-
-
-def stored_bytes(*modules: nn.Module) -> int:
-    """Of parameters, buffers and packed 8-bit weights."""
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Int8Linear)]
-    return sum(tensor.nbytes for tensor in tensors) + sum(layer.in_features * layer.out_features for layer in layers)

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: times the floor, and scaling."""
+"""Plots of a benchmark: ratios to the floor, and scaling."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.speed.timing import Section
 
 BARS = "times_the_floor.png"
 SCALING = "scaling.png"
-OURS_COLOUR, OTHERS_COLOUR, THEORY_COLOUR = "#2b6cb0", "#a0aec0", "#718096"
+OURS_COLOUR, BASELINE_COLOUR, THEORY_COLOUR = "#2b6cb0", "#a0aec0", "#718096"
 
 
 def draw(sections: Sequence[Section], folder: Path) -> list[Path]:
-    """Draws what the sections have into a folder, which exists."""
+    """Draws the plots of the sections into an existing folder."""
     files = []
     floored = [section for section in sections if section.base == "the floor"]
     barred = [section for section in floored if any(row.floor for row in section.rows)]
@@ -35,7 +35,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _bars(sections: Sequence[Section], path: Path) -> Path:
-    """One panel a section: medians, with the range of the rounds."""
+    """One panel per section: medians, with the range of the rounds."""
     counts = [sum(row.floor is not None for row in section.rows) for section in sections]
     figure = _figure(9, 0.9 * len(sections) + 0.32 * sum(counts))
     panels = figure.subplots(len(sections), 1, squeeze=False, height_ratios=[count + 1 for count in counts])[:, 0]
@@ -43,14 +43,14 @@ def _bars(sections: Sequence[Section], path: Path) -> Path:
         rows = [(row, section.ratio(row, row.floor)) for row in section.rows]
         shown = [(row, ratio) for row, ratio in rows if ratio is not None]
         medians = [ratio.median for _, ratio in shown]
-        reach = [[ratio.median - ratio.least for _, ratio in shown], [ratio.most - ratio.median for _, ratio in shown]]
-        foreign = ("plain", "diffusers")
-        colours = [OTHERS_COLOUR if row.name.startswith(foreign) else OURS_COLOUR for row, _ in shown]
-        places = range(len(shown))
-        panel.barh(places, medians, xerr=reach, color=colours, height=0.7, error_kw={"elinewidth": 1})
-        for place, (_, ratio) in zip(places, shown, strict=True):
-            panel.annotate(f" {ratio.median:.2f}", (ratio.most, place), va="center", fontsize=8)
-        panel.set_yticks(list(places), [row.name for row, _ in shown], fontsize=8)
+        errors = [[ratio.median - ratio.least for _, ratio in shown], [ratio.most - ratio.median for _, ratio in shown]]
+        baselines = ("plain", "diffusers")
+        colours = [BASELINE_COLOUR if row.name.startswith(baselines) else OURS_COLOUR for row, _ in shown]
+        positions = range(len(shown))
+        panel.barh(positions, medians, xerr=errors, color=colours, height=0.7, error_kw={"elinewidth": 1})
+        for position, (_, ratio) in zip(positions, shown, strict=True):
+            panel.annotate(f" {ratio.median:.2f}", (ratio.most, position), va="center", fontsize=8)
+        panel.set_yticks(list(positions), [row.name for row, _ in shown], fontsize=8)
         panel.invert_yaxis()
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_xlim(0, 1.12 * max(1.0, *(ratio.most for _, ratio in shown)))
@@ -61,20 +61,20 @@ def _bars(sections: Sequence[Section], path: Path) -> Path:
 
 
 def _scaling(section: Section, path: Path) -> Path:
-    """One panel an axis: measured points, and a line of the multiply-accumulates through their middle."""
+    """One panel per axis: measured points, and a line of the multiply-accumulates through their middle."""
     axes: dict[str, Any] = section.facts["axes"]
     figure = _figure(3.2 * len(axes), 3.4)
     panels = figure.subplots(1, len(axes), squeeze=False)[0]
     for panel, (axis, values) in zip(panels, axes.items(), strict=True):
         sizes, seconds, macs = values["sizes"], values["seconds"], values["macs"]
-        # The formula's costs in the seconds that suit the points best.
+        # The rate that fits the formula's costs to the measured seconds best.
         rate = statistics.geometric_mean([second / mac for second, mac in zip(seconds, macs, strict=True)])
         panel.plot(sizes, [mac * rate for mac in macs], color=THEORY_COLOUR, label=f"formula: {values['theory']:.2f}")
         panel.plot(sizes, seconds, "o", color=OURS_COLOUR, label=f"measured: {values['measured']:.2f}")
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
-        panel.set_ylabel("seconds a forward pass" if panel is panels[0] else "")
+        panel.set_ylabel("seconds per forward pass" if panel is panels[0] else "")
         panel.legend(title="exponent", fontsize=8, title_fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -1,6 +1,6 @@
 """The floor: the matrix products and convolutions of a pass, back to back, and nothing else.
 
-Legend: M rows (all axes of an input but the last), I values in, O values out.
+Legend: M rows (all axes of an input except the last), I input features, O output features.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CONV_FIELDS = ("stride", "padding", "dilation", "groups")
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """One linear layer's or convolution's call."""
+    """One call of a linear layer or a convolution."""
 
     input_shape: tuple[int, ...]
     weight: torch.Tensor
@@ -31,12 +31,12 @@ class Product:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates: each output value is a sum over the weight's axes but the first."""
+        """Multiply-accumulates: each output value is a sum over all axes of the weight except the first."""
         return math.prod(self.output_shape) * math.prod(self.weight.shape[1:])
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes every call of a linear layer or a 2-D convolution, whoever makes it."""
+    """Records every call of a linear layer or a 2-D convolution, in any code that runs within."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class _Recorder(TorchFunctionMode):
         given = kwargs or {}
         result = func(*args, **given)
         if func is F.linear or func is F.conv2d:
-            self._note(func, args, given, result)
+            self._record(func, args, given, result)
         return result
 
-    def _note(self, func: Any, args: Sequence[Any], given: dict[str, Any], result: torch.Tensor) -> None:
+    def _record(self, func: Any, args: Sequence[Any], given: dict[str, Any], result: torch.Tensor) -> None:
         x, weight = args[:2]
         bias = args[2] if len(args) > 2 else given.get("bias")
         convolution, last = None, False
@@ -65,14 +65,14 @@ class _Recorder(TorchFunctionMode):
 
 
 def record(run: Callable[[], Any]) -> list[Product]:
-    """The products of a call, in their order. What compiled code or int8 layers compute is not seen."""
+    """The products of a call, in order. Those of compiled code and int8 layers are not seen."""
     with torch.no_grad(), _Recorder() as recorder:
         run()
     return recorder.products
 
 
 def total_macs(products: Sequence[Product]) -> int:
-    """Multiply-accumulates of them all."""
+    """Multiply-accumulates of all products."""
     return sum(product.macs for product in products)
 
 
@@ -80,12 +80,12 @@ class Floor:
     """Runs recorded products on inputs of the same shapes, with the same weights."""
 
     def __init__(self, products: Sequence[Product], dtype: torch.dtype, backward: bool = False) -> None:
-        """Makes the inputs; those of one shape share a tensor.
+        """Allocates the inputs; inputs of one shape share a tensor.
 
         Args:
-            products: of `record`.
-            dtype: of the products; weights of another one are converted now.
-            backward: whether each is followed by the two products of its backward pass.
+            products: as returned by `record`.
+            dtype: type of the products; weights of another type are converted now.
+            backward: whether each product is followed by the two products of its backward pass.
         """
         self.macs = total_macs(products) * (3 if backward else 1)
         self._backward = backward
@@ -115,7 +115,7 @@ class Floor:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """All of them once."""
+        """Runs all products once."""
         for x, weight, bias, gradient, convolution in self._calls:
             if convolution is not None:
                 F.conv2d(x, weight, bias, **convolution)
@@ -125,8 +125,8 @@ class Floor:
             F.linear(x, weight, bias)
             if gradient is not None:
                 rows = gradient.flatten(0, -2)  # (M, O)
-                rows @ weight  # (M, I): the input's gradient
-                rows.T @ x.flatten(0, -2)  # (O, I): the weight's
+                rows @ weight  # (M, I): gradient of the input
+                rows.T @ x.flatten(0, -2)  # (O, I): gradient of the weight
 
 
 def _convolution_backward(

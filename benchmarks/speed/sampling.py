@@ -1,16 +1,17 @@
-"""A sampler's loop through the pipeline: what it adds to the evaluations, and what guidance and caches change."""
+"""The sampling loop of the pipeline: what it adds to evaluations of the model, and what guidance and caches change."""
 
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
 
 from benchmarks.speed.setup import IN_CHANNELS, Setup, build_model, model_inputs
-from benchmarks.speed.timing import Row, Section, interleave, timings
+from benchmarks.speed.timing import Row, Section, interleave, num_timings
+from lavita.core.names import CacheName
 from lavita.core.progress import Progress
 from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.compilation import compile_blocks
@@ -19,14 +20,12 @@ from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.schedulers import make_scheduler
-from lavita.sampling.step_cache import Calibration, PyramidCache, Recorder, ResidualCache
 
 FORWARD = "an evaluation alone"
 LOOP = "loop"
 GUIDED = "loop, guidance"
 INTERVAL = "loop, guidance in an interval"
-PAB = "loop, cache pab"
-RESIDUAL = "loop, cache residual"
+CACHES = {name: f"loop, guidance, cache {name}" for name in get_args(CacheName)}
 COMPILED = "loop, compiled"
 INT8 = "loop, int8"
 DECODE = "decoding a frame"
@@ -36,28 +35,15 @@ DECODED_FRAMES = 2
 
 
 def stable_diffusion(setup: Setup) -> AutoencoderKL:
-    """An autoencoder of Stable Diffusion's architecture, with random weights."""
+    """An autoencoder with Stable Diffusion's architecture and random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae: AutoencoderKL = AutoencoderKL.from_config(STABLE_DIFFUSION_AUTOENCODER)
     return vae.eval().requires_grad_(False).to(setup.torch_device)
 
 
-def half_reused(calibration: Calibration, timesteps: list[float]) -> tuple[ResidualCache, float]:
-    """The residual cache whose threshold reuses nearest to half of the pairs of blocks, and the share that it does."""
-
-    def share(threshold: float) -> float:
-        plan = ResidualCache(calibration, threshold).plan(timesteps)
-        return sum(map(len, plan)) / (len(plan) * len(calibration.path[0]))
-
-    steps = np.diff(calibration.at(timesteps), axis=0)
-    thresholds = [0.0, *(float(value) * factor for value in np.unique(steps) for factor in (1.001, 2.001))]
-    best = min(thresholds, key=lambda threshold: abs(share(threshold) - 0.5))
-    return ResidualCache(calibration, best), share(best)
-
-
 def run(setup: Setup) -> Section:
-    """Times of the loop, an evaluation of the network each."""
+    """Measures the time per step of the loop."""
     model, vae = build_model(setup), stable_diffusion(setup)
     pipeline, device = _pipeline(model, vae), setup.torch_device
     latents, timesteps, labels = model_inputs(setup)
@@ -76,19 +62,13 @@ def run(setup: Setup) -> Section:
         with torch.no_grad(), setup.autocast():
             return model(latents, timesteps, labels).sample.float()
 
-    recorder = Recorder()
-    loop(pipeline, cache=recorder)()
-    calibration = recorder.calibration({"made_with": "random weights"})
-    times = [float(timestep) for timestep in pipeline.scheduler.timesteps]
-    residual, reused = half_reused(calibration, times)
     guidance: dict[str, Any] = {"guidance_scale": SCALE}
     runs: dict[str, Callable[[], Any]] = {
         FORWARD: evaluate,
         LOOP: loop(pipeline),
         GUIDED: loop(pipeline, **guidance),
         INTERVAL: loop(pipeline, **guidance, guidance_interval=GUIDED_TIMESTEPS),
-        PAB: loop(pipeline, cache=PyramidCache()),
-        RESIDUAL: loop(pipeline, cache=residual),
+        **{row: loop(pipeline, **guidance, cache=name) for name, row in CACHES.items()},
     }
     if setup.compiled:
         faster = copy.deepcopy(model)
@@ -98,38 +78,36 @@ def run(setup: Setup) -> Section:
         runs[INT8] = loop(_pipeline(quantize_int8(copy.deepcopy(model)), vae))
     decoded = latents[:1, :DECODED_FRAMES]
     runs[DECODE] = lambda: decode(vae, decoded, setup.precision)
-    progress = Progress("sampling: run", timings(len(runs), setup.repeats))
+    progress = Progress("sampling: run", num_timings(len(runs), setup.repeats))
     seconds = interleave(runs, setup.repeats, device, progress)
     units = dict.fromkeys(runs, setup.steps) | {FORWARD: 1, DECODE: decoded.shape[1]}
     each = {name: [value / units[name] for value in values] for name, values in seconds.items()}
+    times = pipeline.scheduler.timesteps.tolist()  # as the loops have set them
     guided = sum(GUIDED_TIMESTEPS[0] <= timestep <= GUIDED_TIMESTEPS[1] for timestep in times)
     notes = {
-        LOOP: "S-AdaLN's vectors are made for many steps at once, so that it may be quicker than evaluations alone",
+        LOOP: "S-AdaLN vectors are computed for many steps at once, so that it can be faster than evaluations alone",
         GUIDED: "both halves as one batch",
         INTERVAL: f"{guided} of {setup.steps} steps guided",
-        PAB: "diffusers' hooks, attention in space every 2nd and along time every 4th step of the middle",
-        RESIDUAL: f"{reused:.0%} of the pairs of blocks reused",
     }
     rows = [
         Row(
             name,
             each[name],
             floor=FORWARD if name not in (FORWARD, DECODE) else None,
-            ours=LOOP if name not in (FORWARD, LOOP, DECODE) else None,
+            ours=GUIDED if name in CACHES.values() else LOOP if name not in (FORWARD, LOOP, DECODE) else None,
             note=notes.get(name, ""),
         )
         for name in runs
     ]
     frames = setup.batch_size * setup.num_frames
-    decoding = float(np.median(each[DECODE])) * frames
-    looping = float(np.median(seconds[LOOP]))
-    facts = {"steps": setup.steps, "pairs_reused": reused, "guided_steps": guided}
-    facts |= {"decode_share": decoding / (decoding + looping), "calibration_steps": setup.steps}
+    decoding = statistics.median(each[DECODE]) * frames
+    looping = statistics.median(seconds[LOOP])
+    facts = {"steps": setup.steps, "guided_steps": guided}
+    facts |= {"decode_share": decoding / (decoding + looping)}
     lines = [
-        "An evaluation is one of the eager model outside of the loop, without guidance. Time only: what caches and "
-        "guidance do to videos is measured elsewhere. The residual cache is calibrated in this run, and its threshold "
-        "chosen to reuse half.",
-        f"Decoding {frames} frames with Stable Diffusion's autoencoder (by the time of {decoded.shape[1]}) takes "
+        "An evaluation is one of the eager model outside the loop, without guidance; caches are compared with the loop "
+        "with guidance. Times only: the recipes benchmark measures what caches and guidance do to videos.",
+        f"Decoding {frames} frames with Stable Diffusion's autoencoder (extrapolated from {decoded.shape[1]}) takes "
         f"{facts['decode_share']:.0%} of a sample of {setup.steps} steps without guidance.",
     ]
     return Section("sampling", "A sampler's loop", "one step of the batch", rows, facts, lines, base="an evaluation")

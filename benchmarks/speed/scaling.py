@@ -11,17 +11,18 @@ import numpy as np
 import torch
 
 from benchmarks.speed.setup import NUM_CLASSES, Setup
-from benchmarks.speed.timing import Row, Section, interleave, timings
+from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from lavita.core.progress import Progress
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.studies.complexity import measure
 
-HEAD = 32
+HEAD_WIDTH = 32
+BLOCKS = 4
 
 
 @dataclass(frozen=True)
 class Point:
-    """A size of a small model of `BLOCKS` blocks, and of its input."""
+    """Sizes of a small model and of its input."""
 
     num_frames: int = 8
     sample_size: int = 16
@@ -30,52 +31,51 @@ class Point:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Fields of the model's constructor."""
+        """Arguments of the model's constructor."""
         return {
             "num_frames": self.num_frames,
             "sample_size": self.sample_size,
             "patch_size": 2,
             "hidden_size": self.hidden_size,
-            "num_heads": self.hidden_size // HEAD,
+            "num_heads": self.hidden_size // HEAD_WIDTH,
             "num_blocks": BLOCKS,
             "num_classes": NUM_CLASSES,
         }
 
 
-BLOCKS = 4
 AXES: dict[str, list[Point]] = {
     "frames": [Point(num_frames=number) for number in (4, 8, 16, 32)],
-    "tokens a frame": [Point(sample_size=size) for size in (8, 16, 32, 48)],
+    "tokens per frame": [Point(sample_size=size) for size in (8, 16, 32, 48)],
     "batch": [Point(batch_size=size) for size in (1, 2, 4, 8)],
     "width": [Point(hidden_size=width) for width in (128, 256, 512, 768)],
 }
-_FIELDS = {"frames": "num_frames", "tokens a frame": "sample_size", "batch": "batch_size", "width": "hidden_size"}
+_FIELDS = {"frames": "num_frames", "tokens per frame": "sample_size", "batch": "batch_size", "width": "hidden_size"}
 
 
 def axis_value(axis: str, point: Point) -> int:
-    """Where a point lies on an axis."""
+    """The position of a point on an axis."""
     value: int = getattr(point, _FIELDS[axis])
-    return (value // 2) ** 2 if axis == "tokens a frame" else value
+    return (value // 2) ** 2 if axis == "tokens per frame" else value
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Of the power law nearest to some costs, by least squares of the logarithms.
+    """The exponent of a power law fitted to costs by least squares of their logarithms.
 
     Raises:
-        ValueError: for fewer than two sizes, or values that are not positive.
+        ValueError: for fewer than two sizes or values that are not positive.
     """
     if len(set(sizes)) < 2 or min(*sizes, *costs) <= 0:
-        raise ValueError(f"sizes are {list(sizes)} and costs {list(costs)}, but must be two at least, and positive")
+        raise ValueError(f"sizes are {list(sizes)} and costs {list(costs)}, but must be at least two, and positive")
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
 def run(setup: Setup) -> Section:
-    """Times of all points in turn, and the exponents of each axis."""
+    """Measures the times of all points, and the exponent of each axis."""
     points = list(dict.fromkeys(point for axis in AXES.values() for point in axis))
     device = setup.torch_device
     runs = {_name(point): _forward(setup, point) for point in points}
     macs = {point: measure(point.config, point.batch_size).macs for point in points}
-    progress = Progress("scaling: run", timings(len(runs), setup.repeats))
+    progress = Progress("scaling: run", num_timings(len(runs), setup.repeats))
     seconds = interleave(runs, setup.repeats, device, progress)
     rows = [Row(_name(point), seconds[_name(point)], macs[point]) for point in points]
     axes: dict[str, Any] = {}
@@ -98,9 +98,9 @@ def run(setup: Setup) -> Section:
         for axis, values in axes.items()
     ]
     notes = [
-        f"Eager models of {BLOCKS} blocks; on each axis the others stay at {_name(Point())}. Exponents are fitted to "
-        "the logarithms, in each round; the theory's to the multiply-accumulates that `lavita info` counts, "
-        "attention's among them, at the same points.",
+        f"Eager models of {BLOCKS} blocks; along each axis, the other sizes stay at {_name(Point())}. Exponents are "
+        "fitted to the logarithms of the times in each round; those of the theory to the multiply-accumulates that "
+        "`lavita info` counts, attention included, at the same points.",
         *lines,
     ]
     return Section("scaling", "Scaling", "one evaluation", rows, {"axes": axes}, notes)

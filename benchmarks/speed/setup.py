@@ -1,4 +1,4 @@
-"""What a benchmark is of: model, clip, precision; and the model itself, with its inputs."""
+"""What a speed benchmark runs on: the model, its inputs and the precision."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ PRECISIONS = ("auto", "fp32", "bf16")
 NUM_CLASSES = 101  # as UCF101
 IN_CHANNELS = 4
 TINY: dict[str, Any] = {"preset": "tiny/8", "num_frames": 2, "sample_size": 8, "batch_size": 1}
-"""Fields of a setup that takes no time."""
+"""Fields of a setup that runs in no time."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Of all sections."""
+    """Settings that all sections share."""
 
     preset: str = "S/2"
     num_frames: int = 16
     sample_size: int = 32
-    """Side of the latents; of the frames an eighth."""
+    """Height and width of the latents, an eighth of those of the frames."""
     batch_size: int = 1
     precision: BenchPrecision = "fp32"
     repeats: int = 5
     """Rounds in which the candidates take turns."""
     steps: int = 10
-    """Of a sampler's loop."""
+    """Sampling steps."""
     compiled: bool = True
     """Whether compiled candidates take part."""
     memory: bool = True
@@ -47,7 +47,7 @@ class Setup:
         """Checks what the model does not check itself.
 
         Raises:
-            ValueError: for an unknown preset, or a number out of range.
+            ValueError: for an unknown preset or a number out of range.
         """
         patch = preset_sizes(self.preset)["patch_size"]
         for name, least in (("num_frames", 1), ("sample_size", 1), ("batch_size", 1), ("repeats", 1), ("steps", 2)):
@@ -55,12 +55,12 @@ class Setup:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}")
         if self.sample_size % patch:
             raise ValueError(
-                f"sample_size is {self.sample_size}, but must be a multiple of the preset's patch ({patch})"
+                f"sample_size is {self.sample_size}, but must be a multiple of the preset's patch size ({patch})"
             )
 
     @property
     def config(self) -> dict[str, Any]:
-        """Fields of the model's constructor."""
+        """Arguments of the model's constructor."""
         return {
             **preset_sizes(self.preset),
             "num_frames": self.num_frames,
@@ -71,31 +71,31 @@ class Setup:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where it runs."""
+        """The device that everything runs on."""
         return torch.device(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix products."""
+        """Type of the matrix products."""
         return low_precision(self.torch_device, self.precision) or torch.float32
 
     @property
     def num_tokens(self) -> int:
-        """Of the whole batch."""
+        """Tokens of the whole batch."""
         grid = self.sample_size // preset_sizes(self.preset)["patch_size"]
         return self.batch_size * self.num_frames * grid * grid
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """As training and sampling do it."""
+        """Autocast as training and sampling use it."""
         return autocast(self.torch_device, self.precision)
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields."""
+        """All fields."""
         return asdict(self)
 
 
 def resolve_precision(name: str, device: torch.device) -> BenchPrecision:
-    """What `auto` is on a device: bf16 where it multiplies that in hardware, else fp32.
+    """The precision that a name stands for: `auto` is bf16 if the device multiplies it in hardware, else fp32.
 
     Raises:
         ValueError: for another name.
@@ -108,7 +108,7 @@ def resolve_precision(name: str, device: torch.device) -> BenchPrecision:
 
 
 def build_model(setup: Setup) -> LavitaTransformer3DModel:
-    """Our model with random weights, in eval mode, no gate of it closed."""
+    """Our model with random weights and open gates, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: LavitaTransformer3DModel = LavitaTransformer3DModel.from_config(setup.config)
@@ -128,18 +128,18 @@ def model_inputs(setup: Setup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def set_compiled(model: LavitaTransformer3DModel, compiled: bool) -> None:
-    """Switches a model between its compiled and its eager form; `compile_blocks` was called before."""
+    """Switches a model between its compiled and its eager form, after `compile_blocks`."""
     for block in model.blocks:
         assert isinstance(block, TransformerBlock)
         block.compiled = compiled
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free now; None where the system does not tell."""
+    """Bytes that are free now; None if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""Sections as tables: on a terminal, and in Markdown."""
+"""Prints sections as tables on a terminal and writes them in Markdown."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ COLUMNS: dict[str, Cell] = {
 
 
 def cells(section: Section, ranges: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Headings, and rows of words, with or without the ranges; columns that say nothing are left out."""
+    """Headings and rows of text, with or without the ranges; empty columns are left out."""
     written = {heading: [cell(section, row) for row in section.rows] for heading, cell in COLUMNS.items()}
     headings = [heading for heading, column in written.items() if any(column)]
     rows = []
@@ -67,12 +67,12 @@ def cells(section: Section, ranges: bool = True) -> tuple[list[str], list[list[s
 
 
 def remarks(section: Section) -> list[str]:
-    """Notes of a section and of its rows."""
+    """Notes on a section and on its rows."""
     return [*section.notes, *(f"{row.name}: {row.note}" for row in section.rows if row.note)]
 
 
 def print_section(section: Section, console: Console | None = None) -> None:
-    """Prints a section's medians, to standard output by default."""
+    """Prints the medians of a section, by default to standard output."""
     console = console or Console()
     headings, rows = cells(section, ranges=False)
     table = Table(title=f"{section.title}: {section.unit}", title_justify="left")
@@ -87,8 +87,8 @@ def print_section(section: Section, console: Console | None = None) -> None:
 
 
 def markdown(head: Sequence[str], sections: Sequence[Section]) -> str:
-    """A page of all sections."""
-    lines = ["# lavita bench", "", *head]
+    """A page with all sections."""
+    lines = ["# Speed", "", *head]
     for section in sections:
         headings, rows = cells(section)
         lines += ["", f"## {section.title}: {section.unit}", ""]

@@ -1,4 +1,4 @@
-"""Times of things that take turns, and what they come to."""
+"""Times of candidates that take turns, and the ratios between them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lavita.core.progress import Progress
 
-LEAST_SECONDS = 0.05  # of a timing: what is quicker is called several times
-MOST_CALLS = 20
+Clock = Literal["processor", "wall"]
+MIN_SECONDS = 0.05  # per timing: faster candidates are called several times
+MAX_CALLS = 20
 SLOW_SECONDS = 5.0
 
 
@@ -29,7 +30,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
@@ -39,13 +40,13 @@ class Row:
 
     name: str
     seconds: list[float]
-    """Of each round, for one of the section's units."""
+    """Seconds per unit of the section, one value per round."""
     macs: int | None = None
-    """Multiply-accumulates of its linear layers and convolutions; None where they are not counted."""
+    """Multiply-accumulates of its linear layers and convolutions; None if they are not counted."""
     floor: str | None = None
-    """The row that is its floor."""
+    """Name of the row that is its floor."""
     ours: str | None = None
-    """The row of ours that it is compared with."""
+    """Name of the row of ours that it is compared with."""
     memory: dict[str, int] | None = None
     """Peak bytes, see `peaks`."""
     note: str = ""
@@ -53,50 +54,50 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """What was measured of one thing."""
+    """All measurements of one kind of work."""
 
     name: str
     title: str
     unit: str
-    """What the seconds are of."""
+    """The work that the seconds are for."""
     rows: list[Row]
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     peak: str | None = None
-    """The row of the large square product, whose rate is the machine's."""
+    """Name of the row of the large square product, whose rate is the machine's."""
     base: str = "the floor"
     """What the rows' floor is, in words."""
 
     def row(self, name: str) -> Row:
-        """The row of a name."""
+        """The row with a name."""
         return next(row for row in self.rows if row.name == name)
 
     def ratio(self, row: Row, reference: str | None) -> Spread | None:
-        """Of a row's times to another's, round by round."""
+        """A row's times over another row's, round by round."""
         if reference is None or reference == row.name:
             return None
         pairs = zip(row.seconds, self.row(reference).seconds, strict=True)
-        return Spread.of([mine / other for mine, other in pairs])
+        return Spread.of([seconds / other for seconds, other in pairs])
 
     def share_of_peak(self, row: Row) -> Spread | None:
-        """Of the machine's rate of multiply-accumulates, round by round."""
+        """A row's rate of multiply-accumulates over the machine's, round by round."""
         if self.peak is None or row.macs is None:
             return None
         best = self.row(self.peak)
         assert best.macs is not None
         work = row.macs / best.macs
         pairs = zip(row.seconds, best.seconds, strict=True)
-        return Spread.of([work * other / mine for mine, other in pairs])
+        return Spread.of([work * other / seconds for seconds, other in pairs])
 
     def per_product(self, row: Row) -> float | None:
-        """The ratio to ours, each divided by its own multiply-accumulates."""
+        """The ratio to ours, each time divided by its own multiply-accumulates."""
         ratio = self.ratio(row, row.ours)
         if ratio is None or row.macs is None or row.ours is None or not (own := self.row(row.ours).macs):
             return None
         return ratio.median / (row.macs / own)
 
     def to_json(self) -> dict[str, Any]:
-        """What was measured, and what it comes to."""
+        """The measurements and the figures computed from them."""
         result = asdict(self)
         for row, values in zip(self.rows, result["rows"], strict=True):
             values["computed"] = {
@@ -120,26 +121,32 @@ def _dict(spread: Spread | None) -> dict[str, float] | None:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, progress: Progress | None = None
+    candidates: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, list[float]]:
-    """Times candidates in turn, round by round, each round beginning with another, after each ran once or twice.
+    """Times candidates in turn, round by round, after one or two calls of each; every round starts with another one.
 
     Args:
-        candidates: what to call.
-        repeats: rounds.
-        device: what has to have finished.
-        progress: moved on once a call of the warm-up, and once a timing.
+        candidates: functions to call.
+        repeats: number of rounds.
+        device: waited for after the calls.
+        progress: advanced after each candidate's warm-up and after each timing.
+        clock: clock to use; by default `default_clock`.
 
     Returns:
-        Of each, the seconds of one call in each round.
+        The seconds of one call in each round, for each candidate.
     """
     names = list(candidates)
+    clock = clock or default_clock(device)
     calls = {}
     for name, run in candidates.items():
-        first = _seconds(run, 1, device)
-        if first < SLOW_SECONDS:  # what made or compiled something is quicker now
-            first = _seconds(run, 1, device)
-        calls[name] = max(1, min(MOST_CALLS, math.ceil(LEAST_SECONDS / max(first, 1e-9))))
+        first = _seconds(run, 1, device, clock)
+        if first < SLOW_SECONDS:  # the first call may have compiled or allocated
+            first = _seconds(run, 1, device, clock)
+        calls[name] = max(1, min(MAX_CALLS, math.ceil(MIN_SECONDS / max(first, 1e-9))))
         if progress is not None:
             progress.update(progress.done + 1, f"warm-up: {name}")
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -147,32 +154,32 @@ def interleave(
         gc.collect()
         first_name = number % len(names)
         for name in names[first_name:] + names[:first_name]:
-            seconds[name].append(_seconds(candidates[name], calls[name], device) / calls[name])
+            seconds[name].append(_seconds(candidates[name], calls[name], device, clock) / calls[name])
             if progress is not None:
                 progress.update(progress.done + 1, f"round {number + 1}: {name}")
     return seconds
 
 
-def clock_name(device: torch.device) -> str:
-    """Which clock tells times: with one thread that of the processor, which a neighbour on its core does not lengthen.
+def default_clock(device: torch.device) -> Clock:
+    """The processor's clock for one CPU thread, which other processes on the same core do not slow down.
 
-    Several threads, and GPUs, go by the time of day: the machine should be quiet.
+    Several threads, and GPUs, are timed by the wall clock: the machine should be quiet.
     """
     return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
-def timings(num_candidates: int, repeats: int) -> int:
-    """Units of `interleave`'s progress."""
+def num_timings(num_candidates: int, repeats: int) -> int:
+    """Units by which `interleave` advances its progress."""
     return num_candidates * (repeats + 1)
 
 
-def _seconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
-    clock = time.process_time if clock_name(device) == "processor" else time.perf_counter
+def _seconds(run: Callable[[], Any], calls: int, device: torch.device, clock: Clock) -> float:
+    now = time.process_time if clock == "processor" else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = clock()
+    start = now()
     for _ in range(calls):
         run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return clock() - start
+    return now() - start

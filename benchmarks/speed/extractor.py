@@ -1,4 +1,4 @@
-"""The offline extractor of scores: its network a frame over its floor, and the shares of decoding and resizing."""
+"""The offline feature extractor: its network over its floor, and the shares of decoding and resizing in a frame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.speed.data import PIXELS, make_videos
 from benchmarks.speed.machine import PEAK, square_product
 from benchmarks.speed.products import Floor, record
 from benchmarks.speed.setup import Setup
-from benchmarks.speed.timing import Row, Section, interleave, timings
+from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from lavita.core.progress import Progress
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation.features.efficientnet import EfficientNetLite0
@@ -30,7 +30,7 @@ COUNT = 16
 
 
 def run(setup: Setup) -> Section:
-    """Times a frame; always in float32, as scores are computed."""
+    """Measures the time per frame, always in float32, as for scores."""
     device, side = setup.torch_device, setup.sample_size * PIXELS
     network = EfficientNetLite0().eval().requires_grad_(False).to(device)
     images = torch.randint(0, 256, (COUNT, 3, side, side), dtype=torch.uint8, device=device)
@@ -47,7 +47,7 @@ def run(setup: Setup) -> Section:
     floor = Floor(record(classify), torch.float32)
     square, square_macs = square_product(device, torch.float32)
     with tempfile.TemporaryDirectory() as name:
-        file = make_videos(Path(name) / "videos", setup, COUNT, 1)[0]
+        file = make_videos(Path(name) / "videos", side, COUNT, 1)[0]
         frames = read_clip(file, 0, COUNT)
         runs: dict[str, Callable[[], Any]] = {
             FLOOR: floor,
@@ -56,7 +56,7 @@ def run(setup: Setup) -> Section:
             CROP: lambda: center_crop_resize(frames, side),
             RESIZE: resize,
         }
-        progress = Progress("evaluation: run", timings(len(runs) + 1, setup.repeats))
+        progress = Progress("extractor: run", num_timings(len(runs) + 1, setup.repeats))
         seconds = interleave({**runs, PEAK: square}, setup.repeats, device, progress)
     each = {name: [value / COUNT for value in seconds[name]] for name in runs}
     median = {name: statistics.median(values) for name, values in each.items()}
@@ -69,7 +69,7 @@ def run(setup: Setup) -> Section:
         Row(PEAK, seconds[PEAK], square_macs),
     ]
     notes = [
-        f"EfficientNet-Lite0 at {LITE0_SIDE} pixels with random weights, which are as quick; videos of {side} pixels "
-        f"a side, {COUNT} frames at once, in float32. Shares are of the four steps that a frame goes through."
+        f"EfficientNet-Lite0 at {LITE0_SIDE} pixels with random weights, which are as fast as trained ones; videos of "
+        f"{side} pixels, {COUNT} frames at once, in float32. Shares are those of the four steps per frame."
     ]
-    return Section("evaluation", "The offline extractor", "one frame", rows, {"shares": shares}, notes, PEAK)
+    return Section("extractor", "The offline extractor", "one frame", rows, {"shares": shares}, notes, PEAK)

@@ -1,28 +1,43 @@
-"""The model once more, eager and plain, as public code of the paper computes it: a baseline, and an oracle.
+"""Baselines: a plain implementation of our model, and transformers of diffusers of equal width, depth, heads and patch.
 
-Written apart from `models`, of which it takes the weights only. What makes it slow is on purpose: timestep and label
-are repeated for every frame in front of attention in space and for every place in front of attention in time, and
-S-AdaLN's layers run on every copy; attention makes its weights in full, softmax(q k^T) v; between the two kinds of
-blocks the tokens are copied into the other order; every step of a block is an operation of its own.
+The plain model is written independently of `lavita.models`, from which it takes only the weights, so it is an oracle as
+well. It computes what public code of the paper does, slow parts included: timestep and label are repeated for every
+frame before spatial attention and for every token before temporal attention, and the S-AdaLN layers run on every copy;
+attention weights are computed in full, softmax(q k^T) v; tokens are copied into the other order between the two kinds
+of blocks; every step of a block is an operation of its own.
 
-Legend: B batch, F frames, C channels, H W latent size, P patch, N = (H / P) (W / P) tokens a frame, D width, h heads.
+Legend: B batch, F frames, C channels, H W latent size, P patch, N = (H / P) (W / P) tokens per frame, D width, h heads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
+from torch import nn
+
+CAPTION_WIDTH = 8
+LATTE_NOTE = (
+    "LatteTransformer3DModel is the text model, whose forward pass needs a caption: it is built without "
+    "cross-attention and given a caption of one token, which it projects and then ignores. Its S-AdaLN is one layer "
+    "and a table per block, where ours is a layer per block; q, k and v are three products."
+)
+DIT_NOTE = (
+    "DiTTransformer2DModel takes the frames as a batch of images: all of its blocks attend in space, none in time. "
+    "Each frame has its own condition, and each block its own timestep and label embedding."
+)
 
 
 class PlainModel:
     """Variant 2 with uniform patches, S-AdaLN and absolute positions."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-        """Takes the tensors of `LavitaTransformer3DModel`, parameters and buffers, and its configuration.
+        """Takes the parameters and buffers of a `LavitaTransformer3DModel`, and its configuration.
 
         Raises:
             ValueError: for a model of another kind.
@@ -30,7 +45,7 @@ class PlainModel:
         kind = {"variant": 2, "patch_embedding": "uniform", "conditioning": "s_adaln", "temporal_position": "absolute"}
         for name, value in kind.items():
             if config.get(name, value) != value:
-                raise ValueError(f"{name} is {config[name]!r}, but the plain model has {value!r} only")
+                raise ValueError(f"{name} is {config[name]!r}, but the plain model has only {value!r}")
         self.weights = weights
         self.num_blocks, self.num_heads = config["num_blocks"], config["num_heads"]
         self.patch, self.width = config["patch_size"], config["hidden_size"]
@@ -38,7 +53,7 @@ class PlainModel:
     def __call__(
         self, latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Noisy latents (B, F, C, H, W), timesteps (B,) and labels (B,) to the model's output (B, F, 2 C, H, W)."""
+        """Maps noisy latents (B, F, C, H, W), timesteps (B,), labels (B,) to the model's output (B, F, 2 C, H, W)."""
         batch, frames, _, height, width = latents.shape
         images = latents.reshape(batch * frames, *latents.shape[2:])  # (B F, C, H, W)
         weight, bias = self.weights["x_embedder.proj.weight"], self.weights["x_embedder.proj.bias"]
@@ -75,7 +90,7 @@ class PlainModel:
         return self._linear("t_embedder.mlp.2", F.silu(self._linear("t_embedder.mlp.0", waves)))
 
     def _block(self, index: int, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Tokens (rows, tokens, D) and a condition a row (rows, D)."""
+        """Takes tokens (rows, tokens, D) and one condition per row (rows, D)."""
         name = f"blocks.{index}"
         vectors = self._linear(f"{name}.adaLN_modulation.1", F.silu(condition)).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
@@ -97,10 +112,68 @@ class PlainModel:
 
 
 def _other_order(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """(B a, b, D) to (B b, a, D), copied."""
+    """Copies (B a, b, D) to (B b, a, D)."""
     return x.reshape(batch, -1, *x.shape[1:]).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     normed = F.layer_norm(x, (x.shape[-1],), eps=1e-6)
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class Baseline(NamedTuple):
+    """A model of diffusers that is called with the inputs of ours."""
+
+    model: nn.Module
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """Latents (B, F, C, H, W), timesteps (B,) and labels (B,) to (B, F, 2 C, H, W)."""
+
+
+def make_latte(config: Mapping[str, Any]) -> Baseline:
+    """The Latte of diffusers with our model's configuration and random weights."""
+    model = LatteTransformer3DModel(
+        num_attention_heads=config["num_heads"],
+        attention_head_dim=config["hidden_size"] // config["num_heads"],
+        in_channels=config["in_channels"],
+        out_channels=2 * config["in_channels"],
+        num_layers=config["num_blocks"] // 2,  # counted in pairs
+        cross_attention_dim=None,
+        attention_bias=True,
+        sample_size=config["sample_size"],
+        patch_size=config["patch_size"],
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=CAPTION_WIDTH,
+        video_length=config["num_frames"],
+    )
+
+    def run(latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        caption = latents.new_zeros(len(latents), 1, CAPTION_WIDTH)
+        sample: torch.Tensor = model(latents.transpose(1, 2), timesteps, caption).sample
+        return sample.transpose(1, 2)
+
+    return Baseline(model.eval().requires_grad_(False), run)
+
+
+def make_dit(config: Mapping[str, Any]) -> Baseline:
+    """The DiT of diffusers with our model's configuration and random weights."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=config["num_heads"],
+        attention_head_dim=config["hidden_size"] // config["num_heads"],
+        in_channels=config["in_channels"],
+        out_channels=2 * config["in_channels"],
+        num_layers=config["num_blocks"],
+        sample_size=config["sample_size"],
+        patch_size=config["patch_size"],
+        num_embeds_ada_norm=config["num_classes"],
+    )
+
+    def run(latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        frames = latents.shape[1]
+        repeated = (given.repeat_interleave(frames) for given in (timesteps, labels))
+        sample: torch.Tensor = model(latents.flatten(0, 1), *repeated).sample
+        return sample.unflatten(0, latents.shape[:2])
+
+    return Baseline(model.eval().requires_grad_(False), run)

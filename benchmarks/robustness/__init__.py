@@ -1,0 +1,1 @@
+"""Whether interrupted commands end in the same files as uninterrupted ones."""

@@ -1,0 +1,79 @@
+"""The studies of the evaluation in their shortest form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.evaluation import coverage, monotone, recipes
+from benchmarks.speed import startup
+from lavita.evaluation.distances.frechet import frechet_distance
+from lavita.sampling.pipeline import LavitaPipeline
+from lavita.sampling.recipes import Recipe
+
+
+def test_the_exact_distance_of_the_gaussians() -> None:
+    draw, truth = coverage.make_draw(4, 20_000, 1, alike=False)
+    assert frechet_distance(*draw(np.random.default_rng(0))) == pytest.approx(truth, rel=0.05)
+    assert coverage.make_draw(4, 10, 1, alike=True)[1] == 0.0
+    assert coverage.covered([(0.0, 1.0), (2.0, 3.0)], 0.5) == "50.0%"
+
+
+def test_coverage_writes_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(coverage, "CASES", ((4, 24, 1), (4, 12, 2), (64, 256, 1)))
+    coverage.study_coverage(2, 4, tmp_path / "coverage.md")
+    text = (tmp_path / "coverage.md").read_text(encoding="utf-8")
+    assert text.startswith("2 repeats per line.") and capsys.readouterr().out.strip() in text
+    lines = text.strip().splitlines()[2:]
+    assert len(lines) == 2 + 2 * 2, "the case of 64 features is left out"
+    assert {line.count("|") for line in lines} == {len(coverage.HEADINGS) + 1}
+
+
+def test_the_verdict_on_a_score() -> None:
+    assert monotone.verdict([1, 2, 3, 4, 5], 1, 4) == "worsens"
+    assert monotone.verdict([5, 4, 3, 2, 1], -1, 4) == "worsens"
+    assert monotone.verdict([1, 3, 2, 4, 5], 1, 4) == "worsens in all"
+    assert monotone.verdict([5, 4, 3, 2, 1], 1, 4) == "improves"
+    assert monotone.verdict([1, 1.01, 1, 1, 1.01], 1, 4) == "blind"
+
+
+def test_orders_of_degraded_frames() -> None:
+    rng = np.random.default_rng(0)
+    assert monotone.shuffled(0.0, rng).tolist() == monotone.frozen(0.0, rng).tolist() == list(range(16))
+    half = monotone.shuffled(0.5, rng)
+    assert sorted(half.tolist()) == list(range(16)) and (half != np.arange(16)).sum() <= 8
+    assert monotone.frozen(0.5, rng).tolist() == [*range(8), *[8] * 8]
+    assert set(monotone.frozen(1.0, rng).tolist()) == {0}
+
+
+def test_recipes_are_timed_in_turn(
+    pipeline: LavitaPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setattr(recipes, "GRID", {"slow": Recipe(steps=4), "taylor": Recipe(steps=4, cache="taylorseer")})
+    report = {"scores": {"kernel-video": {"value": 1.0, "interval_95": [0.5, 2.0]}}, "exact": 0.25}
+    (tmp_path / "slow.json").write_text(json.dumps(report), encoding="utf-8")
+    recipes.compare_recipes(tmp_path, str(tmp_path / "pipeline"), rounds=2, quality=False)
+    seconds = json.loads((tmp_path / "times.json").read_text(encoding="utf-8"))
+    assert list(seconds) == ["slow", "taylor"] and all(len(values) == 2 for values in seconds.values())
+    lines = capsys.readouterr().out.strip().splitlines()[-4:]
+    assert lines[0] == "| recipe | steps | time | exact | kernel-video |"
+    assert lines[2] == "| slow | 4 | 1.0000 | 0.250 | 1 (0.5 to 2) |"
+    assert lines[3].startswith("| taylor | 4 | ") and lines[3].endswith(" |  |  |")
+
+
+def test_times_of_help_and_of_loading(
+    pipeline: LavitaPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "COMMANDS", ("",))
+    rows = startup.help_times(1)
+    assert [row["command"] for row in rows] == ["lavita --help", "python -c pass"]
+    assert rows[0]["processor_s"] > rows[1]["processor_s"]
+    pipeline.save_pretrained(tmp_path)
+    loaded = startup.measure_load("pipeline", str(tmp_path))
+    assert loaded["seconds"] > 0 and set(loaded) == {"seconds", "peak_over_weights", "after_over_weights"}
