@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, make_tiny_vae
-from diffusers import AutoencoderKL
 from safetensors import safe_open
 from tiny_data import write_videos
 
@@ -27,6 +26,7 @@ from lavita.data.latent_cache import encode
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import read_manifest
 from lavita.data.latent_cache.shards import read_shard
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.fingerprint import fingerprint
 
 RESOLUTION = 16

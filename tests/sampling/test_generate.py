@@ -1,4 +1,4 @@
-"""A folder of generated videos: what is written, what is skipped, and what is refused."""
+"""Folders of generated videos: what is written, kept and refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from conftest import MakeTransformer
 from PIL import Image
 from tiny_text import BERT, save_text_encoder
 from transformers import BertModel
 
 from lavita.core.seeds import generator
 from lavita.evaluation.sources import find_interval
-from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling import generate as generate_module
 from lavita.sampling.generate import generate, parse_seeds
-from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
+from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline
 from lavita.sampling.recipes import Recipe
-from lavita.sampling.schedulers import make_scheduler
 from lavita.video.reading import probe, read_clip
 
-MakeTransformer = Callable[..., LavitaTransformer3DModel]
 TWO = Recipe(steps=2)
 
 
@@ -42,7 +39,7 @@ def test_seeds(text: str, seeds: list[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1-2-3", "1,,2", "1.5", "3-1"])
-def test_what_are_no_seeds(text: str) -> None:
+def test_seeds_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=f"seeds is '{text}'"):
         parse_seeds(text)
 
@@ -81,7 +78,7 @@ def test_generated_videos_do_not_depend_on_the_batch(
     for name in ("boxing", "enduro", "pong"):
         for seed in (0, 1):
             one, four, six = (videos[tmp_path / size / name / f"{seed}.mp4"].astype(int) for size in "146")
-            # Sums of floats may round another way.
+            # Sums of floats may be rounded differently.
             assert max(np.abs(one - four).max(), np.abs(one - six).max()) <= 1
     boxing = tmp_path / "1" / "boxing"
     assert (videos[boxing / "0.mp4"] != videos[boxing / "1.mp4"]).any()
@@ -91,7 +88,7 @@ def test_generate_from_an_unconditional_model(
     tmp_path: Path, make_transformer: MakeTransformer, tiny_vae: AutoencoderKL
 ) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
-    LavitaPipeline(make_transformer(), tiny_vae, make_scheduler("unipc")).save_pretrained(folder)
+    make_pipeline(make_transformer(), tiny_vae).save_pretrained(folder)
     written = generate(str(folder), out, seeds="3", recipe=TWO, num_frames=1, suffix=".gif", device="cpu")
     assert written == [out / "3.gif"]
     assert probe(written[0]).num_frames == 1
@@ -114,17 +111,16 @@ def test_generate_images(tmp_path: Path, model_folder: str) -> None:
         generator=[generator(1, "sample")],
         use_temporal=False,
     ).frames
+    assert isinstance(frames, np.ndarray)
     assert np.abs(frames[0, 0].astype(int) - pictures[1]).max() <= 1
 
 
-def test_generate_from_texts(
-    tmp_path: Path, make_transformer: Callable[..., LavitaTransformer3DModel], tiny_vae: AutoencoderKL
-) -> None:
+def test_generate_from_texts(tmp_path: Path, make_transformer: MakeTransformer, tiny_vae: AutoencoderKL) -> None:
     encoder = tmp_path / "encoder"
     torch.manual_seed(0)
     save_text_encoder(BertModel(BERT), encoder)
     transformer = make_transformer(text_dim=16, text_encoder=str(encoder))
-    LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc")).save_pretrained(tmp_path / "model")
+    make_pipeline(transformer, tiny_vae).save_pretrained(tmp_path / "model")
     table = tmp_path / "prompts.csv"
     table.write_text("file,caption\nboxing/000.mp4,a game of boxing\nfreeway/000.mp4,freeway\n")
     out = tmp_path / "out"
@@ -149,7 +145,7 @@ def test_generate_from_texts(
 
 def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str) -> None:
     out = tmp_path / "out"
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"classes": "pong,chess"}, "class is 'chess'; allowed: all, boxing, enduro, pong, or 0-2"),
         ({"classes": "3"}, "class is '3'"),
         ({"classes": ""}, "class is ''"),
@@ -160,7 +156,8 @@ def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str)
         ({"prompts": ["a"]}, "a prompt was given, but this model has no texts"),
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
         ({"device": "toaster"}, "device is 'toaster'"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ValueError, match=message):
             generate(model_folder, out, **{"device": "cpu", **options})
     with pytest.raises(ValueError, match="no such folder"):
@@ -197,10 +194,10 @@ def test_a_folder_never_holds_videos_made_in_two_ways(
 
 
 def test_the_frame_interval_of_the_model_decides_how_it_is_scored(
-    tmp_path: Path, make_transformer: Callable[..., LavitaTransformer3DModel], tiny_vae: AutoencoderKL
+    tmp_path: Path, make_transformer: MakeTransformer, tiny_vae: AutoencoderKL
 ) -> None:
     transformer = make_transformer(num_classes=1, class_names=["a"], frame_interval=3)
-    LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc")).save_pretrained(tmp_path / "model")
+    make_pipeline(transformer, tiny_vae).save_pretrained(tmp_path / "model")
     generate(str(tmp_path / "model"), tmp_path / "out", seeds="0", recipe=TWO)
     assert find_interval(tmp_path / "out", None) == 3
     with pytest.raises(ValueError, match=r"frame_interval is 1, but the model of .*out has 3"):
@@ -209,7 +206,7 @@ def test_the_frame_interval_of_the_model_decides_how_it_is_scored(
 
 @pytest.mark.slow
 def test_several_processes_write_the_files_of_one(tmp_path: Path, model_folder: str) -> None:
-    """Also where some are there already: a file is the same to the bit whoever makes it, and when."""
+    """A file is the same to the bit whichever process makes it, and whatever exists already."""
     options = ["--classes", "pong", "--seeds", "0-4", "--steps", "2", "--batch-size", "2", "--format", "mkv"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert len(generate(model_folder, one, classes="pong", seeds="0-4", recipe=TWO, batch_size=2, suffix=".mkv")) == 5

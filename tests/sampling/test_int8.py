@@ -6,27 +6,29 @@ import copy
 import json
 import pickle
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import MakeTransformer, Run
+from sampling.sampled import relative
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from lavita.models.blocks import TransformerBlock
 from lavita.models.presets import VARIANTS
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.int8 import Int8Linear, PackedWeight, quantize_int8, token_levels
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.sampling.recipes import Recipe
 
-MakeTransformer = Callable[..., LavitaTransformer3DModel]
 LAYERS = 4  # of a block with one attention
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def block(model: LavitaTransformer3DModel, index: int) -> TransformerBlock:
+    found = model.blocks[index]
+    assert isinstance(found, TransformerBlock)
+    return found
 
 
 def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
@@ -71,7 +73,7 @@ def test_the_layer_is_its_formula_in_float64(shape: tuple[int, int, int], bias: 
 
 
 def test_no_sum_saturates() -> None:
-    """The greatest values that there can be, side by side, where pairs of products are added in 16 bits first."""
+    """The largest possible values in neighbouring positions, of which some processors add pairs in 16 bits."""
     layer = nn.Linear(512, 64, bias=False)
     nn.init.constant_(layer.weight, 0.5)
     x = torch.ones(48, 512)
@@ -80,7 +82,7 @@ def test_no_sum_saturates() -> None:
 
 
 def test_the_layer_is_near_the_float_one() -> None:
-    """1.2 % of the output's size for normal values with 127 levels a token, half of that with 255."""
+    """The error is 1.2 % of the output for normal values with 127 levels per token, half of that with 255."""
     layer = linear(256, 192)
     x = torch.randn(500, 256)
     found, expected = Int8Linear(layer)(x), layer(x).detach()
@@ -152,11 +154,12 @@ def test_which_layers_are_quantized(make_transformer: MakeTransformer, variant: 
 
 def test_the_weights_take_a_quarter(make_transformer: MakeTransformer) -> None:
     model = make_transformer(hidden_size=128)
-    layers = [layer for block in model.blocks for layer in (*block.attn.children(), *block.mlp.children())]
+    blocks = [block(model, index) for index in (0, 1)]
+    layers: list[Any] = [layer for part in blocks for layer in (*part.attn.children(), *part.mlp.children())]
     assert len(layers) == 2 * LAYERS
     before = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
     floats = [weakref.ref(layer.weight) for layer in layers]
-    del layers
+    del blocks, layers
     alive = len(PackedWeight._alive)
     quantize_int8(model)
     assert not any(weight() is not None for weight in floats)
@@ -186,7 +189,9 @@ def test_compiled_blocks_share_a_graph(make_transformer: MakeTransformer) -> Non
     # Compiled, GELU is computed in another form: some values are rounded to the next level.
     assert relative(evaluate(model), expected) < 0.02
     assert counter.frame_count == 1
-    assert model.blocks[0].attn.qkv.weight_number != model.blocks[1].attn.qkv.weight_number
+    first: Any = block(model, 0).attn.qkv
+    second: Any = block(model, 1).attn.qkv
+    assert first.weight_number != second.weight_number
 
 
 @pytest.mark.slow
@@ -214,21 +219,20 @@ def test_what_is_refused(make_transformer: MakeTransformer) -> None:
     with pytest.raises(ValueError, match="the model is on meta, but int8 is for CPUs"):
         quantize_int8(make_transformer().to("meta"))
     model = quantize_int8(make_transformer())
-    with pytest.raises(ValueError, match="the model is quantized to int8 already"):
+    with pytest.raises(ValueError, match="the model is already quantized to int8"):
         quantize_int8(model)
     for save in (model.state_dict, lambda: pickle.dumps(model)):
-        with pytest.raises(ValueError, match="quantized to int8, which has no form on disk"):
+        with pytest.raises(ValueError, match="quantized to int8 and cannot be saved"):
             save()
     model = make_transformer()
-    model.blocks[1].mlp.fc2 = nn.Sequential(model.blocks[1].mlp.fc2)
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2 is of .*Sequential, .*fold adapters in"):
+    last: Any = block(model, 1).mlp
+    last.fc2 = nn.Sequential(last.fc2)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2 is a .*Sequential, .*merge adapters first"):
         quantize_int8(model)
-    assert type(model.blocks[0].attn.qkv) is nn.Linear, "nothing of it was touched"
+    assert type(block(model, 0).attn.qkv) is nn.Linear, "nothing was changed"
 
 
-def test_a_folder_says_so_and_takes_one_kind(
-    tmp_path: Path, pipeline: LavitaPipeline, run: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_folder_says_so_and_takes_one_kind(tmp_path: Path, pipeline: LavitaPipeline, run: Run) -> None:
     pipeline.save_pretrained(tmp_path / "model")
     options = ("--classes", "pong", "--seeds", "0", "--steps", "2", "--device", "cpu", "--format", "mkv")
     written = {}
@@ -244,5 +248,3 @@ def test_a_folder_says_so_and_takes_one_kind(
     assert written["int8"] == {**written["float"], "quantize": "int8"}
     paths = [tmp_path / name / "pong" / "0.mkv" for name in written]
     assert paths[0].read_bytes() != paths[1].read_bytes()
-    with pytest.raises(ValueError, match="quantize is 'int4'; allowed: int8"):
-        Recipe(quantize="int4")  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeConfig
-from diffusers import AutoencoderKL
 from PIL import Image
 from scipy import stats
 from tiny_data import paint, write_videos
@@ -19,7 +18,7 @@ from lavita.data.captions import CaptionSampler, read_captions
 from lavita.data.catalog import scan
 from lavita.data.clips import read_pixels
 from lavita.data.latent_cache.encode import encode_dataset
-from lavita.models.autoencoder import encode
+from lavita.models.autoencoder import AutoencoderKL, encode
 from lavita.training.batches import BatchMaker
 
 MakeBatches = Callable[..., BatchMaker]

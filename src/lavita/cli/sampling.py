@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lavita.cli.options import app
-from lavita.core.names import RecipeName, SamplerName, Spacing, VideoFormat
+from lavita.core.names import CacheName, RecipeName, SamplerName, Spacing, VideoFormat
 
 
 @app.command()
@@ -58,7 +58,7 @@ def sample(
         typer.Option(help="Lowest and highest timestep with guidance: 100 900. default: all", show_default=False),
     ] = None,
     cache: Annotated[
-        Literal["pab", "fastercache", "taylorseer"] | None,
+        CacheName | None,
         typer.Option(
             help="Reuse what earlier steps computed: attention (pab, fastercache) or everything (taylorseer). "
             "default: nothing",

@@ -13,6 +13,8 @@ SamplerName = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
 """Samplers (`sampling.schedulers`)."""
 Spacing = Literal["trailing", "karras"]
 """Spacings of a sampler's steps (`sampling.schedulers`)."""
+CacheName = Literal["pab", "fastercache", "taylorseer"]
+"""Step caches (`sampling.step_cache`)."""
 RecipeName = Literal["default", "paper", "fast"]
 """Sampling recipes (`sampling.recipes`)."""
 VideoFormat = Literal["mp4", "gif", "mkv"]

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from lavita.core.names import CacheName
 from lavita.core.precision import Precision, autocast
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.sampling.step_cache import CacheName, StepCache
+from lavita.sampling.step_cache import StepCache
 
 # Memory for S-AdaLN's vectors computed ahead: enough for 40 steps of two clips at XL/2.
 MODULATION_BYTES = 64 * 2**20

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from diffusers import ConfigMixin
-
-from lavita.core.names import Spacing
+from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import low_precision, store_linear_weights
 from lavita.models.compilation import compile_blocks
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.sampling.step_cache import CacheName, check_cache
+from lavita.sampling.step_cache import check_cache
 
 DEFAULT_GUIDANCE = 1.5
 Quantization = Literal["int8"]
@@ -59,13 +58,13 @@ class Recipe:
         """Number of steps, with the default filled in."""
         return self.steps if self.steps is not None else 250 if self.sampler == "ddpm" else 25
 
-    def scale(self, config: ConfigMixin) -> float:
+    def scale(self, config: Mapping[str, Any]) -> float:
         """Guidance scale for a transformer with this configuration, with the default filled in."""
         if self.guidance_scale is not None:
             return self.guidance_scale
         return DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
 
-    def settings(self, config: ConfigMixin) -> dict[str, Any]:
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The record in a folder of samples: sampler, steps and guidance always, the rest if it is not the default."""
         optional = {
             "spacing": self.spacing if self.spacing != "trailing" else None,

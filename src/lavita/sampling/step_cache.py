@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from diffusers.hooks import FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks.faster_cache import FasterCacheConfig
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastConfig
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 
+from lavita.core.names import CacheName
 from lavita.models.blocks import TransformerBlock
 from lavita.models.transformer import LavitaTransformer3DModel
-
-CacheName = Literal["pab", "fastercache", "taylorseer"]
 
 # FasterCache warns at every use that it is experimental, and that it calls torch.meshgrid in an old way.
 logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)
@@ -95,11 +96,11 @@ class StepCache:
                 cache_identifiers=["final_layer"],
                 skip_predict_identifiers=[r"blocks\.\d+"],
             )
-        current = lambda: self._timestep  # noqa: E731
+        current: Any = lambda: self._timestep  # noqa: E731
         if self._name == "fastercache":
             return FasterCacheConfig(
                 # Without guidance its hook would reuse before it has computed, were the first step in the range.
-                spatial_attention_timestep_skip_range=(-1, 681 if self._guided else min(681, timestep)),
+                spatial_attention_timestep_skip_range=(-1, 681 if self._guided else min(681, timestep)),  # type: ignore[arg-type]
                 attention_weight_callback=lambda _: 0.5,
                 tensor_format="BFCHW",
                 is_guidance_distilled=not self._guided,
