@@ -37,7 +37,7 @@ def write(file: Path, text: str) -> Path:
         ({}, ["data.x.y=3"], "data.x", "data"),
     ],
 )
-def test_an_unknown_key_is_refused_beside_the_known_ones(
+def test_an_unknown_key_is_refused_and_the_known_ones_are_listed(
     values: dict[str, Any], override: list[str], key: str, known: Any
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -163,7 +163,7 @@ def test_what_an_autoencoder_refuses(overrides: list[str], named: str) -> None:
     ("text", "named"),
     [("- a\n- b", "found list"), ("", "found NoneType"), ("a: [1", "cannot be read as YAML")],
 )
-def test_what_is_no_yaml_mapping(tmp_path: Path, text: str, named: str) -> None:
+def test_a_file_that_is_not_a_yaml_mapping(tmp_path: Path, text: str, named: str) -> None:
     file = write(tmp_path / "run.yaml", text)
     with pytest.raises(ConfigError) as caught:
         read_yaml(file)

@@ -1,4 +1,4 @@
-"""What `test_parallel.py` runs under torchrun: one run after the other, as configured by the files it is given."""
+"""Trains the runs of the given configuration files one after the other; `test_parallel.py` starts it with torchrun."""
 
 from __future__ import annotations
 

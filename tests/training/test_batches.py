@@ -1,4 +1,4 @@
-"""What a step is made of: labels, captions, images, and what is dropped."""
+"""Batches: latents, labels, captions and images, and how conditions are dropped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_images(root: Path, names: tuple[str, ...] = ("a/0.png", "b/1.png", "b/
 
 
 def standardised(batches: BatchMaker, vae: AutoencoderKL, step: int) -> torch.Tensor:
-    """(z - mean) / std for the draws that the samplers say the step has, (B, F + I, C, h, w)."""
+    """(z - mean) / std for the clips that the samplers draw for the step, (B, F + I, C, h, w)."""
     batch, count = batches.make(step), batches.num_images
     rows = []
     for index in range(batches.batch_size):
@@ -60,7 +60,7 @@ def standardised(batches: BatchMaker, vae: AutoencoderKL, step: int) -> torch.Te
 def test_latents_are_samples_of_the_posterior(
     num_images: int, make_batches: MakeBatches, tiny_vae: AutoencoderKL
 ) -> None:
-    """z = mean + std noise, with the mean and std of the drawn clip and images, and another noise each time."""
+    """z = mean + std * noise, with the mean and std of the drawn clip and images, and different noise each time."""
     batches = make_batches(f"data.num_images={num_images}")
     batch = batches.make(5)
     assert batch.latents.shape == batch.noise.shape == (4, 2 + num_images, 4, 8, 8)
@@ -108,7 +108,7 @@ def test_a_share_of_the_labels_is_dropped(
 
 
 def test_images_of_their_own(make_batches: MakeBatches, tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
-    """From image files and from a cache of them: the same latents, and labels by the videos' classes."""
+    """Image files and a cache of them give the same latents, and labels among the classes of the videos."""
     root = write_images(tmp_path / "images", ("b/1.png", "b/2.png"))
     files = make_batches("data.num_images=2", f"data.images={root}", "model.class_dropout=0")
     encode_dataset(scan(root, images=True), tmp_path / "cache", tiny_vae, 16, True, "fp32")
@@ -210,7 +210,7 @@ def test_captions_become_embeddings(num_images: int, make_batches: MakeBatches, 
 
 
 def test_workers_decode_the_videos(make_batches: MakeBatches) -> None:
-    """More of them or fewer: the same batch, to the bit."""
+    """Any number of them gives the same batch, to the bit."""
     one, three = make_batches("data.workers=1"), make_batches("data.workers=3")
     pools = [source.source.workers for source in (one, three)]  # type: ignore[attr-defined]
     assert pools == [1, 3]

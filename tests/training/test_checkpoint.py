@@ -1,4 +1,4 @@
-"""Checkpoints survive kills and damage."""
+"""Checkpoints: what is kept, and what kills, full disks and damage leave."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_round_trip(tmp_path: Path) -> None:
         loaded.read({"c": torch.zeros(2)})
 
 
-def test_only_the_last_ones_stay(tmp_path: Path) -> None:
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 200, 1000):
         save(tmp_path, step)
     assert steps_in(tmp_path) == [200, 1000]
@@ -94,13 +94,13 @@ def test_only_the_last_ones_stay(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [200, 1000], "the same step again replaces it"
 
 
-def test_some_stay_for_good(tmp_path: Path) -> None:
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
     for step in range(10, 80, 10):
         save(tmp_path, step, Keep(1, every=30))
     assert steps_in(tmp_path) == [30, 60, 70]
 
 
-def test_the_best_one_stays(tmp_path: Path) -> None:
+def test_the_best_one_is_kept(tmp_path: Path) -> None:
     for step, loss in ((10, 0.5), (20, 0.2), (30, 0.3), (40, None), (50, 0.25)):
         save(tmp_path, step, Keep(1, best=True), validation_loss=loss)
     assert steps_in(tmp_path) == [20, 50]
@@ -109,7 +109,7 @@ def test_the_best_one_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any) -> None:
+def test_a_damaged_one_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any) -> None:
     for step in (10, 20):
         newest = save(tmp_path, step)
     damage(newest)
@@ -130,7 +130,7 @@ def test_a_damaged_later_one_does_not_push_out_what_is_saved_after(tmp_path: Pat
     assert last(tmp_path).step == 20
 
 
-def test_nothing_but_damage_is_an_error(tmp_path: Path) -> None:
+def test_only_damaged_ones_are_an_error(tmp_path: Path) -> None:
     for step in (10, 20):
         truncate(save(tmp_path, step))
     with pytest.raises(ValueError, match="none of its 2 checkpoints can be read"):
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "step-best").mkdir()
     for step in (1, 2):
         save(tmp_path, step, Keep(1))
@@ -221,7 +221,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_whole_run_comes_back(tmp_path: Path) -> None:
-    """Weights, averages and moments, bit for bit, into a model that has been used otherwise since."""
+    """Weights, averages and moments are restored to the bit into a model that has been trained differently since."""
 
     def make(seed: int) -> tuple[torch.nn.Module, EMA, list[torch.optim.Optimizer]]:
         torch.manual_seed(seed)

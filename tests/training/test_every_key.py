@@ -112,9 +112,9 @@ class Key:
     """How the effect of a key is shown: a run with another value differs from a plain one."""
 
     value: str
-    """Another value than the default."""
+    """A value other than the default."""
     observe: Observe = losses
-    """What differs."""
+    """The property of the run that differs."""
     also: tuple[str, ...] = ()
     """Further settings of both runs."""
     only_with: tuple[str, ...] = ()
@@ -215,7 +215,7 @@ KEYS: dict[str, Key] = {
 
 @pytest.fixture
 def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> Callable[[str], str]:
-    """Puts the files that a value names where they belong, and their path into the value."""
+    """Creates the files that a value names in braces, and replaces the name with their path."""
 
     def captions(name: str, names: list[str], text: str) -> Path:
         (tmp_path / name).write_text("file,caption\n" + "".join(f"{file},{text}\n" for file in names))
@@ -300,12 +300,12 @@ def test_every_key_is_here() -> None:
 
 @pytest.fixture(scope="module")
 def plain_runs() -> dict[tuple[str, ...], dict[Observe, Any]]:
-    """What was observed of the plain runs so far, by their settings: keys with the same settings share one."""
+    """Observations of the plain runs so far, by their settings: keys with the same settings share one run."""
     return {}
 
 
 def observed(config: RunConfig, observers: Iterable[Observe]) -> dict[Observe, Any]:
-    """Trains, and observes the run."""
+    """Trains a run and observes it."""
     COUNTS.update(passes=0, threads=0, compiled=0)
     train(config)
     return {observe: observe(config) for observe in observers}
@@ -335,7 +335,7 @@ def test_a_key_has_its_effect(
 def test_without_a_change_nothing_differs(
     make_config: MakeConfig, plain_runs: dict[tuple[str, ...], dict[Observe, Any]]
 ) -> None:
-    """A plain run elsewhere is the same to every observer, so that the differences above are those of the keys."""
+    """Two plain runs look the same to every observer, so the differences above are due to the keys."""
     observers = {entry.observe for entry in KEYS.values() if not entry.also}
     expected = plain_runs.get(()) or observed(make_config("other/plain", "train.steps=2"), observers)
     again = observed(make_config("plain", "train.steps=2"), observers)

@@ -1,4 +1,4 @@
-"""What can go wrong around a long run: each fault has one clear outcome, and loses nothing (docs/training.md)."""
+"""Faults during long runs: each has one clear outcome and loses nothing (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(config: RunConfig, *launch: str) -> list[str]:
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """The system refuses what would make a file larger than 200 kB, as a full disk does."""
+    """The system refuses to let a file grow beyond 200 kB, as if the disk were full."""
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -83,10 +83,10 @@ def test_a_folder_that_cannot_be_written(run: Run, make_config: MakeConfig, tmp_
     assert code == 2 and err.count("\n") == 1 and "file" in err
 
 
-def test_a_video_that_becomes_unreadable_is_passed_over(
+def test_a_video_that_becomes_unreadable_is_replaced(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From some step on; all other clips stay what they were, and a resumed run draws the same."""
+    """All other clips stay the same, and a resumed run draws the same clips."""
     fields = ("train.batch_size=8", "train.checkpoint_every=2", "train.steps=6")
     whole = make_config("whole", *fields)
     real = BatchMaker.make
@@ -120,7 +120,7 @@ def _remembered(path: Path) -> VideoInfo:
     return replace(probe(path.parent / "0.mp4" if path.name == "1.mp4" else path), path=path)
 
 
-def test_a_clock_that_goes_back(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_set_back(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("run", "train.steps=2")
     train(config)
     clock = iter(range(2_000_000_000, 0, -10_000))
@@ -130,7 +130,9 @@ def test_a_clock_that_goes_back(make_config: MakeConfig, monkeypatch: pytest.Mon
     assert last_checkpoint(config).step == 4
 
 
-def test_sigterm_saves_and_says_so(run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_saves_a_checkpoint_and_ends_the_run(
+    run: Run, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config("run")
     save_config(config, config.run_dir.with_suffix(".yaml"))
     update = EMA.update
@@ -148,7 +150,7 @@ def test_sigterm_saves_and_says_so(run: Run, make_config: MakeConfig, monkeypatc
 
 
 def test_a_killed_worker_is_replaced(make_config: MakeConfig) -> None:
-    """Two agents of torchrun, as on two machines; a worker dies, all start again from the last checkpoint."""
+    """With two agents of torchrun, as on two machines: all workers restart from the last checkpoint."""
     fields = ("train.checkpoint_every=5", "train.steps=60")
     quiet, killed = make_config("quiet", *fields), make_config("killed", *fields)
     train(quiet)

@@ -1,4 +1,4 @@
-"""Fine-tuning: what stays frozen to the bit, adapters against peft's own, new data sets, and what is refused."""
+"""Fine-tuning: frozen parameters, adapters compared with peft, new data sets, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LORA = "train.lora_rank=2"
 
 @pytest.fixture
 def base(tmp_path: Path, tiny_vae: AutoencoderKL) -> Callable[..., str]:
-    """Saves a pipeline of random weights, with every gate open, and gives its folder."""
+    """Saves a pipeline of random weights, with every gate open, and returns its folder."""
 
     def save(**fields: Any) -> str:
         known = {"sample_size": 8, "num_frames": 2, "num_classes": 2, "class_names": ["a", "b"]}
@@ -83,7 +83,7 @@ def moved(after: State, before: State) -> set[str]:
 
 
 def plain(state: State) -> State:
-    """Without adapters, by the names of the model that they were added to."""
+    """The weights without adapters, by their names in the model that the adapters were added to."""
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
@@ -100,7 +100,7 @@ def output(model: torch.nn.Module, **options: Any) -> torch.Tensor:
 
 
 def passed_by_videos_only(source: str) -> set[str]:
-    """Parameters that an image's output does not depend on, by its gradient."""
+    """Parameters that the output for an image has no gradient for."""
     model = load_pipeline(source).transformer.requires_grad_(True)
     model(**inputs(), use_temporal=False).sample.square().sum().backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is None}
@@ -111,7 +111,7 @@ def passed_by_videos_only(source: str) -> set[str]:
 
 @pytest.mark.parametrize("conditioning", ["s_adaln", "all_tokens"])
 @pytest.mark.parametrize("variant", [1, 2, 3])
-def test_frozen_modules_stay_and_all_others_learn(
+def test_frozen_modules_stay_and_all_others_are_trained(
     variant: int, conditioning: str, base: Callable[..., str], make_config: MakeConfig
 ) -> None:
     source = base(variant=variant, conditioning=conditioning)
@@ -134,7 +134,7 @@ def test_frozen_modules_stay_and_all_others_learn(
         assert set(state["moments"]) == expected, "nor moments"
 
 
-def test_tubes_learn_to_be_frames_with_the_temporal_modules(base: Callable[..., str], make_config: MakeConfig) -> None:
+def test_the_layer_that_makes_frames_of_tubes_is_temporal(base: Callable[..., str], make_config: MakeConfig) -> None:
     before = weights_of(base(patch_embedding="compression"))
     config = make_config("run", "train.freeze=spatial", "model.patch_embedding=compression")
     train(config)
@@ -142,7 +142,7 @@ def test_tubes_learn_to_be_frames_with_the_temporal_modules(base: Callable[..., 
     assert {name.rpartition(".")[0] for name in changed if not name.startswith("blocks.1.")} == {"temporal_upsample"}
 
 
-def test_new_classes_learn_beside_frozen_modules(
+def test_new_classes_are_trained_next_to_frozen_modules(
     base: Callable[..., str], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     source = base()
@@ -159,7 +159,7 @@ def test_new_classes_learn_beside_frozen_modules(
 
 
 @pytest.mark.parametrize("variant", [1, 2, 3, 4])
-def test_adapters_learn_and_nothing_else(variant: int, base: Callable[..., str], make_config: MakeConfig) -> None:
+def test_only_adapters_are_trained(variant: int, base: Callable[..., str], make_config: MakeConfig) -> None:
     before = weights_of(base(variant=variant))
     config = make_config("run", LORA, "train.lora_alpha=3", variant=variant)
     folder = train(config)
@@ -173,7 +173,7 @@ def test_adapters_learn_and_nothing_else(variant: int, base: Callable[..., str],
     assert all(state["model"][name].any() for name in adapters)
     assert set(state["ema"]) == adapters
 
-    # What is sampled is W + alpha / r B A, of the average.
+    # The sampled model has the averaged W + alpha / r B A.
     after = weights_of(folder)
     assert {name.removesuffix(".weight") for name in moved(after, before)} == layers
     for layer in layers:
@@ -220,19 +220,19 @@ def test_peft_loads_the_adapters(base: Callable[..., str], make_config: MakeConf
     folder = train(make_config("run", LORA, "train.lora_alpha=5", "train.lora_targets=[qkv, adaLN_modulation]"))
     expected = output(load_pipeline(folder).transformer)
     assert (expected - output(load_pipeline(source).transformer)).abs().max() > 1e-3
-    theirs = PeftModel.from_pretrained(load_pipeline(source).transformer, str(folder / "lora"))
-    torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
-    theirs.merge_and_unload()
+    by_peft = PeftModel.from_pretrained(load_pipeline(source).transformer, str(folder / "lora"))
+    torch.testing.assert_close(output(by_peft), expected, rtol=0, atol=1e-5)
+    by_peft.merge_and_unload()
     ours = load_pipeline(source).transformer
     apply_adapter(ours, folder / "lora")
-    torch.testing.assert_close(output(ours), output(theirs.get_base_model()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(ours), output(by_peft.get_base_model()), rtol=0, atol=1e-5)
     torch.testing.assert_close(output(ours), expected, rtol=0, atol=1e-5)
 
-    # And theirs are folded in here.
-    theirs = PeftModel.from_pretrained(load_pipeline(source).transformer, str(folder / "lora"))
-    theirs.save_pretrained(str(tmp_path / "theirs"))
+    # Adapters saved by peft are merged here, too.
+    by_peft = PeftModel.from_pretrained(load_pipeline(source).transformer, str(folder / "lora"))
+    by_peft.save_pretrained(str(tmp_path / "by_peft"))
     again = load_pipeline(source).transformer
-    apply_adapter(again, tmp_path / "theirs")
+    apply_adapter(again, tmp_path / "by_peft")
     assert moved(again.state_dict(), ours.state_dict()) == set()
 
 
@@ -266,7 +266,7 @@ def test_freezing_chooses_where_adapters_go(base: Callable[..., str], make_confi
         assert {f"{layer}.weight" in temporal for layer in adapted} == {freeze == "spatial"}
 
 
-def test_a_new_table_of_classes_learns_beside_the_adapters(
+def test_a_new_table_of_classes_is_trained_with_the_adapters(
     base: Callable[..., str], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     before = weights_of(base())
@@ -293,7 +293,7 @@ def test_without_a_rank_nothing_changes(
 
 
 @pytest.mark.parametrize("option", [LORA, "train.freeze=spatial"])
-def test_an_interrupted_run_ends_as_one_that_was_not(
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     option: str, base: Callable[..., str], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = base()
@@ -464,8 +464,8 @@ def write_dit(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("variant", [1, 2, 3, 4])
-def test_adapters_on_an_image_model_open_what_is_closed(variant: int, make_config: MakeConfig, tmp_path: Path) -> None:
-    """Gates and projections that start at zero would stop all that the adapters behind them learn."""
+def test_adapters_on_an_image_model_open_closed_gates(variant: int, make_config: MakeConfig, tmp_path: Path) -> None:
+    """Gates and projections that stay zero would block the gradients of the adapters behind them."""
     config = make_config("run", LORA, f"train.init_from={write_dit(tmp_path)}", "train.steps=4", variant=variant)
     pipeline = load_pipeline(train(config))
     given = inputs()
@@ -479,7 +479,7 @@ def test_adapters_on_an_image_model_open_what_is_closed(variant: int, make_confi
     assert any(name.endswith("mlp.fc1.base_layer.weight") for name in frozen)
 
 
-def test_motion_alone_is_learned_on_an_image_model(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_only_motion_is_trained_on_an_image_model(make_config: MakeConfig, tmp_path: Path) -> None:
     source = write_dit(tmp_path)
     config = make_config("run", "train.freeze=spatial", f"train.init_from={source}")
     pipeline = load_pipeline(train(config))

@@ -1,4 +1,4 @@
-"""Muon against torch's own and against the singular value decomposition; who updates what."""
+"""Muon compared with torch's and with the singular value decomposition; which optimizer updates which parameter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from lavita.training.optimizers import Muon, make_optimizers, orthogonalize
 
 
-def test_orthogonalised_matrices_keep_singular_vectors_and_level_singular_values() -> None:
+def test_orthogonalized_matrices_keep_singular_vectors_and_level_singular_values() -> None:
     rng = torch.Generator().manual_seed(0)
     for shape in ((3, 24, 40), (2, 40, 24), (1, 16, 16)):
         matrices = torch.randn(shape, generator=rng)
@@ -23,16 +23,18 @@ def test_orthogonalised_matrices_keep_singular_vectors_and_level_singular_values
 def test_steps_are_those_of_torch_in_bfloat16() -> None:
     rng = torch.Generator().manual_seed(1)
     start = [torch.randn(shape, generator=rng) for shape in ((8, 24), (24, 8), (8, 24))]
-    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
-    mine = Muon(ours, lr=0.1, weight_decay=0.2)
-    other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    parameters, reference_parameters = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    ours = Muon(parameters, lr=0.1, weight_decay=0.2)
+    reference = torch.optim.Muon(
+        reference_parameters, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(3):
-        for one, two in zip(ours, theirs, strict=True):
+        for one, two in zip(parameters, reference_parameters, strict=True):
             one.grad = torch.randn(one.shape, generator=rng)
             two.grad = one.grad.clone()
-        mine.step()
-        other.step()
-    for tensor, one, two in zip(start, ours, theirs, strict=True):
+        ours.step()
+        reference.step()
+    for tensor, one, two in zip(start, parameters, reference_parameters, strict=True):
         moved = (two - tensor).norm()
         assert (one - two).norm() < 0.03 * moved  # bfloat16 has 8 bits
 

@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same losses, weights and averages, and each other's checkpoints."""
+"""Several processes train like one: the same losses, weights and averages, and exchangeable checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tensors_of(config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 def assert_alike(run: RunConfig, expected: RunConfig) -> None:
-    """Two runs differ by the rounding of sums in another order alone (float32)."""
+    """Two runs differ only by the rounding of sums in another order (float32)."""
     lines, expected_lines = lines_of(run), lines_of(expected)
     assert [line["step"] for line in lines] == [line["step"] for line in expected_lines]
     for key in ("loss", "grad_norm", "lr"):

@@ -1,4 +1,4 @@
-"""Scores during training: the same protocol each time, and the numbers of the pieces it is made of."""
+"""Scores during training: the same protocol each time, and the same values as the functions it is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that go wrong are named, stopped at or passed over; fp16 scales its loss."""
+"""Runs stop at bad steps or skip them and name their clips; the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lavita.training.train import train
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
-    """Makes the first clip's noise so many times as large in some steps (from 0)."""
+    """Multiplies the noise of the first clip by a factor in some steps (from 0)."""
     real = BatchMaker.make
 
     def spoil(factors: dict[int, float]) -> None:
@@ -48,7 +48,7 @@ def test_spikes_are_measured_against_the_median() -> None:
     assert StepGuard(0.0).judge(1e30) == "good"
     for _ in range(200):
         guard.judge(50.0)
-    assert guard.judge(51.0) == "good", "a level that stays is no spike"
+    assert guard.judge(51.0) == "good", "a norm that stays high is not a spike"
 
 
 def test_a_step_that_is_not_finite_names_its_clips_and_stops(make_config: MakeConfig, spoil: Any) -> None:
@@ -63,7 +63,7 @@ def test_a_step_that_is_not_finite_names_its_clips_and_stops(make_config: MakeCo
     assert all(math.isfinite(clip["loss"]) for clip in event["clips"][1:])
     assert [path.name for path in list_checkpoints(config.run_dir / "checkpoints")][-1] == "step-00000002"
 
-    # The way out that the message names: the same run goes on over the bad step.
+    # As the message advises: the same run is resumed and skips the bad step.
     train(make_config("run", "train.checkpoint_every=1", "train.bad_steps=skip"))
     assert [line["step"] for line in lines_of(config, "metrics.jsonl")] == [1, 2, 4]
     loaded = last_checkpoint(config)
@@ -72,14 +72,14 @@ def test_a_step_that_is_not_finite_names_its_clips_and_stops(make_config: MakeCo
     assert loaded.read_all()["optimizer.x_embedder.proj.weight.step"] == 3
 
 
-def test_not_every_step_may_be_passed_over(make_config: MakeConfig, spoil: Any) -> None:
+def test_not_every_step_may_be_skipped(make_config: MakeConfig, spoil: Any) -> None:
     spoil(dict.fromkeys(range(1, 30), math.nan))
     with pytest.raises(FloatingPointError, match="at step 12"):
         train(make_config("run", "train.bad_steps=skip", "train.steps=30"))
 
 
 @pytest.mark.parametrize("bad_steps", ["stop", "skip"])
-def test_a_spike_is_reported_and_may_be_passed_over(make_config: MakeConfig, spoil: Any, bad_steps: str) -> None:
+def test_a_spike_is_reported_and_may_be_skipped(make_config: MakeConfig, spoil: Any, bad_steps: str) -> None:
     spoil({ENOUGH + 1: 300.0})
     config = make_config("run", f"train.steps={ENOUGH + 3}", f"train.bad_steps={bad_steps}", "train.warmup_steps=1000")
     train(config)

@@ -1,4 +1,4 @@
-"""One optimizer step by itself: against float64, accumulation, steps that are left out, the loss scale, resuming."""
+"""A single optimizer step: compared with float64, accumulation, skipped steps, the loss scale, resuming."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_spike_is_taken_unless_it_is_to_be_skipped(make_state: MakeState) -> N
     assert not torch.equal(state.tensors()["model.x_embedder.proj.weight"], before["model.x_embedder.proj.weight"])
 
 
-def test_an_overflow_halves_the_loss_scale_and_leaves_the_step_out(make_state: MakeState) -> None:
+def test_an_overflow_halves_the_loss_scale_and_skips_the_step(make_state: MakeState) -> None:
     settings = make_settings(precision="fp16")
     state = make_state(settings)
     assert state.scale.enabled
@@ -160,7 +160,7 @@ def test_an_overflow_halves_the_loss_scale_and_leaves_the_step_out(make_state: M
     result = train_step(state, batch, settings)
     assert (result.verdict, result.taken, state.scale.value) == ("overflow", False, 2.0**119)
     assert_untouched(state, before)
-    assert state.guard.skipped == 0, "an overflow is no fault of the clips"
+    assert state.guard.skipped == 0, "an overflow does not count as a bad step"
     assert math.isfinite(result.loss)
     state.scale.value = 2.0**8
     assert train_step(state, batch, settings).taken

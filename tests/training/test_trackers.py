@@ -1,4 +1,4 @@
-"""TensorBoard's files as TensorBoard reads them, W&B by its stand-in, and what is said where they are missing."""
+"""TensorBoard files read by TensorBoard, a stand-in for Weights & Biases, and missing packages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path, resume_step:
     trackers = open_trackers(config)
     for step in (10, 20, 30, 40):
         trackers.log(step, {"loss": float(step)})
-    trackers = open_trackers(config, resume_step)  # the first was killed, and had a checkpoint at this step
+    trackers = open_trackers(config, resume_step)  # the first run was killed after a checkpoint at this step
     for step in range(resume_step + 10, 60, 10):
         trackers.log(step, {"loss": step + 0.5})
     trackers.close()
@@ -74,7 +74,7 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path, resume_step:
 
 
 class FakeWandb:
-    """What `wandb` is asked to do, without it."""
+    """A stand-in for the package `wandb` that records its calls."""
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ class FakeWandb:
         self.finished += 1
 
 
-def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_continues_the_run_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -106,8 +106,8 @@ def test_wandb_goes_on_with_the_run_of_the_folder(tmp_path: Path, monkeypatch: p
         trackers.log(resume_step + 10, {"loss": 0.5, "by_noise": [1.0]}, "validation")
         trackers.image(resume_step + 10, tmp_path / "sheet.png")
         trackers.close()
-    first, resumed, anew = (run["id"] for run in fake.runs)
-    assert first == resumed != anew, "a run without steps done is a new one"
+    first, resumed, restarted = (run["id"] for run in fake.runs)
+    assert first == resumed != restarted, "a run without steps done is a new one"
     assert fake.runs[0]["project"] == "lavita" and fake.runs[0]["resume"] == "allow"
     assert fake.runs[0]["config"]["train"]["trackers"] == ["wandb"]
     assert fake.logged[2:4] == [
@@ -150,6 +150,6 @@ def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("names", "message"), [("[mlflow]", "trackers"), ("[wandb, wandb]", "each may be named once")])
-def test_what_is_no_tracker_is_refused(names: str, message: str) -> None:
+def test_unknown_trackers_are_refused(names: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(RunConfig, {}, [f"train.trackers={names}"])

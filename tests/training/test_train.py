@@ -1,4 +1,4 @@
-"""The training loop: exact resuming, accumulation, the cache, what a run writes, and how it is stopped."""
+"""The training loop: exact resuming, the cache, the files of a run, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def last_state(config: RunConfig) -> dict[str, Any]:
 
 
 def assert_equal(one: Any, other: Any, where: str = "state") -> None:
-    """Nested dicts and lists are the same, tensors to the bit."""
+    """Nested dicts and lists are equal, tensors to the bit."""
     assert type(one) is type(other), where
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and torch.equal(one, other), where
@@ -100,7 +100,7 @@ def test_the_loss_falls_on_one_clip(make_config: MakeConfig, tmp_path: Path) -> 
 
 
 def test_a_run_starts_from_other_weights(make_config: MakeConfig) -> None:
-    """The start is the other run's average; a resumed run does not need it any more."""
+    """It starts with the averaged weights of the other run, which a resumed run no longer needs."""
     first = make_config("first", "train.ema_decay=0.5")
     folder = train(first)
     again = make_config("again", f"train.init_from={folder}", "train.learning_rate=1e-12", "train.steps=1")
@@ -232,7 +232,7 @@ def test_resuming_something_else_is_refused(make_config: MakeConfig, tmp_path: P
         train(make_config("run"))
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("run")
     overrides = [
         f"data.path={tmp_path / 'videos'}",

@@ -1,4 +1,4 @@
-"""The loss on held-out clips: against a plain loop, on any number of processes, and what is refused."""
+"""The loss on held-out clips: compared with a plain loop, on any number of processes, and refused settings."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_it_is_the_objective_on_held_out_clips(
     make_transformer: MakeTransformer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against a loop over single clips and timesteps, which takes noise and timesteps as the model saw them."""
+    """Compared with a loop over single clips and timesteps, with the noise and timesteps that the model was given."""
     model = make_transformer(num_classes=3, class_names=["boxing", "enduro", "pong"], prediction_type=prediction_type)
     diffusion = GaussianDiffusion(prediction_type)
     seen: list[tuple[torch.Tensor, ...]] = []
@@ -141,7 +141,7 @@ def test_shares_of_several_processes_make_the_whole(
     tiny_transformer: LavitaTransformer3DModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each share alone, then all of them merged: bit for bit what one process computes, in equally many passes."""
+    """Each share alone, then all of them merged, is identical to one process; all make the same number of passes."""
     diffusion = GaussianDiffusion()
     whole = make_validation().evaluate(tiny_transformer, diffusion, CPU, "fp32")
     team = [make_validation(team=Processes(rank, count)) for rank in range(count)]
@@ -217,7 +217,7 @@ def test_a_cache_gives_the_numbers_of_its_videos(
         make_validation(f"data.validation={folders / 'cache'}", "data.resolution=32")
 
 
-def test_captions_steer_it(
+def test_captions_condition_the_model(
     folders: Path, make_validation: MakeValidation, make_transformer: MakeTransformer, tmp_path: Path
 ) -> None:
     """Each clip has the embedding of a caption of its own video."""
