@@ -2,7 +2,7 @@
 
 Only caches that decide by the timestep or the number of the step are offered: a video then depends on its seed and
 condition alone. FirstBlockCache and SeaCache decide by a mean over the batch, so that a video would depend on the
-videos it is sampled with; MagCache needs magnitudes measured for each checkpoint and number of steps.
+others in its batch; MagCache needs magnitudes measured for each checkpoint and sampler.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class StepCache:
         self._name, self._model = name, model
         self._timestep = 0.0
         self._guided = False
+        self._enabled = False
 
     @property
     def splits_batch(self) -> bool:
@@ -66,15 +67,25 @@ class StepCache:
         return self._name == "fastercache" and self._guided
 
     def begin(self, timestep: float, guided: bool) -> None:
-        """Starts afresh at a timestep: at the start of the loop, and wherever guidance starts or ends within it."""
+        """Starts with nothing to reuse: at the start of the loop, and at each step where guidance starts or ends.
+
+        Args:
+            timestep: timestep of the next step.
+            guided: whether it and the following steps have guidance.
+
+        Raises:
+            ValueError: if the caller has enabled another cache on the model.
+        """
         self.end()
         self._guided = guided
         self._model.enable_cache(self._config(timestep))
+        self._enabled = True
 
     def end(self) -> None:
         """Removes the hooks and what they keep."""
-        if self._model.is_cache_enabled:
+        if self._enabled:
             self._model.disable_cache()
+            self._enabled = False
 
     def evaluate(self, timestep: float, latents: torch.Tensor, timesteps: torch.Tensor, **options: Any) -> torch.Tensor:
         """Evaluates the model like `LavitaTransformer3DModel.forward`, with all conditions by name."""
