@@ -50,7 +50,7 @@ class StepCache:
     """
 
     def __init__(self, name: CacheName, model: LavitaTransformer3DModel) -> None:
-        """Chooses the cache; the model is changed between `begin` and `end` only.
+        """Chooses the cache; hooks are on the model only between `begin` and `end`.
 
         Raises:
             ValueError: for an unknown name, or a cache that does not work with the model's compiled blocks.
@@ -63,7 +63,7 @@ class StepCache:
 
     @property
     def splits_batch(self) -> bool:
-        """Whether the cache evaluates half of a guided batch, so that `modulation` of the whole does not fit."""
+        """Whether the model may get only half of a guided batch, so that `modulation` for all of it would not fit."""
         return self._name == "fastercache" and self._guided
 
     def begin(self, timestep: float, guided: bool) -> None:
@@ -90,13 +90,13 @@ class StepCache:
     def evaluate(self, timestep: float, latents: torch.Tensor, timesteps: torch.Tensor, **options: Any) -> torch.Tensor:
         """Evaluates the model like `LavitaTransformer3DModel.forward`, with all conditions by name."""
         self._timestep = timestep
-        if self.splits_batch:  # diffusers has the unconditional half first
+        if self.splits_batch:  # for diffusers, the unconditional half is the first one
             options |= {name: swap_halves(options[name]) for name in ("class_labels", "text_embeds") if name in options}
         with self._model.cache_context("sampling"):
             output: torch.Tensor = self._model(latents, timesteps, **options, return_dict=False)[0]
         return swap_halves(output) if self.splits_batch else output
 
-    def _config(self, timestep: float) -> Any:
+    def _config(self, timestep: float) -> TaylorSeerCacheConfig | FasterCacheConfig | PyramidAttentionBroadcastConfig:
         if self._name == "taylorseer":
             return TaylorSeerCacheConfig(
                 cache_interval=2,
@@ -105,15 +105,14 @@ class StepCache:
                 cache_identifiers=["final_layer"],
                 skip_predict_identifiers=[r"blocks\.\d+"],
             )
-        current = lambda: self._timestep  # noqa: E731
         if self._name == "fastercache":
             return FasterCacheConfig(
-                # Without guidance its hook would reuse before it has computed, were the first step in the range.
+                # Without guidance, the hook tries to reuse at its first step, too, unless that is outside of the range.
                 spatial_attention_timestep_skip_range=(-1, 681 if self._guided else min(681, timestep)),
                 attention_weight_callback=lambda _: 0.5,
                 tensor_format="BFCHW",
                 is_guidance_distilled=not self._guided,
-                current_timestep_callback=current,
+                current_timestep_callback=lambda: self._timestep,
                 _unconditional_conditional_input_kwargs_identifiers=["class_labels", "text_embeds"],
             )
         names: dict[bool, list[str]] = {False: [], True: []}
@@ -128,7 +127,7 @@ class StepCache:
             temporal_attention_timestep_skip_range=(100, 850),
             spatial_attention_block_identifiers=tuple(names[False]),
             temporal_attention_block_identifiers=tuple(names[True]),
-            current_timestep_callback=current,
+            current_timestep_callback=lambda: self._timestep,
         )
 
 
