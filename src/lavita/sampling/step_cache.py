@@ -2,7 +2,7 @@
 
 Only caches that decide by the timestep or the number of the step are offered: a video then depends on its seed and
 condition alone. FirstBlockCache and SeaCache decide by a mean over the batch, so that a video would depend on the
-videos it is sampled with; MagCache needs magnitudes measured for each checkpoint and number of steps.
+others in its batch; MagCache needs magnitudes measured for each checkpoint and sampler.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StepCache:
     """
 
     def __init__(self, name: CacheName, model: LavitaTransformer3DModel) -> None:
-        """Chooses the cache; the model is changed between `begin` and `end` only.
+        """Chooses the cache; hooks are on the model only between `begin` and `end`.
 
         Raises:
             ValueError: for an unknown name, or a cache that does not work with the model's compiled blocks.
@@ -61,33 +61,44 @@ class StepCache:
         self._name, self._model = name, model
         self._timestep = 0.0
         self._guided = False
+        self._enabled = False
 
     @property
     def splits_batch(self) -> bool:
-        """Whether the cache evaluates half of a guided batch, so that `modulation` of the whole does not fit."""
+        """Whether the model may get only half of a guided batch, so that `modulation` for all of it would not fit."""
         return self._name == "fastercache" and self._guided
 
     def begin(self, timestep: float, guided: bool) -> None:
-        """Starts afresh at a timestep: at the start of the loop, and wherever guidance starts or ends within it."""
+        """Starts with nothing to reuse: at the start of the loop, and at each step where guidance starts or ends.
+
+        Args:
+            timestep: timestep of the next step.
+            guided: whether it and the following steps have guidance.
+
+        Raises:
+            ValueError: if the caller has enabled another cache on the model.
+        """
         self.end()
         self._guided = guided
         self._model.enable_cache(self._config(timestep))
+        self._enabled = True
 
     def end(self) -> None:
         """Removes the hooks and what they keep."""
-        if self._model.is_cache_enabled:
+        if self._enabled:
             self._model.disable_cache()
+            self._enabled = False
 
     def evaluate(self, timestep: float, latents: torch.Tensor, timesteps: torch.Tensor, **options: Any) -> torch.Tensor:
         """Evaluates the model like `LavitaTransformer3DModel.forward`, with all conditions by name."""
         self._timestep = timestep
-        if self.splits_batch:  # diffusers has the unconditional half first
+        if self.splits_batch:  # for diffusers, the unconditional half is the first one
             options |= {name: swap_halves(options[name]) for name in ("class_labels", "text_embeds") if name in options}
         with self._model.cache_context("sampling"):
             output: torch.Tensor = self._model(latents, timesteps, **options, return_dict=False)[0]
         return swap_halves(output) if self.splits_batch else output
 
-    def _config(self, timestep: float) -> Any:
+    def _config(self, timestep: float) -> TaylorSeerCacheConfig | FasterCacheConfig | PyramidAttentionBroadcastConfig:
         if self._name == "taylorseer":
             return TaylorSeerCacheConfig(
                 cache_interval=2,
@@ -99,12 +110,12 @@ class StepCache:
         current: Any = lambda: self._timestep  # noqa: E731
         if self._name == "fastercache":
             return FasterCacheConfig(
-                # Without guidance its hook would reuse before it has computed, were the first step in the range.
+                # Without guidance, the hook tries to reuse at its first step, too, unless that is outside of the range.
                 spatial_attention_timestep_skip_range=(-1, 681 if self._guided else min(681, timestep)),  # type: ignore[arg-type]
                 attention_weight_callback=lambda _: 0.5,
                 tensor_format="BFCHW",
                 is_guidance_distilled=not self._guided,
-                current_timestep_callback=current,
+                current_timestep_callback=lambda: self._timestep,
                 _unconditional_conditional_input_kwargs_identifiers=["class_labels", "text_embeds"],
             )
         names: dict[bool, list[str]] = {False: [], True: []}
@@ -119,7 +130,7 @@ class StepCache:
             temporal_attention_timestep_skip_range=(100, 850),
             spatial_attention_block_identifiers=tuple(names[False]),
             temporal_attention_block_identifiers=tuple(names[True]),
-            current_timestep_callback=current,
+            current_timestep_callback=lambda: self._timestep,
         )
 
 
