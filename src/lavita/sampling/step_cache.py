@@ -107,7 +107,6 @@ class StepCache:
                 cache_identifiers=["final_layer"],
                 skip_predict_identifiers=[r"blocks\.\d+"],
             )
-        current: Any = lambda: self._timestep  # noqa: E731
         if self._name == "fastercache":
             return FasterCacheConfig(
                 # Without guidance, the hook tries to reuse at its first step, too, unless that is outside of the range.
