@@ -7,17 +7,17 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-# Options for `make demo`, `make test` and `make bench`, as in: make demo ARGS="--out runs/another"; make test ARGS="-k video"
+# Options for `make demo`, `make test` and `make bench`, as in: make demo ARGS="--out runs/another"
 ARGS ?=
 TEST_WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test bench check format clean
+.PHONY: help setup demo test test-lowest bench check format clean
 
 help:  ## show the targets
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: $(STAMP)  ## install LAVITA and the tools for working on it into .venv
 
@@ -27,6 +27,13 @@ demo: $(STAMP)  ## from arcade games to generated videos; writes runs/demo
 # One thread a worker: small tensors, and two workers already fill two cores.
 test: $(STAMP)  ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+
+test-lowest:  ## run every test on the lowest supported versions, in .venv-lowest (some GB of downloads)
+	@test -x .venv-lowest/bin/python || $(or $(PYTHON),python3.11) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -r requirements-lowest.txt
+	.venv-lowest/bin/python -m pip install -q --no-deps --editable .
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal \
+	  --ignore tests/test_wheel.py $(ARGS)
 
 bench: $(STAMP)  ## measure speed, memory, scores and robustness; without ARGS, show the commands
 	@$(BIN)/python -m benchmarks $(or $(ARGS),--help)

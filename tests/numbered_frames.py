@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import struct
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,6 @@ def encode(
     times: Sequence[int] | None = None,
     shift: int = 0,
     container: dict[str, str] | None = None,
-    setup: Callable[[VideoStream], None] | None = None,
     **options: Any,
 ) -> Path:
     """Encode `images` (default: painted ones) by plain PyAV, at `times` in ms or a 25th of a second apart."""
@@ -59,8 +60,6 @@ def encode(
         stream.options = options
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        if setup is not None:
-            setup(stream)
         packets = []
         for i, image in enumerate(images):
             layout = {2: "gray", 3: {3: "rgb24", 4: "rgba"}.get(image.shape[-1])}[image.ndim]
@@ -79,3 +78,14 @@ def decode_all(path: Path) -> np.ndarray:
     """Every frame by plain PyAV, without anything of ours."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def rotate(path: Path, degrees: int, mirrored: bool = False) -> Path:
+    """Writes a counter-clockwise rotation into the track header of an MP4, which PyAV does only from version 18 on."""
+    cos, sin = (round(f(math.radians(degrees)) * 65536) for f in (math.cos, math.sin))
+    flip = -1 if mirrored else 1
+    matrix = struct.pack(">9i", flip * cos, -sin, 0, flip * sin, cos, 0, 0, 0, 1 << 30)
+    data = path.read_bytes()
+    start = data.index(b"tkhd") + 44
+    path.write_bytes(data[:start] + matrix + data[start + len(matrix) :])
+    return path

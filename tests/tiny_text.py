@@ -26,7 +26,7 @@ def save_text_encoder(model: PreTrainedModel, folder: Path, subfolders: bool = F
     """Saves a model with a tokenizer of a few words, in one folder or in the subfolders of a diffusers pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
     model.eval().save_pretrained(folder / "text_encoder" if subfolders else folder)
     tokenizer.save_pretrained(folder / "tokenizer" if subfolders else folder)
     return model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from av.format import ContainerFormat
 from av.video.frame import VideoFrame
-from numbered_frames import HEIGHT, NUM_FRAMES, VPX, WIDTH, X264, decode_all, encode, numbers, paint
+from numbered_frames import HEIGHT, NUM_FRAMES, VPX, WIDTH, X264, decode_all, encode, numbers, paint, rotate
 
 from lavita.video import reading
 from lavita.video.formats import FRAME_SUFFIXES, SUFFIXES_BY_CONTAINER, VIDEO_SUFFIXES, VideoError
@@ -200,11 +200,7 @@ def test_start_without_reference_counts_only_what_decodes(tmp_path: Path) -> Non
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_rotation(tmp_path: Path, degrees: int, mirrored: bool) -> None:
-    path = encode(
-        tmp_path / "turned.mp4",
-        setup=lambda stream: stream.set_display_rotation(degrees, hflip=mirrored),
-        **X264,
-    )
+    path = rotate(encode(tmp_path / "turned.mp4", **X264), degrees, mirrored)
     stored = decode_all(path)  # PyAV does not turn frames
     expected = np.rot90(stored, degrees // 90, axes=(1, 2))  # counter-clockwise, as PyAV counts
     if mirrored:
@@ -215,7 +211,7 @@ def test_rotation(tmp_path: Path, degrees: int, mirrored: bool) -> None:
 
 
 def test_odd_rotation_is_refused(tmp_path: Path) -> None:
-    path = encode(tmp_path / "tilted.mp4", setup=lambda stream: stream.set_display_rotation(30), **X264)
+    path = rotate(encode(tmp_path / "tilted.mp4", **X264), 30)
     with pytest.raises(VideoError, match=r"tilted.mp4: is rotated by an angle that is not a multiple of 90"):
         read_clip(path)
 

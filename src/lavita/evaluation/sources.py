@@ -14,7 +14,7 @@ import av
 
 from lavita.data.catalog import Catalog, Video, make_catalog, probe_all, read_generation
 from lavita.data.content_hash import content_hash
-from lavita.video.formats import VideoError, VideoInfo
+from lavita.video.formats import OPEN_OPTIONS, VideoError, VideoInfo
 from lavita.video.frame_folders import find_videos, is_frame_folder
 
 
@@ -104,7 +104,7 @@ def codec(info: VideoInfo) -> str:
     """The codec and pixel format of a video, as in `h264 yuv420p`; for a folder of frames the suffixes of its files."""
     if is_frame_folder(info.path):
         return "frames " + " ".join(sorted({file.suffix.lower() for file in info.path.iterdir() if file.suffix}))
-    with av.open(str(info.path.absolute()), metadata_errors="replace") as container:
+    with av.open(str(info.path.absolute()), **OPEN_OPTIONS) as container:
         context = container.streams.video[0].codec_context
         return f"{context.name} {context.format.name if context.format else ''}".strip()
 

@@ -43,14 +43,13 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
     try:
-        vae, report = AutoencoderKL.from_pretrained(
-            str(folder) if folder.exists() else source, dtype=torch.float32, output_loading_info=True
-        )
+        path = str(folder) if folder.exists() else source
+        vae, report = AutoencoderKL.from_pretrained(path, output_loading_info=True)
     except OSError as error:
         raise ValueError(f"{source}: cannot load an autoencoder ({' '.join(str(error).split())[:200]})") from error
     if report["missing_keys"]:
         raise ValueError(f"{source}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-    return vae.eval().requires_grad_(False).to(device)
+    return vae.float().eval().requires_grad_(False).to(device)
 
 
 def downsampling(vae: AutoencoderKL) -> int:

@@ -95,12 +95,10 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
         is_clip = has_projection or config.model_type == "clip"
         model_class: Any = CLIPTextModelWithProjection if is_clip else AutoModel
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_folder)
-        model, loading = model_class.from_pretrained(
-            source, dtype=torch.float32, subfolder=model_folder, output_loading_info=True
-        )
+        model, loading = model_class.from_pretrained(source, subfolder=model_folder, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source}: cannot load a text encoder ({' '.join(str(error).split())[:200]})") from error
-    model = model.eval().requires_grad_(False).to(device)
+    model = model.float().eval().requires_grad_(False).to(device)
     encoder = TextEncoder(source, tokenizer, model, _asks_for_mean_pooling(folder))
     if missing := [key for key in loading["missing_keys"] if not (encoder.mean_pooling and "pooler" in key)]:
         raise ValueError(f"{source}: its weights lack {sorted(missing)[0]}")

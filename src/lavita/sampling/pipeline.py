@@ -272,13 +272,14 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
         raise ValueError(f"{source}: no such folder; a model is a pipeline's folder or a hub id")
     disable_progress_bar()
     try:
-        pipeline = LavitaPipeline.from_pretrained(str(source), dtype=torch.float32)
+        pipeline = LavitaPipeline.from_pretrained(str(source))
     except OSError as error:
         raise ValueError(f"{source}: cannot load a pipeline ({' '.join(str(error).split())[:200]})") from error
     for name, parameter in pipeline.transformer.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{source}: its transformer's weights lack {name}")
-    pipeline.transformer.requires_grad_(False)
+    pipeline.transformer.float().requires_grad_(False)
+    pipeline.vae.float()
     return pipeline.to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -53,7 +54,11 @@ class ParallelModel:
         elif team.count > 1:
             devices = [device] if device.type == "cuda" else None
             # The buffers are constants and need no synchronization.
-            self._wrapped = DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
+            # Torch 2.13 renamed the argument.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {name: False}
+            self._wrapped = DistributedDataParallel(model, device_ids=devices, **options)
 
     def __call__(self, *inputs: torch.Tensor | None, **options: Any) -> torch.Tensor:
         """The `sample` of the model's output, see `LavitaTransformer3DModel.forward`."""

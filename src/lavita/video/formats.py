@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
 
@@ -56,6 +57,8 @@ SUFFIXES_BY_CONTAINER = {
 VIDEO_SUFFIXES = frozenset(" ".join(SUFFIXES_BY_CONTAINER.values()).split())
 COMMON_SUFFIXES = ".mp4, .mov, .mkv, .webm, .avi, .mpg, .ts, .wmv, .flv, .gif"
 """A few of `VIDEO_SUFFIXES`, for messages."""
+OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+"""Options of `av.open` for metadata that is not UTF-8, which PyAV replaces by itself from version 19 on."""
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Suffixes of image files, which are the frames of a frame folder."""
 Frames = npt.NDArray[np.uint8]

@@ -30,6 +30,7 @@ from av.video.stream import VideoStream
 
 from lavita.video.formats import (
     COMMON_SUFFIXES,
+    OPEN_OPTIONS,
     VIDEO_SUFFIXES,
     Frames,
     PathLike,
@@ -185,7 +186,7 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens the first real video stream; errors of FFmpeg inside the block become `VideoError`."""
     try:
         # An absolute path, because FFmpeg takes the part before a colon in a relative one for a protocol.
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+        with av.open(os.path.abspath(path), **OPEN_OPTIONS) as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(path, "has no video stream")

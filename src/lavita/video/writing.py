@@ -9,13 +9,16 @@ from typing import Any, cast, get_args
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from PIL import Image
 
 from lavita.core.files import replacing
 from lavita.core.names import VideoFormat
 from lavita.video.formats import Frames, PathLike, check_frames
+
+# FFmpeg's SWS_BICUBIC, SWS_FULL_CHR_H_INP and SWS_ACCURATE_RND; PyAV has names for them only from version 18 on.
+_SCALING = 0x4 | 0x4000 | 0x40000
 
 
 def write_video(path: PathLike, frames: Frames, fps: float) -> None:
@@ -88,5 +91,5 @@ def _to_yuv(pixels: Frames) -> VideoFrame:
         format="yuv420p",
         dst_colorspace=Colorspace.ITU601,
         dst_color_range=ColorRange.MPEG,
-        interpolation=Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INP | Interpolation.ACCURATE_RND,
+        interpolation=_SCALING,
     )

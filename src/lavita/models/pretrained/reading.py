@@ -103,13 +103,14 @@ def _read_folder(source: str) -> Source:
     disable_progress_bar()
     try:
         model, loading = (DiTTransformer2DModel if is_dit else LavitaTransformer3DModel).from_pretrained(
-            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True
+            source, subfolder=subfolder, output_loading_info=True
         )
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
         raise ValueError(f"{source}: cannot load its weights ({' '.join(str(error).split())[:200]})") from error
     # Early versions of diffusers stored this fixed table.
     unknown = set(loading["unexpected_keys"]) - ({"pos_embed.pos_embed"} if is_dit else set())
     _check_names(source, loading["missing_keys"], unknown)
+    model.float()
     if is_dit:
         return _from_diffusers(source, model)
     return Source(source, "video", dict(model.state_dict()), dict(model.config))
