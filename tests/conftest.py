@@ -1,4 +1,4 @@
-"""Tiny networks with random weights: no gate is closed, so that everything reaches the output."""
+"""Fixtures of many tests: the command line in this process, and tiny networks with no gate closed."""
 
 from __future__ import annotations
 
@@ -9,25 +9,37 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita import cli
 from lavita.core.config import load_config
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.sampling.pipeline import LavitaPipeline
-from lavita.sampling.schedulers import make_scheduler
+from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
 from lavita.training.config import RunConfig
 
 Run = Callable[..., tuple[int, str, str]]
 MakeTransformer = Callable[..., LavitaTransformer3DModel]
+SavePipeline = Callable[..., str]
 MakeConfig = Callable[..., RunConfig]
+
+TINY: dict[str, Any] = {"sample_size": 8, "num_frames": 2, "hidden_size": 32, "num_blocks": 2, "num_heads": 2}
+
+
+def random_transformer(**fields: Any) -> LavitaTransformer3DModel:
+    """Builds a tiny transformer, the same at each call; any field of its constructor can be given."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = LavitaTransformer3DModel(**{**TINY, **fields})
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `lavita` with some arguments in this process: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)  # run folders have defaults below the working directory
+    """Runs `lavita` with the given arguments in this process; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)  # by default run folders are created in the working directory
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lavita", *map(str, arguments)])
@@ -44,28 +56,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture
 def make_transformer() -> MakeTransformer:
-    """Builds a tiny transformer; any field of its constructor can be given."""
-
-    def make(**fields: Any) -> LavitaTransformer3DModel:
-        sizes = {"sample_size": 8, "num_frames": 2, "hidden_size": 32, "num_blocks": 2, "num_heads": 2}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            model = LavitaTransformer3DModel(**{**sizes, **fields})
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.2)
-        return model.eval()
-
-    return make
+    """See `random_transformer`."""
+    return random_transformer
 
 
 @pytest.fixture
 def tiny_transformer(make_transformer: MakeTransformer) -> LavitaTransformer3DModel:
-    """Three classes, clips of 2 frames, latents of 4 x 8 x 8: those of `tiny_vae` at 16 pixels."""
+    """A transformer with three classes, for clips of 2 frames and the latents of `tiny_vae` at 16 pixels, 4 x 8 x 8."""
     return make_transformer(num_classes=3, class_names=["boxing", "enduro", "pong"], fps=4.0)
 
 
 def make_tiny_vae() -> AutoencoderKL:
-    """16-pixel frames to latents of 4 x 8 x 8."""
+    """An autoencoder from frames of 16 pixels to latents of 4 x 8 x 8."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         vae = AutoencoderKL(
@@ -83,21 +85,30 @@ def make_tiny_vae() -> AutoencoderKL:
 
 @pytest.fixture
 def tiny_vae() -> AutoencoderKL:
-    """16-pixel frames to latents of 4 x 8 x 8."""
+    """An autoencoder from frames of 16 pixels to latents of 4 x 8 x 8."""
     return make_tiny_vae()
 
 
 @pytest.fixture
 def pipeline(tiny_transformer: LavitaTransformer3DModel, tiny_vae: AutoencoderKL) -> LavitaPipeline:
-    """Random weights, all of them in use."""
-    pipeline = LavitaPipeline(tiny_transformer, tiny_vae, make_scheduler("unipc"))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    """The pipeline of `tiny_transformer` and `tiny_vae`."""
+    return make_pipeline(tiny_transformer, tiny_vae)
+
+
+@pytest.fixture
+def save_pipeline(tmp_path: Path, tiny_vae: AutoencoderKL) -> SavePipeline:
+    """Saves a transformer with `tiny_vae` as a pipeline, whose folder it returns."""
+
+    def save(model: LavitaTransformer3DModel, name: str = "pipeline") -> str:
+        make_pipeline(model, tiny_vae).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
 
 
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_vae: AutoencoderKL) -> MakeConfig:
-    """Configurations of tiny runs on three tiny videos; `name` is that of the run's folder."""
+    """Builds configurations of tiny runs on three tiny videos, from the name of the run's folder and overrides."""
     write_videos(tmp_path / "videos")
     tiny_vae.register_to_config(scaling_factor=1.5, shift_factor=0.1)
     tiny_vae.save_pretrained(tmp_path / "vae")

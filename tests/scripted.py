@@ -1,4 +1,4 @@
-"""Small random TorchScript modules that are called as I3D, Inception and C3D are."""
+"""Small random TorchScript modules with the interfaces of I3D, Inception and C3D."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class I3D(nn.Module):
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         assert rescale and resize and return_features and x.size(2) >= 10
         assert x.max() > 1
-        pooled = F.adaptive_avg_pool3d(x / 127.5 - 1, [4, 4, 4]).flatten(1)
+        pooled = F.adaptive_avg_pool3d(x / 127.5 - 1, 4).flatten(1)
         return F.relu(self.head(pooled))
 
 
@@ -28,7 +28,7 @@ class InceptionLayers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert x.size(2) == 299 and x.size(3) == 299 and x.min() >= -1 and x.max() < 1
-        return F.relu(self.head(F.adaptive_avg_pool2d(x, [4, 4]).flatten(1)))[:, :, None, None]
+        return F.relu(self.head(F.adaptive_avg_pool2d(x, 4).flatten(1)))[:, :, None, None]
 
 
 class Inception(nn.Module):
@@ -49,7 +49,7 @@ class C3D(nn.Module):
         self.softmax = softmax
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.head(F.adaptive_avg_pool3d(x / 50, [4, 4, 4]).flatten(1))
+        logits = self.head(F.adaptive_avg_pool3d(x / 50, 4).flatten(1))
         return logits.softmax(1) if self.softmax else logits
 
 

@@ -204,7 +204,8 @@ def check_private(modules: Modules) -> list[str]:
 
 def check_help(modules: Modules) -> list[str]:
     """What `lavita --help` loads does not load heavy libraries."""
-    found, loaded, waiting = [], set(), [name for name in ("lavita.__main__", "lavita.cli") if name in modules]
+    found, loaded = [], set()
+    waiting: list[str] = ["lavita.__main__", "lavita.cli"]
     while waiting:
         name = waiting.pop()
         if name in loaded or name not in modules:

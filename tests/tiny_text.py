@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import BertConfig, CLIPTextConfig, PreTrainedModel
-from transformers import BertTokenizerFast as Tokenizer
+from transformers import BertConfig, BertTokenizer, CLIPTextConfig, PreTrainedModel
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "game", "of", "boxing", "freeway"]
 BERT = BertConfig(
@@ -24,10 +23,10 @@ CLIP = CLIPTextConfig(
 
 
 def save_text_encoder(model: PreTrainedModel, folder: Path, subfolders: bool = False) -> PreTrainedModel:
-    """Saves a model and a tokenizer of a few words, as transformers or as a diffusers pipeline lays them out."""
+    """Saves a model with a tokenizer of a few words, in one folder or in the subfolders of a diffusers pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = Tokenizer(vocab=str(folder / "vocab.txt"))
+    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
     model.eval().save_pretrained(folder / "text_encoder" if subfolders else folder)
     tokenizer.save_pretrained(folder / "tokenizer" if subfolders else folder)
     return model

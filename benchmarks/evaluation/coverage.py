@@ -1,9 +1,9 @@
 """Do the 95% intervals cover? Repeats on Gaussians of known distance, for the Frechet and the kernel distance.
 
-    python benchmarks/coverage.py --repeats 400 --out benchmarks/results/coverage-YYYY-MM-DD.md
+    python benchmarks/evaluation/coverage.py --repeats 400 --out benchmarks/results/coverage-YYYY-MM-DD.md
 
-An interval of a value is asked to cover the mean value over all repeats; that of the limit, and that of the kernel
-distance, the distance of the distributions. `alike` draws both sides from one distribution.
+The interval of a value should cover the mean value over all repeats; those of the limit and of the kernel distance
+should cover the distance of the distributions. `alike` draws both sets from one distribution.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lavita.evaluation.distances.kernel import kernel_score
 
 Array = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator], tuple[Array, Array]]
-# Features of a side, samples of a side, frames a clip (rows of one cluster).
+# Number of features, samples of each set, frames per clip (rows of one cluster).
 CASES = ((8, 128, 1), (16, 256, 1), (64, 256, 1), (64, 1024, 1), (400, 2048, 1), (16, 256, 8))
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     heads = [
         "features",
-        "samples a side",
+        "samples per set",
         "sides",
         "distance",
         "mean score",

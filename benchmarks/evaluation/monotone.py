@@ -1,8 +1,8 @@
-"""Does each score worsen as real clips are spoilt more and more, and which score is blind to what?
+"""Does each score worsen as real clips are degraded more and more, and which degradations does it not see?
 
-    python benchmarks/monotone.py --data runs/demo/data --num-clips 512 --out runs/monotone
+    python benchmarks/evaluation/monotone.py --data runs/demo/data --num-clips 512 --out runs/monotone
 
-Held-out arcade clips, spoilt in six ways at four strengths, are scored against training clips with the offline
+Held-out arcade clips, degraded in six ways at four strengths, are scored against training clips with the offline
 extractor. Writes `monotone.json`, `monotone.md` (a table) and `monotone.png`.
 """
 
@@ -110,7 +110,9 @@ def scores(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/ class folders")
-    parser.add_argument("--num-clips", type=int, default=512, help="of a side; Frechet distances need more than 384")
+    parser.add_argument(
+        "--num-clips", type=int, default=512, help="real and degraded clips each; Frechet distances need more than 384"
+    )
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--classifier", type=Path, help="folder of trained classifiers, as lavita evaluate --cache")
     parser.add_argument("--out", type=Path, required=True)
@@ -185,7 +187,7 @@ def verdict(values: Sequence[float], sign: int, scale: float) -> str:
 
     Args:
         values: by rising strength.
-        sign: +1 where more is worse, -1 where less is.
+        sign: +1 if a higher score is worse, -1 if a lower one is.
         scale: the most that anything changes this score; less than a fiftieth of it counts as nothing.
     """
     steps = sign * np.diff(values)

@@ -1,13 +1,13 @@
-"""What a faster way to sample costs in quality, and what it saves, against the paper's 250 DDPM steps.
+"""Quality and time of faster sampling recipes, relative to the paper's 250 DDPM steps.
 
-    python benchmarks/sampling.py --model builtin --data runs/demo/data --seeds 0-19 --out runs/speed
+    python benchmarks/evaluation/recipes.py --model builtin --data runs/demo/data --seeds 0-19 --out runs/speed
 
-Each recipe makes the same classes and seeds as `ddpm 250`, losslessly, and is scored against the same real clips; the
-difference to ddpm's score is set against that score's 95 % interval. `exact` is how far its latents are from those of
-100 steps of the same solver, for the same noise (root mean square, relative): a deterministic sampler that is near the
-exact solution differs from ddpm by chance alone. Times are medians over rounds in which the recipes take turns, one
-clip each, latents only; they are given relative to ddpm's. Finished videos and scores are kept, so that a stopped run
-goes on where it was. A quiet machine only for `--only-time`.
+Each recipe samples the same classes and seeds as `ddpm 250`, without loss, and is scored against the same real clips.
+Compare differences between scores with their 95% intervals. `exact` is the relative root-mean-square distance of the
+latents from those of 100 steps of the same solver, for the same noise: a deterministic sampler near the exact solution
+differs from ddpm by chance alone. Times are medians over rounds in which the recipes take turns, one clip each, latents
+only, relative to ddpm. Finished videos and scores are kept, so a stopped run resumes. Only `--only-time` needs a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin", help="pipeline folder, or builtin")
     parser.add_argument("--data", type=Path, help="folder with train/ class folders")
-    parser.add_argument("--seeds", default="0-19", help="videos a class")
+    parser.add_argument("--seeds", default="0-19", help="seeds of the videos of each class")
     parser.add_argument("--num-real-clips", type=int, default=2048)
     parser.add_argument("--cache", type=Path, help="folder that keeps features; default: OUT/cache")
     parser.add_argument("--rounds", type=int, default=3)

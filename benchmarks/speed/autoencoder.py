@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.machine import PEAK, square_product
 from benchmarks.speed.products import Floor, record
@@ -15,7 +14,7 @@ from benchmarks.speed.sampling import stable_diffusion
 from benchmarks.speed.setup import Setup
 from benchmarks.speed.timing import Row, Section, interleave, timings
 from lavita.core.progress import Progress
-from lavita.models.autoencoder import decode, downsampling, encode, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, decode, downsampling, encode, load_autoencoder
 from lavita.models.packaged import autoencoder_source
 
 MOST_FRAMES = 2  # of a call: the costs of frames add up, and Stable Diffusion's are large

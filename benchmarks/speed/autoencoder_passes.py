@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.machine import describe
-from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER, latent_size, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, latent_size, load_autoencoder
 from lavita.models.autoencoder_cpu import decode_pixels, encode_moments
-from lavita.models.packaged import autoencoder_source
+from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, autoencoder_source
 
 AT_ONCE = {64: (1, 2, 4, 8, 16), 256: (1, 2)}
 Network = Callable[[AutoencoderKL, torch.Tensor], torch.Tensor]

@@ -25,11 +25,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.peaks import forget_peak, highest_allocated, resident
 from lavita.core.processes import Processes
-from lavita.models.autoencoder import decode
+from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.presets import preset_sizes

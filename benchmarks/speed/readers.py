@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.data.catalog import scan
 from lavita.data.clip_sources import CacheSource, VideoSource
 from lavita.data.clips import ClipSampler, clip_span, read_pixels
 from lavita.data.latent_cache.manifest import VERSION, write_manifest
 from lavita.data.latent_cache.shards import TENSORS, ShardVideo, latents_digest, write_shard
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.video.writing import write_video

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.latte_transformer_3d import LatteTransformer3DModel
 from torch import nn
 
 CAPTION_VALUES = 8

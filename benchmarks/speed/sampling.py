@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.speed.setup import IN_CHANNELS, Setup, build_model, model_inputs
 from benchmarks.speed.timing import Row, Section, interleave, timings
 from lavita.core.progress import Progress
-from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER, decode
+from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.compilation import compile_blocks
 from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.schedulers import make_scheduler

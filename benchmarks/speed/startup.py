@@ -75,9 +75,9 @@ def resident(kind: str) -> int:
 def make_model(folder: Path, preset: str) -> None:
     """Random weights, in float32 and in bfloat16."""
     import torch
-    from diffusers import AutoencoderKL
 
-    from lavita.models.autoencoder import STABLE_DIFFUSION_AUTOENCODER
+    from lavita.models.autoencoder import AutoencoderKL
+    from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER
     from lavita.models.transformer import LavitaTransformer3DModel
     from lavita.sampling.pipeline import LavitaPipeline
     from lavita.sampling.schedulers import make_scheduler

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from diffusers import AutoencoderKL
 from tiny_data import write_videos
+
+from lavita.models.autoencoder import AutoencoderKL
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "robustness" / "crash.py"
 

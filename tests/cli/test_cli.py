@@ -19,12 +19,12 @@ import typer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from conftest import Run
-from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_data import paint, write_broken, write_videos
 from typer.testing import CliRunner
 
 from lavita import cli
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.video.reading import read_clip
 from lavita.video.writing import write_video

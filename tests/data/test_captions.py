@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from conftest import Run
-from diffusers import AutoencoderKL
 from pyarrow import parquet
 from tiny_data import write_videos
 
 from lavita.core.config import load_config
 from lavita.data.captions import find_captions, match_captions, read_captions
 from lavita.data.catalog import scan
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.training.batches import BatchMaker
 from lavita.training.config import RunConfig
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_vae
-from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_data import paint, write_broken, write_frames, write_videos
 
@@ -26,7 +25,7 @@ from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import read_manifest, write_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_shard, write_shard
-from lavita.models.autoencoder import encode
+from lavita.models.autoencoder import AutoencoderKL, encode
 
 RESOLUTION = 16
 # The cache holds float16, and convolutions over other batches round differently in their last bits.

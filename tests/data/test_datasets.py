@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import Run
-from diffusers import AutoencoderKL
 from tiny_data import write_avi, write_broken, write_frames, write_videos
 
 from lavita.core.config import ConfigError, load_config
@@ -18,6 +17,7 @@ from lavita.data.clip_sources import open_validation
 from lavita.data.config import DataConfig
 from lavita.data.datasets import guess_dataset, list_dataset, open_dataset
 from lavita.data.ucf101 import CLASSES
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.training.batches import BatchMaker
 from lavita.training.config import RunConfig
 
@@ -139,9 +139,8 @@ def test_a_layout_gives_its_splits(
         assert (catalog.class_names, catalog.broken) == ((), ())
     assert names_of(open_dataset(tmp_path, dataset)) == sorted(placed["train"]), "the paper trains on the train split"
     if "test" not in placed:
-        with pytest.raises(
-            ValueError, match=rf"which of its {len(everything)} videos are in split 'test' of {dataset}"
-        ):
+        message = rf"does not show which of its {len(everything)} videos are in split 'test' of {dataset}"
+        with pytest.raises(ValueError, match=message):
             open_dataset(tmp_path, dataset, "test")
     assert guess_dataset(everything) == dataset
 

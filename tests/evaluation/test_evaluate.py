@@ -8,9 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lavita.data.clips import center_crop_resize
 from lavita.evaluation import clips as clips_module
 from lavita.evaluation import sources as sources_module
 from lavita.evaluation.classes import classifier as classifier_module
+from lavita.evaluation.classes.classifier import train_classifier
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.evaluate import EvaluationOptions, evaluate, run_evaluation
 from lavita.evaluation.features.networks import NETWORKS, load_network
@@ -135,7 +136,7 @@ def test_each_folder_is_scanned_once_and_each_file_hashed_once(
     opened: list[str] = []
     file_hash = content_hash_module._digest_of_version.__wrapped__
 
-    def probe(paths: list[Path]) -> Any:
+    def probe(paths: Sequence[Path]) -> Any:
         probed.extend(paths)
         return probe_all(paths)
 
@@ -146,7 +147,7 @@ def test_each_folder_is_scanned_once_and_each_file_hashed_once(
 
     monkeypatch.setattr(sources_module, "probe_all", probe)
     monkeypatch.setattr(content_hash_module, "_digest_of_version", hash_once)
-    monkeypatch.setattr(classifier_module, "NUM_STEPS", 1)
+    monkeypatch.setattr(classifier_module, "train_classifier", partial(train_classifier, num_steps=1))
     copy = tmp_path / "copy"
     options = EvaluationOptions(
         copy / "real",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from tiny_data import write_videos
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation import clips as clips_module
 from lavita.evaluation.clips import ClipSet, choose_clips, every_frame
-from lavita.evaluation.features.compute import BrokenVideos, cache_key, compute_outputs, pixel_facts
+from lavita.evaluation.features.compute import PIXELS, BrokenVideos, cache_key, compute_outputs
 from lavita.evaluation.features.networks import NETWORKS, Network, load_network
 from lavita.evaluation.sources import Source, VideoFolder
 from lavita.video.formats import VideoError
@@ -121,7 +124,12 @@ def test_all_videos_that_cannot_be_decoded_are_named(
     assert all(f"broken: {clips.root / name}" in err for name in bad)
 
 
-def test_the_resize_is_the_one_that_reports_name() -> None:
-    # The hash is of the function's source, docstring included. It is part of cache keys and of what two reports must
-    # share, so that another hash makes features be computed again, and reports not be compared with older ones.
-    assert pixel_facts()["sha256"] == "90fca6b40186be2e"
+def test_the_identifier_of_the_pixels_is_that_of_the_code() -> None:
+    tree = ast.parse(inspect.getsource(center_crop_resize))
+    (function,) = tree.body
+    assert isinstance(function, ast.FunctionDef)
+    function.body = function.body[1:]  # without the docstring
+    code = hashlib.sha256(ast.unparse(function).encode()).hexdigest()
+    assert (PIXELS, code[:16]) == ("90fca6b40186be2e", "356b7d5a812bfa80"), (
+        "other code: if it makes other pixels, change PIXELS"
+    )

@@ -71,16 +71,31 @@ def test_equals_torchmetrics() -> None:
     assert ours == pytest.approx(expected, rel=1e-6)
 
 
-def test_unbiased_where_both_sides_are_alike_and_the_interval_covers() -> None:
+def exact_between_gaussians(dim: int, shift: float) -> float:
+    """The distance of N(0, I) and N(shift, I), from the moments of the products of their samples."""
+    square = dim * shift**2  # |mean|^2 of the second
+
+    def mean_kernel(cross: float, squares: float) -> float:
+        """Of samples a and b, where `cross` is the product of their means and `squares` the sum of |mean|^2."""
+        second = cross**2 + squares + dim
+        third = cross**3 + 3 * cross * (squares + dim) + 6 * cross
+        return 1 + 3 * cross / dim + 3 * second / dim**2 + third / dim**3
+
+    return mean_kernel(0, 0) + mean_kernel(square, 2 * square) - 2 * mean_kernel(0, square)
+
+
+def test_unbiased_and_the_interval_covers() -> None:
     rng = np.random.default_rng(1)
     null = [kernel_score(*rng.normal(size=(2, 40, 6))).value for _ in range(300)]
     assert np.mean(null) == pytest.approx(0, abs=3 * np.std(null) / np.sqrt(300))
     assert np.mean(np.array(null) < 0) > 0.3
     shift = 0.4
-    truth = kernel_score(rng.normal(size=(4000, 6)), rng.normal(size=(4000, 6)) + shift).value
+    truth = exact_between_gaussians(6, shift)
     scores = [kernel_score(rng.normal(size=(150, 6)), rng.normal(size=(150, 6)) + shift) for _ in range(200)]
     covered = np.mean([score.interval_95[0] <= truth <= score.interval_95[1] for score in scores])
     assert 0.9 <= covered <= 0.99
+    values = [score.value for score in scores]
+    assert np.mean(values) == pytest.approx(truth, abs=3 * np.std(values) / np.sqrt(200))
 
 
 def test_too_few_are_refused() -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import MakeConfig, MakeTransformer, Run
-from models.test_gradient_checkpointing import backward, batch, gradients
-from torch import nn
+from conftest import MakeConfig, MakeTransformer, Run, random_transformer
+from models.passes import backward, batch, gradients, process_group, run_in_two_processes
 
 from lavita.core.processes import Processes
-from lavita.models import compilation as compiled
 from lavita.models.blocks import compiled_mix
 from lavita.models.compilation import compile_blocks
 from lavita.models.presets import VARIANTS
@@ -110,38 +108,31 @@ def test_a_training_run_has_the_losses_of_a_plain_one(make_config: MakeConfig) -
     assert losses[1] != losses[0]
 
 
-def in_process(rank: int, meeting: str, kind: Literal["ddp", "fsdp"]) -> None:
-    """Compares with and without in one of two processes, each on a batch of its own."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    outcomes = []
-    for compiles in (False, True):
-        torch.manual_seed(1)
-        sizes = {"sample_size": 8, "num_frames": 2, "hidden_size": 32, "num_blocks": 2, "num_heads": 2}
-        model = LavitaTransformer3DModel(**sizes, variant=1, num_classes=3).train()
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
-        if compiles:
-            compile_blocks(model)
-        parallel = ParallelModel(model, kind, Processes(rank, 2), torch.device("cpu"))
-        for step in range(2):
-            model.zero_grad()
-            parallel(**batch(model, 1, seed=2 * step + rank)).square().mean().backward()
-        outcomes.append(gradients(model))
-    for name, gradient in outcomes[0].items():
-        assert relative(outcomes[1][name], gradient) < 3e-5, name
-    assert any(not torch.equal(outcomes[1][name], gradient) for name, gradient in outcomes[0].items())
-    dist.barrier()
-    dist.destroy_process_group()
+def compare_in_process(rank: int, meeting: str, parallel: Literal["ddp", "fsdp"]) -> None:
+    """Compares gradients of compiled and plain blocks in one of two processes, each with its own batch."""
+    with process_group(rank, meeting):
+        outcomes = []
+        for compiles in (False, True):
+            model = random_transformer(variant=1, num_classes=3).train()
+            if compiles:
+                compile_blocks(model)
+            network = ParallelModel(model, parallel, Processes(rank, 2), torch.device("cpu"))
+            for step in range(2):
+                model.zero_grad()
+                network(**batch(model, 1, seed=2 * step + rank)).square().mean().backward()
+            outcomes.append(gradients(model))
+        for name, gradient in outcomes[0].items():
+            assert relative(outcomes[1][name], gradient) < 3e-5, name
+        assert any(not torch.equal(outcomes[1][name], gradient) for name, gradient in outcomes[0].items())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_with_ddp_and_fsdp2(kind: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_process, (str(tmp_path / "meeting"), kind), nprocs=2)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_with_ddp_and_fsdp2(parallel: str, tmp_path: Path) -> None:
+    run_in_two_processes(compare_in_process, tmp_path, parallel)
 
 
 def test_without_a_compiler_it_says_so(make_transformer: MakeTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler"):
         compile_blocks(make_transformer())
 

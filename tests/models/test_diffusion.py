@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from scipy.stats import norm
 
 from lavita.models.diffusion import GaussianDiffusion, discretized_gaussian_log_likelihood

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import MakeTransformer
+from conftest import MakeTransformer, random_transformer
+from models.passes import (
+    CONDITIONS,
+    Gradients,
+    backward,
+    batch,
+    bf16,
+    every_embedding,
+    every_kind,
+    gradients,
+    process_group,
+    run_in_two_processes,
+)
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lavita.core.processes import Processes
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
-from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.parallel import ParallelModel
 
-Gradients = dict[str, torch.Tensor]
 KINDS: tuple[Checkpointing, ...] = (True, "cheap")
-
-every_kind = pytest.mark.parametrize(
-    ("variant", "conditioning", "patch_embedding", "temporal_position"),
-    list(itertools.product((1, 2, 3, 4), ("s_adaln", "all_tokens"), ("uniform", "compression"), ("absolute", "rope"))),
-)
-bf16 = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 
 
 class CountOperations(TorchDispatchMode):
@@ -42,40 +43,6 @@ class CountOperations(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def batch(model: LavitaTransformer3DModel, num_images: int, seed: int = 0) -> dict[str, Any]:
-    """Two clips, and conditions of all frames that have their own."""
-    random = torch.Generator().manual_seed(seed)
-    frames, size = model.config["num_frames"] + num_images, model.config["sample_size"]
-    rows = (2, 1 + num_images) if num_images else (2,)
-    given: dict[str, Any] = {
-        "latents": torch.randn(2, frames, 4, size, size, generator=random),
-        "timesteps": torch.tensor([3, 900]),
-        "num_images": num_images,
-    }
-    if model.config["num_classes"]:
-        given["class_labels"] = torch.randint(3, rows, generator=random)
-    if model.config["text_dim"]:
-        given["text_embeds"] = torch.randn(*rows, model.config["text_dim"], generator=random)
-    return given
-
-
-def backward(network: nn.Module, given: dict[str, Any], bf16: bool) -> torch.Tensor:
-    network.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = network(**given).sample
-    output.float().square().mean().backward()
-    return output.detach()
-
-
-def gradients(model: nn.Module) -> Gradients:
-    found = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        found[name] = whole.clone()
-    return found
-
-
 def assert_same(mine: Gradients, expected: Gradients) -> None:
     assert mine.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -83,33 +50,24 @@ def assert_same(mine: Gradients, expected: Gradients) -> None:
         assert torch.equal(mine[name], gradient), name
 
 
-@bf16
-@pytest.mark.parametrize("fields", [{}, {"num_classes": 3}, {"text_dim": 5}], ids=["nothing", "classes", "texts"])
+@pytest.mark.parametrize(
+    ("given", "bf16"),
+    [*((given, False) for given in CONDITIONS.values()), (CONDITIONS["classes"], True)],
+    ids=[*(f"{name}-fp32" for name in CONDITIONS), "classes-bf16"],
+)
+@every_embedding
 @every_kind
 def test_gradients_are_the_same_to_the_bit(
-    variant: int,
-    conditioning: str,
-    patch_embedding: str,
-    temporal_position: str,
-    fields: dict[str, int],
-    bf16: bool,
-    make_transformer: MakeTransformer,
+    kind: dict[str, Any], patch_embedding: str, given: dict[str, int], bf16: bool, make_transformer: MakeTransformer
 ) -> None:
-    model = make_transformer(
-        variant=variant,
-        conditioning=conditioning,
-        patch_embedding=patch_embedding,
-        temporal_position=temporal_position,
-        num_frames=4,
-        **fields,
-    ).train()
+    model = make_transformer(**kind, **given, patch_embedding=patch_embedding, num_frames=4).train()
     for num_images in (0,) if patch_embedding == "compression" else (0, 2):
-        given = batch(model, num_images)
-        output = backward(model, given, bf16)
+        inputs = batch(model, num_images)
+        output = backward(model, inputs, bf16)
         expected = gradients(model)
-        for kind in KINDS:
-            checkpoint_blocks(model, kind)
-            assert torch.equal(backward(model, given, bf16), output)
+        for checkpointing in KINDS:
+            checkpoint_blocks(model, checkpointing)
+            assert torch.equal(backward(model, inputs, bf16), output)
             assert_same(gradients(model), expected)
             model.disable_gradient_checkpointing()
 
@@ -171,9 +129,9 @@ def test_between_the_passes_a_block_keeps_its_input_alone(
 def test_each_block_runs_twice_in_training_and_once_in_sampling(make_transformer: MakeTransformer) -> None:
     model = make_transformer().train()
     runs: list[nn.Module] = []
-    for block in model.blocks:
-        block.attn.register_forward_pre_hook(lambda module, _: runs.append(module))
-    attentions = [block.attn for block in model.blocks]
+    attentions = [model.get_submodule(f"blocks.{index}.attn") for index in range(2)]
+    for attention in attentions:
+        attention.register_forward_pre_hook(lambda module, _: runs.append(module))
     model.enable_gradient_checkpointing()
     assert model.is_gradient_checkpointing
     backward(model, batch(model, 0), bf16=False)
@@ -187,33 +145,26 @@ def test_each_block_runs_twice_in_training_and_once_in_sampling(make_transformer
 # --- distributed
 
 
-def in_process(rank: int, meeting: str, kind: Literal["ddp", "fsdp"], bf16: bool) -> None:
-    """Compares with and without in one of two processes, each on a batch of its own."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    sizes = {"sample_size": 8, "num_frames": 2, "hidden_size": 32, "num_blocks": 2, "num_heads": 2}
-    for variant in (1, 2, 3, 4):
-        outcomes = []
-        for checkpointing in (False, True):
-            torch.manual_seed(1)
-            model = LavitaTransformer3DModel(**sizes, variant=variant, num_classes=3).train()
-            for parameter in model.parameters():
-                nn.init.normal_(parameter, std=0.2)
-            if checkpointing:
-                model.enable_gradient_checkpointing()
-            parallel = ParallelModel(model, kind, Processes(rank, 2), torch.device("cpu"))
-            for step in range(2):  # the second one meets what the first has sharded or bucketed again
-                model.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    output = parallel(**batch(model, 1, seed=2 * step + rank))
-                output.float().square().mean().backward()
-            outcomes.append(gradients(model))
-        assert_same(outcomes[1], outcomes[0])
-    dist.barrier()  # gloo may hang where one process leaves while the other is still at work
-    dist.destroy_process_group()
+def compare_in_process(rank: int, meeting: str, parallel: Literal["ddp", "fsdp"], bf16: bool) -> None:
+    """Compares gradients with and without checkpointing in one of two processes, each with its own batch."""
+    with process_group(rank, meeting):
+        for variant in (1, 2, 3, 4):
+            outcomes = []
+            for checkpointing in (False, True):
+                model = random_transformer(variant=variant, num_classes=3).train()
+                if checkpointing:
+                    model.enable_gradient_checkpointing()
+                network = ParallelModel(model, parallel, Processes(rank, 2), torch.device("cpu"))
+                for step in range(2):  # the second step runs on parameters that the first has sharded or bucketed
+                    model.zero_grad()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                        output = network(**batch(model, 1, seed=2 * step + rank))
+                    output.float().square().mean().backward()
+                outcomes.append(gradients(model))
+            assert_same(outcomes[1], outcomes[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "bf16"), [("ddp", False), ("fsdp", True)])
-def test_with_ddp_and_fsdp2(kind: str, bf16: bool, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_process, (str(tmp_path / "meeting"), kind, bf16), nprocs=2)
+@pytest.mark.parametrize(("parallel", "bf16"), [("ddp", False), ("fsdp", True)])
+def test_with_ddp_and_fsdp2(parallel: str, bf16: bool, tmp_path: Path) -> None:
+    run_in_two_processes(compare_in_process, tmp_path, parallel, bf16)

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from tiny_data import paint
 
-from lavita.models.autoencoder import decode, encode, to_frames, to_pixels
+from lavita.models.autoencoder import AutoencoderKL, decode, encode, to_frames, to_pixels
 from lavita.models.fingerprint import fingerprint
 
 

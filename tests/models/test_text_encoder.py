@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_what_is_no_text_encoder_is_refused(tmp_path: Path) -> None:
     save_text_encoder(DistilBertModel(small), tmp_path / "distil")
     with pytest.raises(ValueError, match="DistilBertModel has no pooled output"):
         load_text_encoder(str(tmp_path / "distil"))
-    bare = save_text_encoder(BertModel(BERT, add_pooling_layer=False), tmp_path / "bare")
+    bare: Any = save_text_encoder(BertModel(BERT, add_pooling_layer=False), tmp_path / "bare")
     assert bare.pooler is None
     with pytest.raises(ValueError, match=r"bare: its weights lack pooler\.dense\.bias"):
         load_text_encoder(str(tmp_path / "bare"))

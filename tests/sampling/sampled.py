@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from conftest import MakeTransformer
-from diffusers import AutoencoderKL
 
 from lavita.core.seeds import generator
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
 
 BuildPipeline = Callable[..., LavitaPipeline]

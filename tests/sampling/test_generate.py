@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeTransformer
-from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_text import BERT, save_text_encoder
 from transformers import BertModel
 
 from lavita.core.seeds import generator
 from lavita.evaluation.sources import find_interval
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling import generate as generate_module
 from lavita.sampling.generate import generate, parse_seeds
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeTransformer
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sampling.sampled import largest_error, sample, seeded
 
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline, save_pipeline
 from lavita.sampling.schedulers import SAMPLERS, make_scheduler, uses_learned_variance
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeTransformer
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from sampling.sampled import largest_error, sample, seeded
 
 from lavita.core.names import Spacing
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.transformer import TransformerOutput
 from lavita.sampling.pipeline import LavitaPipeline, make_pipeline

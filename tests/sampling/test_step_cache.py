@@ -8,11 +8,11 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import MakeTransformer, Run
-from diffusers import AutoencoderKL
 from sampling.sampled import CLASSES, TEXTS, BuildPipeline, build_pipeline, relative, sample
 from torch import nn
 
 from lavita.core.names import CacheName
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.blocks import Attention, TransformerBlock, compiled_mix
 from lavita.models.compilation import compile_blocks
 from lavita.models.packaged import model_source

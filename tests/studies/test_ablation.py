@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_data import write_videos
 
 from lavita.cli import app
 from lavita.core.commands import CommandFailed
 from lavita.core.config import load_config
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.studies import ablation
 from lavita.studies.ablation import STUDIES, StudyPlan, headline, pretraining_arms, run_study
 from lavita.training.config import RunConfig

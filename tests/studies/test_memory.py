@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeTransformer, Run
-from diffusers import AutoencoderKL
 from torch import nn
 
-from lavita.models.autoencoder import decode
+from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.transformer import LavitaTransformer3DModel

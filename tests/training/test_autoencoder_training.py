@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError, load_config
-from lavita.models.autoencoder import encode, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder
 from lavita.training import autoencoder as module
 from lavita.training.autoencoder import (
     autoencoder_loss,

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeConfig
-from diffusers import AutoencoderKL
 from PIL import Image
 from scipy import stats
 from tiny_data import paint, write_videos
@@ -19,7 +18,7 @@ from lavita.data.captions import CaptionSampler, read_captions
 from lavita.data.catalog import scan
 from lavita.data.clips import read_pixels
 from lavita.data.latent_cache.encode import encode_dataset
-from lavita.models.autoencoder import encode
+from lavita.models.autoencoder import AutoencoderKL, encode
 from lavita.training.batches import BatchMaker
 
 MakeBatches = Callable[..., BatchMaker]
@@ -206,6 +205,6 @@ def test_captions_become_embeddings(num_images: int, make_batches: MakeBatches, 
 def test_workers_decode_the_videos(make_batches: MakeBatches) -> None:
     """More of them or fewer: the same batch, to the bit."""
     one, three = make_batches("data.workers=1"), make_batches("data.workers=3")
-    pools = [source.source._pool._max_workers for source in (one, three)]  # type: ignore[attr-defined]
+    pools = [source.source.workers for source in (one, three)]  # type: ignore[attr-defined]
     assert pools == [1, 3]
     assert torch.equal(one.make(0).latents, three.make(0).latents)

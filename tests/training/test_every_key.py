@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
-from diffusers import AutoencoderKL
 from PIL import Image
 from tiny_data import paint, write_broken, write_videos
 from tiny_text import CLIP, save_text_encoder
@@ -21,6 +20,7 @@ from lavita.core.config import StrictConfig
 from lavita.data.catalog import scan
 from lavita.data.clip_sources import VideoSource
 from lavita.data.latent_cache.encode import encode_dataset
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.blocks import Attention, compiled_mix
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
@@ -100,7 +100,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def starting(self: VideoSource, *arguments: Any) -> None:
         start(self, *arguments)
-        COUNTS["threads"] = self._pool._max_workers
+        COUNTS["threads"] = self.workers
 
     mix = compiled_mix()
 

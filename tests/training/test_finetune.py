@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig, Run
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError
 from lavita.models.adapters import apply_adapter, merge_state
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.pretrained.transfer import initialize
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline

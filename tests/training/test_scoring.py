@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita.core.config import load_config
@@ -19,6 +18,7 @@ from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.features.extractors import EXTRACTORS
 from lavita.evaluation.features.networks import NETWORKS, load_network
 from lavita.evaluation.sources import VideoFolder
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.config import RunConfig
 from lavita.training.scoring import TrackingOptions, TrainingScorer

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeConfig
-from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError, load_config, read_yaml
@@ -24,6 +23,7 @@ from lavita.core.processes import Processes
 from lavita.core.seeds import generator
 from lavita.data.catalog import scan
 from lavita.data.latent_cache.encode import encode_dataset
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling.pipeline import load_pipeline
 from lavita.training import snapshots
 from lavita.training import train as module

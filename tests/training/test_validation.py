@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeTransformer
-from diffusers import AutoencoderKL
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError, load_config
@@ -22,7 +21,7 @@ from lavita.core.processes import Processes, processes
 from lavita.data.catalog import scan
 from lavita.data.clips import ClipDraw, ClipSampler, read_pixels
 from lavita.data.latent_cache.encode import encode_dataset
-from lavita.models.autoencoder import encode
+from lavita.models.autoencoder import AutoencoderKL, encode
 from lavita.models.diffusion import GaussianDiffusion, Losses
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.config import RunConfig

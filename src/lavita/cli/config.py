@@ -72,7 +72,7 @@ def _class_of(kind: Kind) -> type[StrictConfig]:
 def _guess(values: dict[str, Any]) -> type[StrictConfig]:
     """The class whose fields the values are: a training run's, unless they are all those of another one."""
     for kind in ("train", "autoencoder", "evaluation"):
-        cls = _class_of(kind)  # type: ignore[arg-type]
+        cls = _class_of(kind)
         sections_fit = not isinstance(values.get("data"), list) if kind == "train" else True
         if values.keys() <= cls.model_fields.keys() and sections_fit:
             return cls

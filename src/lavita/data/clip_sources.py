@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError
 from lavita.core.precision import Precision
@@ -25,7 +24,7 @@ from lavita.data.content_hash import source_bytes
 from lavita.data.datasets import list_dataset, open_dataset
 from lavita.data.latent_cache.manifest import MANIFEST, read_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
-from lavita.models.autoencoder import encode, latent_size
+from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
 from lavita.models.fingerprint import fingerprint
 from lavita.video.formats import Frames, VideoInfo
 from lavita.video.frame_folders import find_videos

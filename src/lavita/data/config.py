@@ -37,8 +37,8 @@ class DataConfig(StrictConfig):
     """Folder of the training videos: any tree of video files and frame folders. Required unless `latent_cache` is
     set."""
     dataset: DataSetName = "folder"
-    """Layout of `path`: `folder` for any tree of videos, or one of the paper's data sets (`faceforensics`,
-    `sky_timelapse`, `ucf101`, `taichi_hd`), whose splits and classes are known (docs/data.md)."""
+    """Layout of `path`: `folder` for any tree of videos, or one of the paper's data sets, whose splits and classes are
+    known (docs/data.md)."""
     split: str | None = None
     """Part of a named data set to train on; docs/data.md lists the splits of each. Default: what the paper trains on,
     which is `all` for `ucf101` and `train` for the others."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lavita.core.config import ConfigError, StrictConfig, load_config
-from lavita.data.config import DataSetName
+from lavita.core.names import DataSetName
 from lavita.evaluation.distances.inception_score import VARIANTS, Variant
 
 NEEDED_BY: dict[str, tuple[str, str]] = {

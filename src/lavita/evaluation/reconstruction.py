@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
 from lavita.core.files import write_json
 from lavita.data.catalog import scan
 from lavita.data.clips import center_crop_resize
-from lavita.models.autoencoder import decode, encode
+from lavita.models.autoencoder import AutoencoderKL, decode, encode
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]

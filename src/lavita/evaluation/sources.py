@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ from typing import Any, Literal
 
 import av
 
-from lavita.data.catalog import Catalog, Video, find_videos, make_catalog, probe_all, read_generation
+from lavita.data.catalog import Catalog, Video, make_catalog, probe_all, read_generation
 from lavita.data.content_hash import content_hash
 from lavita.video.formats import VideoError, VideoInfo
-from lavita.video.frame_folders import is_frame_folder
+from lavita.video.frame_folders import find_videos, is_frame_folder
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class VideoFolder:
     def _probed(self) -> dict[Path, VideoInfo | VideoError]:
         if not self.root.is_dir():
             raise ValueError(f"{self.root}: no such folder")
-        paths = list(find_videos(self.root))
-        return dict(zip(paths, probe_all(paths), strict=True))
+        tree = find_videos(self.root)
+        if tree.note:
+            print(tree.note, file=sys.stderr)
+        return dict(zip(tree.videos, probe_all(tree.videos), strict=True))
 
     def catalog(self, min_frames: int = 1, broken: Literal["skip", "error"] = "skip") -> Catalog:
         """Lists the readable videos; the folder that a video is in, if not `root`, is its class.

@@ -61,7 +61,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     The mixin marks it as an attention for diffusers' step caches; it has no processors.
     """
 
-    processor = None
+    processor = None  # type: ignore[assignment]
     _supports_qkv_fusion = False
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 
 def fingerprint(model: ModelMixin) -> str:

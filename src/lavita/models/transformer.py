@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -46,15 +46,15 @@ class TransformerOutput(BaseOutput):
     then predicted variance; else (B, F, C, H, W)."""
 
 
-class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
+class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ignore[misc]  # both define config_name
     """Predicts the noise of noisy video latents, and its variance.
 
     Parameters have the names of DiT's and Latte's published weights.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]
-    _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["TransformerBlock"]  # type: ignore[misc, assignment]
+    _repeated_blocks: ClassVar[list[str]] = ["TransformerBlock"]  # type: ignore[misc]
 
     @register_to_config
     def __init__(
@@ -156,6 +156,11 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
             else None
         )
         self.initialize_weights()
+
+    if TYPE_CHECKING:
+
+        def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+            """See `torch.nn.Module.to`; the decorator of diffusers' method hides its signature from mypy."""
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> LavitaTransformer3DModel:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from diffusers import ConfigMixin
 from PIL import Image
 
 from lavita.core.files import replacing, write_text
@@ -170,7 +169,7 @@ def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> N
 
 
 def _plan_jobs(
-    config: ConfigMixin,
+    config: Mapping[str, Any],
     out: Path,
     suffix: str,
     seeds: list[int],

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar, get_logger
+from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
@@ -21,7 +21,7 @@ from lavita.core.files import replacing
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
 from lavita.models.adapters import Adapters
-from lavita.models.autoencoder import decode
+from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
@@ -45,12 +45,12 @@ class LavitaPipeline(DiffusionPipeline):
     Load it with this class: `DiffusionPipeline.from_pretrained` does not know it.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
     transformer: LavitaTransformer3DModel
     vae: AutoencoderKL
     scheduler: Scheduler
 
-    def __init__(self, transformer: LavitaTransformer3DModel, vae: AutoencoderKL, scheduler: SchedulerMixin) -> None:
+    def __init__(self, transformer: LavitaTransformer3DModel, vae: AutoencoderKL, scheduler: Scheduler) -> None:
         """Combines a model, the autoencoder of its latents, and a scheduler of `make_scheduler`.
 
         Raises:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
-
-from diffusers import ConfigMixin
 
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import low_precision, store_linear_weights
@@ -59,13 +58,13 @@ class Recipe:
         """Number of steps, with the default filled in."""
         return self.steps if self.steps is not None else 250 if self.sampler == "ddpm" else 25
 
-    def scale(self, config: ConfigMixin) -> float:
+    def scale(self, config: Mapping[str, Any]) -> float:
         """Guidance scale for a transformer with this configuration, with the default filled in."""
         if self.guidance_scale is not None:
             return self.guidance_scale
         return DEFAULT_GUIDANCE if config["num_classes"] or config["text_dim"] else 1.0
 
-    def settings(self, config: ConfigMixin) -> dict[str, Any]:
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The record in a folder of samples: sampler, steps and guidance always, the rest if it is not the default."""
         optional = {
             "spacing": self.spacing if self.spacing != "trailing" else None,

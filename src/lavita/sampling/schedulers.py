@@ -1,13 +1,15 @@
-"""Schedulers for sampling, from diffusers, and the type of what sampling uses of them: mypy sees no type of theirs."""
+"""Schedulers for sampling, from diffusers, and the type of the part of them that sampling uses."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from lavita.core.names import SamplerName, Spacing
 from lavita.models.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
@@ -22,6 +24,7 @@ class SchedulerOutput(Protocol):
     """The sample at the next, less noisy timestep."""
 
 
+@runtime_checkable  # diffusers compares a pipeline's components with the types of its constructor
 class Scheduler(Protocol):
     """The part of diffusers' schedulers that sampling uses."""
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lavita.core.precision import store_linear_weights
-from lavita.models.autoencoder import downsampling, frames_at_once, pieces
+from lavita.models.autoencoder import AutoencoderKL, downsampling, frames_at_once, pieces
 from lavita.models.autoencoder_cpu import decode_pixels
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks

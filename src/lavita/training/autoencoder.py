@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from lavita.core.config import save_config
@@ -23,7 +22,7 @@ from lavita.core.progress import Progress
 from lavita.core.seeds import generator, numpy_generator
 from lavita.data.catalog import scan
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
-from lavita.models.autoencoder import encode, load_autoencoder, to_pixels
+from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder, to_pixels
 from lavita.training.checkpoint import Keep, load_last_checkpoint, save_checkpoint
 from lavita.training.config import AutoencoderConfig
 from lavita.training.ema import EMA
@@ -203,7 +202,7 @@ def _train(config: AutoencoderConfig) -> Path:
         load_frames(root, config.resolution, config.memory_gib / len(config.data), config.seed) for root in config.data
     ]
     torch.manual_seed(config.seed)
-    vae = build_autoencoder(config).to(device)
+    vae: AutoencoderKL = build_autoencoder(config).to(device)  # type: ignore[arg-type]
     ema = EMA(vae, EMA_DECAY)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 

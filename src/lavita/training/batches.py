@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError
 from lavita.core.seeds import generator
@@ -16,6 +15,7 @@ from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, LatentClip, open_images, open_videos
 from lavita.data.clips import ClipDraw, ClipSampler
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.training.config import RunConfig
 from lavita.video.formats import VideoError

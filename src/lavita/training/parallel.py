@@ -57,8 +57,9 @@ class ParallelModel:
     @contextmanager
     def gradients_later(self, later: bool) -> Iterator[None]:
         """Within, gradients stay with their process and add up, where `later`: the last micro-batch exchanges them."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(not later)
+        module: nn.Module = self.model
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(not later)
         quiet = later and isinstance(self._wrapped, DistributedDataParallel)
         with self._wrapped.no_sync() if quiet else nullcontext():  # type: ignore[operator]
             yield

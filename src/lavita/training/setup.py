@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL
-
-from lavita.models.autoencoder import latent_size
+from lavita.models.autoencoder import AutoencoderKL, latent_size
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.text_encoder import DEFAULT_TEXT_ENCODER
 from lavita.models.transformer import LavitaTransformer3DModel

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from lavita.core.processes import Processes
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.fingerprint import fingerprint
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.checkpoint import Checkpoint, load_last_checkpoint

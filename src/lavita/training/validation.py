@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.core.config import ConfigError
 from lavita.core.precision import Precision, autocast
@@ -17,6 +16,7 @@ from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import open_validation
 from lavita.data.clips import ClipSampler
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from lavita.training.config import RunConfig
 

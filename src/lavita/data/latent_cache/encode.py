@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from lavita.core.files import remove_partial
 from lavita.core.precision import Precision, without_fp16
@@ -42,7 +41,7 @@ from lavita.data.latent_cache.shards import (
     read_shard,
     write_shard,
 )
-from lavita.models.autoencoder import encode, latent_size
+from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
 from lavita.models.fingerprint import fingerprint
 from lavita.video.formats import Frames, VideoError
 from lavita.video.reading import iter_frames

@@ -127,12 +127,12 @@ def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {"classifier.weight": weights["_fc.weight"], "classifier.bias": weights["_fc.bias"]}
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
     for number in range(sum(count for _, _, count, _, _ in _STAGES)):
-        theirs, ours = f"_blocks.{number}", f"blocks.{number}"
+        source, target = f"_blocks.{number}", f"blocks.{number}"
         parts = [("expand", "_expand_conv", "_bn0")] if number else []
         parts += [("depthwise", "_depthwise_conv", "_bn1"), ("project", "_project_conv", "_bn2")]
-        pairs += [(f"{ours}.{name}", f"{theirs}.{conv}", f"{theirs}.{norm}") for name, conv, norm in parts]
-    for ours, conv, norm in pairs:
+        pairs += [(f"{target}.{name}", f"{source}.{conv}", f"{source}.{norm}") for name, conv, norm in parts]
+    for target, conv, norm in pairs:
         scale = weights[f"{norm}.weight"] / torch.sqrt(weights[f"{norm}.running_var"] + _EPSILON)
-        result[f"{ours}.conv.weight"] = weights[f"{conv}.weight"] * scale[:, None, None, None]
-        result[f"{ours}.conv.bias"] = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
+        result[f"{target}.conv.weight"] = weights[f"{conv}.weight"] * scale[:, None, None, None]
+        result[f"{target}.conv.bias"] = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
     return result

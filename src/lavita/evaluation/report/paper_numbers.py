@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lavita.data.config import DataSetName
+from lavita.core.names import DataSetName
 
 
 @dataclass(frozen=True)

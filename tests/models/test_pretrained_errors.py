@@ -1,0 +1,150 @@
+"""Pretrained weights that are refused: other sizes, damaged files, code in files."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeTransformer, SavePipeline
+from models.dit import layout, make_dit, write_folder, write_pt
+
+from lavita.models.autoencoder import AutoencoderKL
+from lavita.models.pretrained.transfer import initialize
+from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.sampling.latte_files import convert_latte
+
+SIZES: dict[str, Any] = {"num_classes": 5, "num_frames": 4, "num_blocks": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": 64}, "hidden_size is 32, but this model's is 64"),
+        ({"num_heads": 4}, "num_heads is 2, but this model's is 4"),
+        ({"patch_size": 4}, "patch_size is 2, but this model's is 4"),
+        ({"in_channels": 3}, "in_channels is 4, but this model's is 3"),
+        ({"mlp_ratio": 2.0}, "width of the MLPs is 128, but this model's is 64"),
+    ],
+)
+def test_other_sizes_are_refused(
+    fields: dict[str, Any], words: str, tmp_path: Path, save_pipeline: SavePipeline, make_transformer: MakeTransformer
+) -> None:
+    dit = make_dit()
+    model = make_transformer(**{**SIZES, **fields})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for source in (write_pt(dit, tmp_path), write_folder(dit, tmp_path), save_pipeline(make_transformer(**SIZES))):
+        if "num_heads" in fields and source.endswith(".pt"):
+            continue  # which no tensor tells
+        with pytest.raises(ValueError, match=words):
+            initialize(model, source)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"variant": 1}, {"num_blocks": 6}, {"patch_embedding": "compression"}, {"conditioning": "all_tokens"}],
+    ids=str,
+)
+def test_other_video_models_are_refused(
+    fields: dict[str, Any], tmp_path: Path, save_pipeline: SavePipeline, make_transformer: MakeTransformer
+) -> None:
+    theirs = make_transformer(**SIZES)
+    torch.save({"ema": theirs.state_dict()}, tmp_path / "latte.pt")
+    for source in (save_pipeline(theirs), str(tmp_path / "latte.pt")):
+        with pytest.raises(ValueError, match=rf"{next(iter(fields))} is \w+, but this model's is \w+; they must"):
+            initialize(make_transformer(**{**SIZES, **fields}), source)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda trap, file: file.write_bytes(pickle.dumps(trap))])
+def test_code_in_a_file_does_not_run(
+    write: Callable[[Any, Path], None], tmp_path: Path, tiny_transformer: LavitaTransformer3DModel
+) -> None:
+    write({"ema": {"pos_embed": Trap(tmp_path / "sprung")}}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil.pt: cannot be read as weights \(it holds more than tensors") as caught:
+        initialize(tiny_transformer, str(tmp_path / "evil.pt"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(ValueError, match=r"evil\.pt"):
+        convert_latte(tmp_path / "evil.pt", tmp_path / "out")
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()  # it is a trap
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path, tiny_transformer: LavitaTransformer3DModel) -> None:
+    def refuse(source: Path | str, words: str, weights: Any = None) -> None:
+        with pytest.raises(ValueError, match=words) as caught:
+            initialize(tiny_transformer, str(source), weights)
+        assert "\n" not in str(caught.value)
+
+    def saved(value: Any) -> Path:
+        torch.save(value, tmp_path / "file.pt")
+        return tmp_path / "file.pt"
+
+    state = layout(make_dit(2))
+    whole = saved(state).read_bytes()
+    refuse(tmp_path / "none.pt", "none.pt: no such file")
+    refuse("nowhere.pt", "nowhere.pt: no such file")
+    refuse(tmp_path, "holds no model")
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    refuse(tmp_path / "cut.pt", "cut.pt: cannot be read as weights")
+    (tmp_path / "empty.pt").touch()
+    refuse(tmp_path / "empty.pt", "empty.pt: cannot be read as weights")
+    refuse(saved([1, 2]), "holds a list, not tensors by name")
+    refuse(saved({"model": 3}), "'model' is a int, not a tensor")
+    refuse(saved({"weight": torch.zeros(1)}), "neither a DiT nor a Latte, but 1 tensors such as weight")
+    refuse(saved({**state, "clip.weight": torch.zeros(1)}), "include the unknown clip.weight")
+    refuse(saved({**state, "blocks.7.mlp.fc1.bias": torch.zeros(1)}), "lack blocks.2.adaLN_modulation.1.bias")
+    refuse(saved({key: state[key] for key in list(state)[:-1]}), f"lack {list(state)[-1]}")
+    refuse(saved({**state, "blocks.0.attn.qkv.bias": torch.zeros(7)}), r"blocks.0.attn.qkv.bias has the shape \(7,\)")
+    refuse(saved({**state, "pos_embed": torch.zeros(1, 15, 32)}), "15 places, which do not form a square")
+    refuse(saved({"model": state, "ema": state}), "weights must be given: ema or model")
+    refuse(saved({"ema": state}), "weights is 'model', but .* only holds 'ema'", "model")
+    refuse(saved(state), "weights is 'ema', but .* holds one set", "ema")
+
+
+def test_damaged_folders_are_refused(
+    tmp_path: Path, save_pipeline: SavePipeline, tiny_transformer: LavitaTransformer3DModel, tiny_vae: AutoencoderKL
+) -> None:
+    weights = Path(save_pipeline(tiny_transformer)) / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match=r"weights is 'ema', but .* holds one set"):
+        initialize(tiny_transformer, str(weights.parent), "ema")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="pipeline: cannot load its weights"):
+        initialize(tiny_transformer, str(weights.parents[1]))
+    weights.unlink()
+    with pytest.raises(ValueError, match="pipeline: cannot load its weights"):
+        initialize(tiny_transformer, str(weights.parents[1]))
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="vae: holds a AutoencoderKL; allowed"):
+        initialize(tiny_transformer, str(tmp_path / "vae"))
+    dit = make_dit(2)
+    dit.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1
+    with pytest.raises(ValueError, match=r"timestep_embedder.linear_2.bias differs from block 0"):
+        initialize(tiny_transformer, write_folder(dit, tmp_path))
+
+
+def test_a_file_with_two_sets_gives_the_one_asked_for(tmp_path: Path, make_transformer: MakeTransformer) -> None:
+    state = layout(make_dit(2))
+    averaged = {**state, "x_embedder.proj.bias": torch.full((32,), 7.0)}
+    torch.save({"model": state, "ema": averaged}, tmp_path / "both.pt")
+    model = make_transformer()
+    initialize(model, str(tmp_path / "both.pt"), "ema")
+    assert torch.equal(model.get_parameter("x_embedder.proj.bias"), averaged["x_embedder.proj.bias"])
+    report = initialize(model, str(tmp_path / "both.pt"), "model")
+    assert torch.equal(model.get_parameter("x_embedder.proj.bias"), state["x_embedder.proj.bias"])
+    assert report.source.endswith("both.pt (model)")
