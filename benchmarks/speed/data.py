@@ -91,7 +91,8 @@ def narrow_autoencoder(device: torch.device) -> AutoencoderKL:
         latent_channels=IN_CHANNELS,
         norm_num_groups=8,
     )
-    return vae.eval().requires_grad_(False).to(device)
+    vae.to(device)
+    return vae.eval().requires_grad_(False)
 
 
 def drop_from_page_cache(files: Sequence[Path]) -> None:

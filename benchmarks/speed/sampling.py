@@ -39,7 +39,8 @@ def stable_diffusion(setup: Setup) -> AutoencoderKL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae: AutoencoderKL = AutoencoderKL.from_config(STABLE_DIFFUSION_AUTOENCODER)
-    return vae.eval().requires_grad_(False).to(setup.torch_device)
+    vae.to(setup.torch_device)
+    return vae.eval().requires_grad_(False)
 
 
 def run(setup: Setup) -> Section:

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
-import click
 import numpy as np
 import pytest
 import typer
@@ -38,7 +38,7 @@ def lavita(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 # --- help
 
 
-def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     yield path, group
     for name, command in getattr(group, "commands", {}).items():
         yield from commands(command, (*path, name))
@@ -56,7 +56,7 @@ def test_every_command_has_help(path: tuple[str, ...], flag: str) -> None:
     assert command.help and command.help.split("\n")[0] in " ".join(result.output.split())
     for parameter in command.params:
         assert getattr(parameter, "help", None), f"{parameter.name} of {' '.join(path)} has no help"
-        if isinstance(parameter, click.Option):
+        if parameter.param_type_name == "option":
             assert parameter.opts[0] in result.output
 
 

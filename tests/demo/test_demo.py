@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lavita.video.writing import write_video
 CLASSES = ("disks", "stripes")
 
 
-def scores(accuracy: float) -> dict:
+def scores(accuracy: float) -> dict[str, Any]:
     motion = {
         name: {"real": 2.0, "generated": 3.0, "ratio": 1.5, "within_factor_two": name == "disks"} for name in CLASSES
     }

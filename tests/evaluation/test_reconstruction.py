@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ def moving_square(tmp_path: Path) -> Path:
     return tmp_path
 
 
+NO_AUTOENCODER: Any = None  # encoding and decoding are replaced
+
+
 def fake_autoencoder(monkeypatch: pytest.MonkeyPatch, everywhere: int, bright: int) -> None:
     """Replaces the autoencoder by one whose error is known: so much everywhere, so much more on bright pixels."""
 
@@ -37,7 +41,7 @@ def fake_autoencoder(monkeypatch: pytest.MonkeyPatch, everywhere: int, bright: i
 
 def test_psnr_of_a_known_error(moving_square: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_autoencoder(monkeypatch, everywhere=5, bright=0)
-    quality = reconstruction.reconstruction_quality(None, moving_square, 32)
+    quality = reconstruction.reconstruction_quality(NO_AUTOENCODER, moving_square, 32)
     expected = 20 * math.log10(255 / 5)
     assert set(quality) == {"squares", "all"}
     assert quality["all"]["frames"] == 6
@@ -47,14 +51,14 @@ def test_psnr_of_a_known_error(moving_square: Path, monkeypatch: pytest.MonkeyPa
 
 def test_moving_pixels_are_scored_apart(moving_square: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_autoencoder(monkeypatch, everywhere=1, bright=40)
-    row = reconstruction.reconstruction_quality(None, moving_square, 32)["all"]
+    row = reconstruction.reconstruction_quality(NO_AUTOENCODER, moving_square, 32)["all"]
     assert row["moving_psnr"] < row["psnr"] - 6
 
 
 def test_no_error_and_no_motion_have_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "still.gif", np.zeros((4, 32, 32, 3), dtype=np.uint8), 10)
     fake_autoencoder(monkeypatch, everywhere=0, bright=0)
-    row = reconstruction.reconstruction_quality(None, tmp_path, 32)["all"]
+    row = reconstruction.reconstruction_quality(NO_AUTOENCODER, tmp_path, 32)["all"]
     assert row["psnr"] is None and row["moving_psnr"] is None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from PIL import Image
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError

@@ -98,6 +98,9 @@ class StepCache:
             output: torch.Tensor = self._model(latents, timesteps, **options, return_dict=False)[0]
         return swap_halves(output) if self.splits_batch else output
 
+    def _current_timestep(self) -> Any:
+        return self._timestep
+
     def _config(self, timestep: float) -> TaylorSeerCacheConfig | FasterCacheConfig | PyramidAttentionBroadcastConfig:
         if self._name == "taylorseer":
             return TaylorSeerCacheConfig(
@@ -110,11 +113,11 @@ class StepCache:
         if self._name == "fastercache":
             return FasterCacheConfig(
                 # Without guidance, the hook tries to reuse at its first step, too, unless that is outside of the range.
-                spatial_attention_timestep_skip_range=(-1, 681 if self._guided else min(681, timestep)),  # type: ignore[arg-type]
+                spatial_attention_timestep_skip_range=(-1, 681 if self._guided else min(681, int(timestep))),
                 attention_weight_callback=lambda _: 0.5,
                 tensor_format="BFCHW",
                 is_guidance_distilled=not self._guided,
-                current_timestep_callback=lambda: self._timestep,
+                current_timestep_callback=self._current_timestep,
                 _unconditional_conditional_input_kwargs_identifiers=["class_labels", "text_embeds"],
             )
         names: dict[bool, list[str]] = {False: [], True: []}
@@ -129,7 +132,7 @@ class StepCache:
             temporal_attention_timestep_skip_range=(100, 850),
             spatial_attention_block_identifiers=tuple(names[False]),
             temporal_attention_block_identifiers=tuple(names[True]),
-            current_timestep_callback=lambda: self._timestep,
+            current_timestep_callback=self._current_timestep,
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lavita.core.config import ConfigError, StrictConfig, load_config, read_yaml
-from lavita.core.files import write_text
+from lavita.core.files import remove_partial, write_text
 from lavita.training.checkpoint import list_checkpoints
 
 RESUMABLE = {
@@ -117,7 +117,9 @@ class Metrics:
 
 @contextmanager
 def only_run(run_dir: Path) -> Iterator[None]:
-    """Locks a run's folder against a second run; the system releases the lock when the process dies.
+    """Locks a run's folder against a second run, and removes what a killed one left half-written.
+
+    The system releases the lock when the process dies.
 
     Raises:
         ValueError: if another process holds the lock.
@@ -128,6 +130,7 @@ def only_run(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{run_dir}: another run is using this folder; use another run_dir") from error
+        remove_partial(run_dir)
         try:
             yield
         except BaseException:
