@@ -96,7 +96,7 @@ def test_classifier_is_blind_to_colour(tmp_path: Path, monkeypatch: pytest.Monke
     assert belief_in_truth(blind) == pytest.approx(1 / 3, abs=0.05)
     # The same classes are easy for the same network if colours are left alone.
     monkeypatch.setattr(classifier_module, "augment", lambda pixels, rng: pixels)
-    seeing = train_classifier(catalog, SIZE, num_steps=150)
+    seeing = train_classifier(catalog, SIZE, num_steps=80)
     assert share_recognised(seeing, unseen) == 1
     assert belief_in_truth(seeing) > 0.8
 
