@@ -52,7 +52,8 @@ def info(
         str | None, typer.Option(help="Optimizer of the training: adamw or muon. Default: adamw.", show_default=False)
     ] = None,
     gradient_checkpointing: Annotated[
-        Literal["true", "cheap"] | None, typer.Option(help="Of training. Default: none.", show_default=False)
+        Literal["true", "cheap"] | None,
+        typer.Option(help="Gradient checkpointing of the training. Default: none.", show_default=False),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp32 and bf16.", show_default=False)

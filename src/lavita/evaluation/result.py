@@ -32,7 +32,7 @@ class Evaluation:
     selection: Selection | None = None
     """The clips, if there are metrics of features."""
     neighbours: Sequence[Neighbour] = ()
-    """Of every generated clip, nearest first."""
+    """The nearest real clip of each generated clip, nearest pairs first."""
 
 
 def class_facts(videos: ClassVideos) -> dict[str, Any]:
