@@ -30,7 +30,8 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, ROOT, cwd=folder)
+    options = ["--no-deps", "-w", folder]
+    built = run(sys.executable, "-m", "pip", "wheel", *options, ROOT, cwd=folder)
     assert built.returncode == 0, built.stderr
     (file,) = folder.glob("lavita-*.whl")
     return file
@@ -51,14 +52,15 @@ def test_a_fresh_environment_installs_it_and_samples(wheel: Path, tmp_path: Path
     bin_ = tmp_path / "venv" / "bin"
     # Everything but torch is the newest that fits; another torch would be gigabytes more.
     (tmp_path / "torch.txt").write_text(f"torch=={version('torch').partition('+')[0]}\n")
-    installed = run(bin_ / "pip", "install", "-q", "-c", tmp_path / "torch.txt", wheel, cwd=tmp_path)
+    options = ["-q", "--no-compile", "-c", tmp_path / "torch.txt"]
+    installed = run(bin_ / "pip", "install", *options, wheel, cwd=tmp_path)
     if "CI" not in os.environ and any(word in installed.stderr for word in OFFLINE):
         pytest.skip("no package index can be reached")
     assert installed.returncode == 0, installed.stderr
     assert (checked := run(bin_ / "pip", "check", cwd=tmp_path)).returncode == 0, checked.stdout
 
-    options = ["--classes", "boxing", "--seeds", "0", "--steps", "2"]
-    sampled = run(bin_ / "lavita", "sample", "--out", tmp_path / "samples", *options, cwd=tmp_path)
+    request = ["--classes", "boxing", "--seeds", "0", "--steps", "2"]
+    sampled = run(bin_ / "lavita", "sample", "--out", tmp_path / "samples", *request, cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
     assert "arning" not in sampled.stderr, sampled.stderr
     info = probe(tmp_path / "samples" / "boxing" / "0.mp4")

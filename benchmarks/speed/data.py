@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.speed.peaks import resident
-from benchmarks.speed.setup import IN_CHANNELS, Setup, available_memory
+from benchmarks.speed.setup import IN_CHANNELS, Setup
 from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from benchmarks.speed.training import CHECKPOINTED, OURS, Trainer, predicted_memory
 from lavita.core.prefetch import prefetch
@@ -27,6 +27,7 @@ from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels
 from lavita.data.latent_cache.manifest import VERSION, write_manifest
 from lavita.data.latent_cache.shards import TENSORS, ShardVideo, latents_digest, write_shard
 from lavita.models.autoencoder import AutoencoderKL
+from lavita.studies.memory import available_memory
 from lavita.video.writing import write_video
 
 COLD = "from the latent cache, not in the page cache"

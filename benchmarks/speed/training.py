@@ -13,12 +13,12 @@ from benchmarks.speed.baselines import PlainModel
 from benchmarks.speed.machine import COPY, PEAK, large_copy, square_product
 from benchmarks.speed.peaks import Candidate, measure_peaks
 from benchmarks.speed.products import Floor, record
-from benchmarks.speed.setup import Setup, available_memory, build_model, set_compiled
+from benchmarks.speed.setup import Setup, build_model, set_compiled
 from benchmarks.speed.timing import Row, Section, interleave, num_timings
 from lavita.core.progress import Progress
 from lavita.models.compilation import compile_blocks
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
-from lavita.studies.memory import Setting, training_memory
+from lavita.studies.memory import Setting, available_memory, training_memory
 from lavita.training.batches import random_batch
 from lavita.training.config import TrainConfig
 from lavita.training.state import TrainState

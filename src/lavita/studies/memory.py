@@ -10,6 +10,7 @@ Legend: B batch, F frames (a clip's, then images), C channels, H W latent size.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -205,7 +206,7 @@ def sampling_memory(
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device now; None if the system does not tell."""
+    """Bytes that are free on a device now; None if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -213,7 +214,8 @@ def available_memory(device: torch.device) -> int | None:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return None
+        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return pages * size if pages > 0 else None
 
 
 def autoencoder_config(name: str, latent_channels: int) -> dict[str, Any]:
