@@ -57,5 +57,5 @@ def test_the_fingerprint_is_of_weights_and_configuration(vae: AutoencoderKL, tmp
     vae.register_to_config(scaling_factor=0.71)
     rescaled = fingerprint(vae)
     vae.register_to_config(scaling_factor=0.7)
-    vae.get_parameter("encoder.conv_in.bias").data[0] += 1e-3
+    vae.encoder.conv_in.weight.data[0] += 1e-3
     assert len({before, rescaled, fingerprint(vae)}) == 3
