@@ -30,7 +30,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    options = ["--no-deps", "-w", folder]
+    options: list[str | Path] = ["--no-deps", "-w", folder]
     built = run(sys.executable, "-m", "pip", "wheel", *options, ROOT, cwd=folder)
     assert built.returncode == 0, built.stderr
     (file,) = folder.glob("lavita-*.whl")
@@ -52,7 +52,7 @@ def test_a_fresh_environment_installs_it_and_samples(wheel: Path, tmp_path: Path
     bin_ = tmp_path / "venv" / "bin"
     # Everything but torch is the newest that fits; another torch would be gigabytes more.
     (tmp_path / "torch.txt").write_text(f"torch=={version('torch').partition('+')[0]}\n")
-    options = ["-q", "--no-compile", "-c", tmp_path / "torch.txt"]
+    options: list[str | Path] = ["-q", "--no-compile", "-c", tmp_path / "torch.txt"]
     installed = run(bin_ / "pip", "install", *options, wheel, cwd=tmp_path)
     if "CI" not in os.environ and any(word in installed.stderr for word in OFFLINE):
         pytest.skip("no package index can be reached")

@@ -92,7 +92,7 @@ def narrow_autoencoder(device: torch.device) -> AutoencoderKL:
         latent_channels=IN_CHANNELS,
         norm_num_groups=8,
     )
-    vae.to(device)
+    torch.nn.Module.to(vae, device)  # diffusers declares its own `to` in a way that mypy misreads
     return vae.eval().requires_grad_(False)
 
 

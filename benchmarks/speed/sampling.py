@@ -39,7 +39,7 @@ def stable_diffusion(setup: Setup) -> AutoencoderKL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae: AutoencoderKL = AutoencoderKL.from_config(STABLE_DIFFUSION_AUTOENCODER)
-    vae.to(setup.torch_device)
+    torch.nn.Module.to(vae, setup.torch_device)  # diffusers declares its own `to` in a way that mypy misreads
     return vae.eval().requires_grad_(False)
 
 
