@@ -245,6 +245,7 @@ def test_a_merged_pipeline_needs_no_peft(
     assert (config.run_dir / "samples" / "step-00000002" / "1.mp4").exists()
     assert set(weights_of(folder)) == set(weights_of(source))
     monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("diffusers.utils.import_utils._peft_available", False)  # diffusers looked before
     options = ("--classes", "a", "--seeds", "0", "--steps", "2")
     commands = {"merged": [str(folder)], "added": [source, "--lora", str(folder / "lora")]}
     for name, model in commands.items():

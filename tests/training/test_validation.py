@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused(folders: Path, make_validation: MakeValida
         (["train.validation_clips=8"], "validation_clips is 8, but has no effect with validate_every=0"),
         (
             ["train.validate_every=5", "data.validation=v", "data.captions=c.csv"],
-            "validation_captions is missing: with captions, the held-out videos need theirs",
+            "validation_captions is missing: a run with captions needs captions of the held-out videos",
         ),
         (["data.captions=c.csv", "data.validation_captions=v.csv"], "validation_captions is set, but needs"),
         (
