@@ -143,4 +143,5 @@ def test_sampling_compiled(tmp_path: Path, pipeline: Any, run: Run) -> None:
     assert code == 0, stderr
     assert (tmp_path / "out" / "pong" / "0.mp4").exists()
     code, _, stderr = run("sample", tmp_path / "model", "--out", tmp_path / "other", *options, "--cache", "pab")
-    assert code == 2 and stderr.strip() == "error: cache is pab, which works on models that are not compiled"
+    assert code == 2
+    assert stderr.strip() == "error: cache is pab, which does not work with compiled blocks; allowed: taylorseer"
