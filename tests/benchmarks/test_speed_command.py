@@ -140,8 +140,7 @@ def test_bf16(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert not sections[2].facts["largest_difference"], "in bf16 both passes are those of diffusers"
 
 
-@pytest.mark.slow
-def test_compiled_candidates(small: None) -> None:
+def test_compiled_candidates(small: None, traced_blocks: None) -> None:
     setup = replace(TINY, compiled=True, repeats=1)
     first, second, third = command.run_sections(setup, ["forward", "training", "sampling"])
     assert {forward.COMPILED, forward.INT8_COMPILED} <= {row.name for row in first.rows}
