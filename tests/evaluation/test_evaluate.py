@@ -345,3 +345,14 @@ def test_images_can_be_compared_with_every_frame(run: Run, world: Path, tmp_path
     # 8 videos of 40 frames, in parts of 16, 16 and 8; one frame of each part.
     assert content["sides"]["clips"]["every_frame"]["num_clips"] == content["scores"]["kid"]["num_real"] == 24
     assert content["scores"]["kvd"]["num_real"] == 12
+
+
+def test_a_floor_of_too_few_videos_is_dropped_before_the_scoring(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_videos(tmp_path / "two", ["a/0.mp4", "b/1.mp4"], 60, 18, 24)
+    arguments = (*folders(world), "--held-out", tmp_path / "two", "--metrics", "kvd", *FEW, "--out", "c.json")
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "no floor: its clips are from 2 videos, but kvd needs 3; --held-out with more videos gives one" in out
+    assert report(tmp_path / "c.json")["scores"]["kvd"]["floor"] is None

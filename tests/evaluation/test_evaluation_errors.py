@@ -43,6 +43,8 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     (["@", "--metrics", "accuracy", "--page", "p"], "page is set, but has no effect"),
     (["@", *FEW, "--sampler", "ddim"], "sampler is set, but has no effect"),
     (["@", *FEW, "neighbours=3"], "neighbours is set, but has no effect on kvd"),
+    (["@", *FEW, "--metrics", "prdc", "neighbours=9"], "generated: it has 9 samples, but prdc needs more than neigh"),
+    (["@", "num_real_clips=12", "num_generated_clips=2", "frame_interval=2"], "generated: its clips are from 2 videos"),
     (["@", *FEW, "--metrics", "accuracy"], "num_real_clips is set, but has no effect without a metric of features"),
 ]
 
