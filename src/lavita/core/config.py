@@ -21,13 +21,13 @@ class ConfigError(ValueError):
 
 
 class StrictConfig(BaseModel):
-    """Base of all configuration sections: immutable, and unknown keys are refused.
+    """Base of all configuration sections: immutable; unknown keys, and numbers that are not finite, are refused.
 
     The docstring under a field is its description (`Section.model_fields[name].description`); `lavita config` and the
     documentation are generated from it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Config = TypeVar("Config", bound=StrictConfig)
