@@ -47,7 +47,7 @@ def run_tests(
     """
     with tempfile.TemporaryDirectory(prefix="tests-") as folder:
         printed = Path(folder) / "printed.txt"
-        process = server.Process(target=_run, args=(list(tests), root, sources, printed), daemon=False)
+        process = server.Process(target=_run, args=(list(tests), root, sources, Path(folder)), daemon=False)
         process.start()
         try:
             process.join(limit)
@@ -61,9 +61,9 @@ def run_tests(
     return code, failed[0].partition(" - ")[0] if failed else ""
 
 
-def _run(tests: list[str], root: Path, sources: Path, printed: Path) -> None:
+def _run(tests: list[str], root: Path, sources: Path, folder: Path) -> None:
     os.setsid()  # a group of its own, so that processes which the tests start can be killed with it
-    with printed.open("wb") as file:
+    with (folder / "printed.txt").open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(root)
@@ -74,5 +74,16 @@ def _run(tests: list[str], root: Path, sources: Path, printed: Path) -> None:
     sys.path[:] = [str(sources), *(folder for folder in sys.path if folder)]
     import pytest
 
-    options = [f"--rootdir={root}", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow"]
+    options = [
+        f"--rootdir={root}",
+        f"--basetemp={folder / 'tmp'}",
+        "-x",
+        "-q",
+        "-rfE",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+    ]
     sys.exit(int(pytest.main([*options, *tests])))

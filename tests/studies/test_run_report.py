@@ -294,7 +294,7 @@ def test_the_newest_events_are_shown_and_the_others_counted(tmp_path: Path) -> N
     write_lines(run / "events.jsonl", [{"step": step, "event": "spike"} for step in range(1, MAX_EVENTS + 51)])
     page = Page(write_report([run], tmp_path / "page"))
     steps = [int(row[0]) for row in page.rows if "spike" in row]
-    assert steps == list(range(MAX_EVENTS + 50, 50, -1)) and "50 older events are not shown" in page.text
+    assert steps == list(range(MAX_EVENTS + 50, 50, -1)) and " 50 older events are not shown" in page.text
 
 
 def test_many_sets_of_samples_are_thinned(tmp_path: Path) -> None:
