@@ -74,16 +74,6 @@ def _run(tests: list[str], root: Path, sources: Path, folder: Path) -> None:
     sys.path[:] = [str(sources), *(folder for folder in sys.path if folder)]
     import pytest
 
-    options = [
-        f"--rootdir={root}",
-        f"--basetemp={folder / 'tmp'}",
-        "-x",
-        "-q",
-        "-rfE",
-        "--tb=no",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-    ]
+    options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+    options += ["-m", "not slow", f"--rootdir={root}", f"--basetemp={folder / 'tmp'}"]
     sys.exit(int(pytest.main([*options, *tests])))

@@ -131,7 +131,7 @@ def run_mutants(
 ) -> int:
     """Runs the tests of each fault, and writes `result.json` and `table.md` after each of them.
 
-    Outcomes in the folder are kept where neither the fault nor its source file nor its tests have changed since.
+    Verdicts in the folder are kept where neither the fault nor its source file nor its tests have changed since.
 
     Args:
         out: folder for the results.
@@ -154,7 +154,7 @@ def run_mutants(
     outcomes: dict[str, Outcome] = {}
     for fault in faults:
         known = before.get(fault.name)
-        if known is not None and known.key == _key(fault, root):
+        if known is not None and known.verdict != NOT_APPLICABLE and known.key == _key(fault, root):
             outcomes[fault.name] = known
     progress = Progress("fault", len(faults), len(outcomes))
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,12 +100,15 @@ def test_one_fault_is_caught_one_survives_and_one_cannot_be_judged(
     assert "1 caught, 1 survived, 1 not applicable" in table
     assert (toy / "src" / "toy.py").read_text(encoding="utf-8") == SOURCE, "faults are planted in a copy"
 
-    def not_again(*_: object) -> None:
-        raise AssertionError("what is known is not run again")
+    ran: list[list[str]] = []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(mutants, "run_tests", not_again)
-        assert run() == 1
+    def recording(server: Any, tests: list[str], *others: Any) -> tuple[int | None, str]:
+        ran.append(tests)
+        return run_tests(server, tests, *others)
+
+    monkeypatch.setattr(mutants, "run_tests", recording)
+    assert run() == 1
+    assert ran == [["tests/test_no.py"]], "what is known is not run again"
     (toy / "tests" / "test_toy.py").write_text(TESTS + "    assert largest([1, 2]) == 2\n", encoding="utf-8")
     assert run() == 1, "the fault that cannot be judged is left"
     assert capsys.readouterr().out.splitlines()[-3] == "2 caught, 0 survived, 1 not applicable"
