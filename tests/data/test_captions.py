@@ -110,6 +110,16 @@ def test_webvid_tables(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
+    """Spreadsheets write one at the beginning of a file."""
+    for name, content in (
+        ("a.csv", "file,caption\n0.mp4,a cat\n"),
+        ("a.jsonl", '{"file": "0.mp4", "caption": "a cat"}'),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_captions(tmp_path / name) == {"0.mp4": ("a cat",)}
+
+
 def test_pandas_writes_a_missing_folder_as_nan(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("videoid,page_dir,name\n5,NaN,a cat\n6,,a dog\n")

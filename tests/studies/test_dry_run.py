@@ -70,6 +70,9 @@ def test_the_numbers_are_those_of_the_run(run: Run, make_config: MakeConfig) -> 
     assert tree(config.run_dir) == before
     assert f"{config.run_dir}: resumes after step 2; 5 steps of 4 clips" in out
     assert "for the 3 remaining steps" in out
+    resumed = dry_run(config)
+    assert resumed.step_seconds is not None and resumed.read_seconds is not None
+    assert (resumed.steps_done, resumed.run_seconds) == (2, 3 * (resumed.step_seconds + resumed.read_seconds))
 
     transformer = load_pipeline(folder).transformer
     setting = Setting("muon", False, "fp32", 2)
