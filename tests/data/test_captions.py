@@ -222,7 +222,8 @@ def test_other_encodings_are_refused_with_their_place(content: bytes, message: s
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_a_list_is_several_captions(suffix: str, tmp_path: Path) -> None:
-    rows = [{"file": "a.mp4", "caption": ["a dog", "a  hound"]}, {"file": "a.mp4", "caption": ["a cur", None]}]
+    cells = (["a dog", "a  hound"], ["a cur", None])
+    rows = [{"file": "a.mp4", "caption": cell} for cell in cells]
     assert read_captions(write_table(tmp_path / f"a{suffix}", rows)) == {"a.mp4": ("a dog", "a hound", "a cur")}
 
 
@@ -295,7 +296,10 @@ def test_captions_of_bytes_and_half_characters_are_refused(tmp_path: Path) -> No
 
 def test_numbers_that_name_videos_keep_their_digits(tmp_path: Path) -> None:
     """pandas makes floats of the integers in a column with a missing value, and writes them so."""
-    rows = [{"videoid": 21179416.0, "page_dir": None, "name": "a"}, {"videoid": 5.0, "page_dir": "1", "name": "b"}]
+    rows: list[dict[str, Any]] = [
+        {"videoid": 21179416.0, "page_dir": None, "name": "a"},
+        {"videoid": 5.0, "page_dir": "1", "name": "b"},
+    ]
     expected = {"21179416.mp4": ("a",), "1/5.mp4": ("b",)}
     for suffix in FORMATS:
         assert read_captions(write_table(tmp_path / f"a{suffix}", rows)) == expected
