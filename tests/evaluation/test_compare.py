@@ -14,7 +14,9 @@ from lavita.evaluation.report.compare import compare_reports
 
 
 def write_report(file: Path, **parts: Any) -> Path:
-    file.write_text(json.dumps({"protocol": {"comparable": {"features": {"num_frames": 16}}}, **parts}))
+    file.write_text(
+        json.dumps({"protocol": {"comparable": {"features": {"num_frames": 16}}}, **parts}), encoding="utf-8"
+    )
     return file
 
 
