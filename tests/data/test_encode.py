@@ -287,6 +287,7 @@ def test_a_cache_of_other_settings_is_not_mixed(
     encoded.failure = SEVEN[2], KeyboardInterrupt()  # before the cache is finished
     with pytest.raises(KeyboardInterrupt):
         encode_all(videos, tmp_path / "cache", tiny_vae)
+    encoded.failure = None
     (key, value), *_ = change.items()
     with pytest.raises(ValueError, match=f"holds a cache with {key}=.*, not {value}; use another folder"):
         encode_all(videos, tmp_path / "cache", tiny_vae, **change)

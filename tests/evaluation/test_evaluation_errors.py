@@ -28,7 +28,7 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     ),
     (["@", "num_real_clips=9", "num_generated_clips=9"], "frame_interval is not set, and"),
     (["@", *FEW, "num_frames=17"], "has 16 frames, but a clip needs 17"),
-    (["@", *FEW, "frame_interval=3"], "has 40 frames, but a clip needs 46"),
+    (["@", "num_real_clips=12", "num_generated_clips=9", "frame_interval=3"], "has 40 frames, but a clip needs 46"),
     (["@", *FEW, "num_frames=8"], "num_frames is 8, but i3d needs at least 10"),
     (["@", *FEW, "resolution=32"], "resolution is 32, but the videos of"),
     (["@", *FEW, "resolutoin=8"], "unknown key 'resolutoin'; known here: dataset"),

@@ -26,7 +26,7 @@ FAST: dict[str, Any] = {"recipe": Recipe(steps=1), "device": "cpu", "num_frames"
 
 
 def change(file: Path, **fields: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -17,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lavita.core.text import printable
+
 _MARK = ".partial-"
 _MOST_BYTES = 180  # of 255, so that a suffix and the mark of a partial file fit
 _HASHED = re.compile(r"--[0-9a-f]{12}$")
-_DEVICE = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
-)  # files of these names are devices on Windows
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, a file of this name is one
 
 
 @contextmanager
@@ -37,6 +38,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     Yields:
         A path with the same suffix that no other process uses. It is removed if the block raises.
     """
+    path = _on_disk(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}{_MARK}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -102,14 +104,24 @@ def hashed_name(text: str) -> str:
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Writes UTF-8 text; see `replacing`."""
+    """Writes UTF-8 text; see `replacing`. What UTF-8 lacks is written as `core.text.printable` shows it."""
     with replacing(path, durable) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(printable(text), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
     """Writes indented JSON; see `replacing`."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable)
+
+
+def _on_disk(path: Path) -> Path:
+    """The path whose bytes are UTF-8 under any locale: as other programs wrote, and will look for, the same name."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        name = str(path).encode("utf-8", "surrogateescape")
+        return Path(name.decode(sys.getfilesystemencoding(), "surrogateescape"))
+    return path
 
 
 def remove_partial(folder: Path, *stems: str) -> None:

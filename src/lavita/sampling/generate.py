@@ -16,6 +16,7 @@ from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator
+from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
 from lavita.models.adapters import apply_adapter
 from lavita.models.fingerprint import fingerprint
@@ -188,7 +189,8 @@ def _plan_jobs(
         raise ValueError("a prompt was given, but this model has no texts")
     if config["num_classes"]:
         names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
-        labels = parse_classes([classes] if isinstance(classes, str) else classes, names)
+        asked = [classes] if isinstance(classes, str) else classes
+        labels = parse_classes([normal_name(text) for text in asked], [normal_name(name) for name in names])
         folders = class_folders(names)
         return _distinct(
             Job(inside(out, f"{folders[label]}/{seed}{suffix}"), seed, label) for label in labels for seed in seeds

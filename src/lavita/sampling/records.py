@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavita.core.files import write_text
+from lavita.core.text import printable
 from lavita.data.catalog import read_generation
 from lavita.video.formats import GENERATION, PROMPTS
 
@@ -65,7 +66,9 @@ def record_prompts(out: Path, prompts: Mapping[Path, str | None]) -> None:
     for path, prompt in prompts.items():
         name = path.relative_to(out).as_posix()
         if prompt is not None and recorded.get(name) != prompt:
-            lines.append(json.dumps({"file": name, "caption": prompt}, ensure_ascii=False) + "\n")
+            row = {"file": name, "caption": prompt}
+            # Escaped only if UTF-8 cannot hold it: a table is for people, too.
+            lines.append(json.dumps(row, ensure_ascii=prompt != printable(prompt)) + "\n")
     if not lines:
         return
     out.mkdir(parents=True, exist_ok=True)

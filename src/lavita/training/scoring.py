@@ -75,7 +75,8 @@ class TrainingScorer:
         self._network: Network = load_network(self._extractor.network, device=device)
         # The training run has already named the videos that it leaves out.
         source = VideoFolder(real).usable(clip_span(num_frames, frame_interval), skip_broken=True)
-        side = choose_clips(source, self.options.num_clips, num_frames, frame_interval, self.options.seed)
+        count, seed = self.options.num_clips, self.options.seed
+        side = choose_clips(source, count, num_frames, frame_interval, seed, field="train.score_clips")
         if (num_videos := len({clip.name for clip in side.clips})) < MIN_SAMPLES:
             raise ValueError(f"{real}: {num_videos} usable videos; a kernel distance needs {MIN_SAMPLES}")
         outputs = compute_outputs(side, [self._network], resolution)[self._network.spec.name]
