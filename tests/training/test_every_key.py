@@ -122,6 +122,7 @@ class Key:
 
 
 VALIDATED = ("data.validation={held_out}", "train.validate_every=2", "train.validation_clips=2")
+FLOW = ("model.prediction_type=flow", "model.learn_sigma=false")
 INIT = ("train.init_from={pipeline}",)
 TEXTS = ("data.captions={captions}", "data.class_folders=false", "model.text_encoder={clip}")
 IMAGES = ("data.num_images=1", "data.images={images}")
@@ -160,6 +161,8 @@ KEYS: dict[str, Key] = {
     "model.class_dropout": Key("0.9", weights),
     "model.learn_sigma": Key("false"),
     "model.prediction_type": Key("v_prediction"),
+    "train.timestep_sampling": Key("logit_normal", losses, FLOW),
+    "train.timestep_shift": Key("3", losses, FLOW),
     "train.init_from": Key("{pipeline}"),
     "train.init_weights": Key("model", weights, ("train.init_from={published}", "train.init_weights=ema")),
     "train.freeze": Key("spatial", weights, INIT),

@@ -9,7 +9,7 @@ from typing import Literal
 
 DataSetName = Literal["folder", "faceforensics", "sky_timelapse", "ucf101", "taichi_hd"]
 """Layouts of data sets (`data.datasets`): any folder of videos, or one of the paper's data sets."""
-SamplerName = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
+SamplerName = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm", "euler", "heun"]
 """Samplers (`sampling.schedulers`)."""
 Spacing = Literal["trailing", "karras"]
 """Spacings of a sampler's steps (`sampling.schedulers`)."""

@@ -26,7 +26,16 @@ from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.schedulers import Scheduler, denoise_step, make_scheduler, set_timesteps, uses_learned_variance
+from lavita.sampling.schedulers import (
+    Scheduler,
+    denoise_step,
+    initial_scale,
+    make_scheduler,
+    model_input,
+    prediction_of,
+    set_timesteps,
+    uses_learned_variance,
+)
 
 logger = get_logger(__name__)
 
@@ -61,7 +70,7 @@ class LavitaPipeline(DiffusionPipeline):
         channels, expected = transformer.config["in_channels"], vae.config["latent_channels"]
         if channels != expected:
             raise ValueError(f"the transformer has {channels} latent channels, but the autoencoder has {expected}")
-        predicted, taken = transformer.config["prediction_type"], scheduler.config["prediction_type"]
+        predicted, taken = transformer.config["prediction_type"], prediction_of(scheduler)
         if predicted != taken:
             raise ValueError(f"the transformer predicts {predicted}, but the scheduler expects {taken}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -69,8 +78,7 @@ class LavitaPipeline(DiffusionPipeline):
 
     def use_sampler(self, sampler: str, spacing: Spacing = "trailing") -> None:
         """Replaces the scheduler by another that fits the model; see `make_scheduler` for names and errors."""
-        config = self.transformer.config
-        self.scheduler = make_scheduler(sampler, config["learn_sigma"], config["prediction_type"], spacing)
+        self.scheduler = _scheduler_for(self.transformer, sampler, spacing)
 
     @torch.no_grad()
     def __call__(
@@ -104,7 +112,8 @@ class LavitaPipeline(DiffusionPipeline):
             num_videos: number of videos of an unconditional model; 1 by default.
             num_frames: F; by default the length of the training clips. Positions of longer clips are interpolated
                 (see `embeddings.frame_positions`), with a warning.
-            num_inference_steps: steps; each is one evaluation of the network, on twice the batch with guidance.
+            num_inference_steps: steps; each is one evaluation of the network (with the sampler `heun` two, except for
+                the last step), on twice the batch with guidance.
             guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
             guidance_interval: lowest and highest timestep with guidance; by default all (see `denoiser.Guidance`).
             use_temporal: False leaves the temporal modules out: every frame is an image of its own (A.4).
@@ -152,10 +161,10 @@ class LavitaPipeline(DiffusionPipeline):
             self.transformer, timesteps, label_tensor, text_tensor, guidance, use_temporal, precision, cache
         )
         learned_variance = uses_learned_variance(self.scheduler)
-        state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma  # (B, C, F, h, w)
+        state = latents.to(device).transpose(1, 2) * initial_scale(self.scheduler)  # (B, C, F, h, w)
         with denoiser.loop():
             for index, timestep in enumerate(self.progress_bar(timesteps)):
-                scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)  # (B, F, C, h, w)
+                scaled = model_input(self.scheduler, state, timestep).transpose(1, 2)  # (B, F, C, h, w)
                 prediction, variance = denoiser(index, scaled)
                 if learned_variance:
                     prediction = torch.cat([prediction, variance], dim=2)
@@ -285,10 +294,14 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
 
 def make_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL) -> LavitaPipeline:
     """Makes the pipeline of a model, with UniPC as its sampler."""
-    scheduler = make_scheduler("unipc", model.config["learn_sigma"], model.config["prediction_type"])
-    pipeline = LavitaPipeline(model, vae, scheduler)
+    pipeline = LavitaPipeline(model, vae, _scheduler_for(model, "unipc"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _scheduler_for(model: LavitaTransformer3DModel, sampler: str, spacing: Spacing = "trailing") -> Scheduler:
+    config = model.config
+    return make_scheduler(sampler, config["learn_sigma"], config["prediction_type"], spacing, config["flow_shift"])
 
 
 def save_pipeline(pipeline: LavitaPipeline, folder: Path, adapters: Adapters | None = None) -> None:

@@ -12,6 +12,7 @@ from lavita.data.config import DataConfig
 from lavita.models.config import DEFAULT_TUBE_SIZE, ModelConfig
 
 VALIDATION_CLIPS = 64
+TimestepSampling = Literal["uniform", "logit_normal"]
 
 
 class TrainConfig(StrictConfig):
@@ -57,6 +58,12 @@ class TrainConfig(StrictConfig):
     """Decoupled weight decay."""
     clip_grad_norm: float = Field(1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """Distribution of the timesteps of a flow: `uniform`; or `logit_normal`, which has most of them between data and
+    noise, where the velocity is hardest to predict (Esser et al. 2024). Needs `model.prediction_type=flow`."""
+    timestep_shift: PositiveFloat | Literal["auto"] = 1.0
+    """Shift of the timesteps of a flow, in training and sampling: 1 for none, more for more noise. `auto`: the square
+    root of the number of latent positions of a clip over 1,024, at least 1. Needs `model.prediction_type=flow`."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights; it is lower during the first steps (`ema.decay_at`)."""
     gradient_checkpointing: Literal[True, False, "cheap"] = False
@@ -168,6 +175,12 @@ class RunConfig(StrictConfig):
                 f"train.score_every is {self.train.score_every}, but needs data.dataset=folder: it compares with every "
                 "video in data.path"
             )
+        for key in ("timestep_sampling", "timestep_shift"):
+            value = getattr(self.train, key)
+            if value != TrainConfig.model_fields[key].default and model.prediction_type != "flow":
+                raise ValueError(
+                    f"train.{key} is {value}, but has no effect with model.prediction_type={model.prediction_type}"
+                )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
         if self.train.freeze is not None and model.variant == 4:

@@ -23,6 +23,7 @@ from lavita.models.autoencoder import AutoencoderKL, latent_size, load_autoencod
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
+from lavita.models.flow import FLOW
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.packaged import autoencoder_source
 from lavita.models.pretrained.transfer import initialize
@@ -35,6 +36,7 @@ from lavita.training.finetune import prepare, read_fresh, trained_parameters, wr
 from lavita.training.run_folder import RESUMABLE, Metrics, check_resumable
 from lavita.training.scoring import TrackingOptions, TrainingScorer
 from lavita.training.state import TrainState
+from lavita.training.timesteps import Timesteps
 from lavita.training.trackers import Trackers
 from lavita.training.validation import Validation
 
@@ -78,7 +80,7 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
     vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
     texts = texts_folder(config.data.latent_cache, run_dir)
     encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
-    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout)
+    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae))
     if batches.captions is not None:
         batches.embed_captions(encoder)
     validation = None
@@ -147,6 +149,7 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
         temporal_position=config.model.temporal_position,
         learn_sigma=config.model.learn_sigma,
         prediction_type=config.model.prediction_type,
+        flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         sample_size=latent_size(vae, config.data.resolution),
         in_channels=vae.config["latent_channels"],
         num_frames=config.data.num_frames,

@@ -10,7 +10,7 @@ from torch import nn
 
 from lavita.core.precision import low_precision
 from lavita.core.processes import Processes
-from lavita.models.diffusion import GaussianDiffusion
+from lavita.models.flow import Objective, make_objective
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.checkpoint import Checkpoint
 from lavita.training.config import TrainConfig
@@ -28,7 +28,7 @@ class TrainState:
     """In training mode; only the parameters that require gradients are trained. Sharded if `parallel` shards it."""
     parallel: ParallelModel
     """Calls the model; its gradients are means over all processes."""
-    diffusion: GaussianDiffusion
+    diffusion: Objective
     """The objective."""
     ema: EMA
     optimizers: list[torch.optim.Optimizer]
@@ -67,7 +67,7 @@ class TrainState:
         return cls(
             model=model,
             parallel=parallel,
-            diffusion=GaussianDiffusion(model.config["prediction_type"]),
+            diffusion=make_objective(model.config["prediction_type"]),
             ema=EMA(model, settings.ema_decay),
             optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
             guard=StepGuard(settings.spike_factor),

@@ -19,7 +19,8 @@ from lavita.data.clip_sources import ClipSource, open_validation
 from lavita.data.clips import ClipSampler
 from lavita.data.config import DataConfig
 from lavita.models.autoencoder import AutoencoderKL
-from lavita.models.diffusion import NUM_TIMESTEPS, GaussianDiffusion
+from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.flow import Objective
 from lavita.training.config import TrainConfig
 
 LEVELS = 10
@@ -118,7 +119,7 @@ class Validation:
 
     @torch.no_grad()
     def evaluate(
-        self, model: torch.nn.Module, diffusion: GaussianDiffusion, device: torch.device, precision: Precision
+        self, model: torch.nn.Module, diffusion: Objective, device: torch.device, precision: Precision
     ) -> dict[str, Any]:
         """The loss of a model; all processes of the team call this together.
 
@@ -156,7 +157,7 @@ class Validation:
         self,
         index: int,
         model: torch.nn.Module,
-        diffusion: GaussianDiffusion,
+        diffusion: Objective,
         device: torch.device,
         precision: Precision,
     ) -> list[list[float]]:
