@@ -163,6 +163,8 @@ KEYS: dict[str, Key] = {
     "model.prediction_type": Key("v_prediction"),
     "train.timestep_sampling": Key("logit_normal", losses, FLOW),
     "train.timestep_shift": Key("3", losses, FLOW),
+    "train.loss_weighting": Key("min_snr"),
+    "train.min_snr_gamma": Key("1", losses, ("train.loss_weighting=min_snr",)),
     "train.init_from": Key("{pipeline}"),
     "train.init_weights": Key("model", weights, ("train.init_from={published}", "train.init_weights=ema")),
     "train.freeze": Key("spatial", weights, INIT),

@@ -12,6 +12,7 @@ from lavita.data.config import DataConfig
 from lavita.models.config import DEFAULT_TUBE_SIZE, ModelConfig
 
 VALIDATION_CLIPS = 64
+MIN_SNR_GAMMA = 5.0
 TimestepSampling = Literal["uniform", "logit_normal"]
 
 
@@ -64,6 +65,12 @@ class TrainConfig(StrictConfig):
     timestep_shift: PositiveFloat | Literal["auto"] = 1.0
     """Shift of the timesteps of a flow, in training and sampling: 1 for none, more for more noise. `auto`: the square
     root of the number of latent positions of a clip over 1,024, at least 1. Needs `model.prediction_type=flow`."""
+    loss_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weights of the timesteps in the loss of noise or velocity. `uniform`: all have the same, as in the paper;
+    `min_snr`: timesteps with little noise, which tell the least about a clip, count less (Hang et al. 2023). Validation
+    is not weighted."""
+    min_snr_gamma: float = Field(MIN_SNR_GAMMA, gt=0)
+    """Largest weight of a timestep in terms of the clean latents, with `loss_weighting=min_snr`."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights; it is lower during the first steps (`ema.decay_at`)."""
     gradient_checkpointing: Literal[True, False, "cheap"] = False
@@ -118,6 +125,10 @@ class TrainConfig(StrictConfig):
             raise ValueError(f"trackers is {self.trackers}, but each may be named once")
         if self.validation_clips != VALIDATION_CLIPS and not self.validate_every:
             raise ValueError(f"validation_clips is {self.validation_clips}, but has no effect with validate_every=0")
+        if self.min_snr_gamma != MIN_SNR_GAMMA and self.loss_weighting != "min_snr":
+            raise ValueError(
+                f"min_snr_gamma is {self.min_snr_gamma:g}, but has no effect with loss_weighting={self.loss_weighting}"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
         if self.compile and self.gradient_checkpointing == "cheap":
@@ -181,6 +192,11 @@ class RunConfig(StrictConfig):
                 raise ValueError(
                     f"train.{key} is {value}, but has no effect with model.prediction_type={model.prediction_type}"
                 )
+        if self.train.loss_weighting == "min_snr" and model.prediction_type == "flow":
+            raise ValueError(
+                "train.loss_weighting is min_snr, but is for model.prediction_type=epsilon and v_prediction: a flow "
+                "weights its timesteps by train.timestep_sampling"
+            )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
         if self.train.freeze is not None and model.variant == 4:
