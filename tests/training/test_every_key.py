@@ -139,6 +139,7 @@ KEYS: dict[str, Key] = {
     "data.resolution": Key("32"),
     "data.horizontal_flip": Key("false"),
     "data.latent_cache": Key("{cache}", threads),
+    "data.normalize_latents": Key("true"),
     "data.workers": Key("5", threads),
     "data.captions": Key("{captions}", also=("data.class_folders=false",), only_with=("model.text_encoder={clip}",)),
     "data.num_images": Key("1"),

@@ -79,13 +79,15 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         learn_sigma: bool = True,
         prediction_type: str = "epsilon",
         flow_shift: float | None = None,
+        latent_mean: list[float] | None = None,
+        latent_std: list[float] | None = None,
         frame_interval: int = 1,
         fps: float = 8.0,
     ) -> None:
         """Builds the model; at initialisation its output is exactly zero.
 
-        `class_names`, `text_encoder`, `prediction_type`, `flow_shift`, `frame_interval` and `fps` are facts about the
-        weights: they change nothing in the forward pass, but sampling needs them.
+        `class_names`, `text_encoder`, `prediction_type`, `flow_shift`, `latent_mean`, `latent_std`, `frame_interval`
+        and `fps` are facts about the weights: they change nothing in the forward pass, but sampling needs them.
 
         Args:
             sample_size: H = W of the latents.
@@ -113,6 +115,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 `flow`), without `learn_sigma`.
             flow_shift: shift of the timesteps that a flow was trained at, and should be sampled at (see
                 `flow.shift_time`); None is 1.
+            latent_mean: mean of each channel of the scaled latents, which was subtracted in training (see
+                `latent_statistics`); None if the model takes scaled latents as they are.
+            latent_std: standard deviation of each channel, by which they were divided; together with `latent_mean`.
             frame_interval: frame interval of the training clips.
             fps: frames per second of a generated video: the data's divided by `frame_interval`.
 

@@ -23,6 +23,7 @@ from lavita.core.precision import Precision
 from lavita.models.adapters import Adapters
 from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
@@ -120,7 +121,7 @@ class LavitaPipeline(DiffusionPipeline):
             generator: one for all videos, or one per video, so that a video depends on its own generator only. CPU
                 generators give the same noise on every device.
             latents: initial noise (B, F, C, h, w), instead of noise from the generator.
-            output_type: `uint8` frames, or scaled `latent`s.
+            output_type: `uint8` frames, or scaled `latent`s, not normalised.
             precision: see `core.precision.autocast`.
             cache: step cache that reuses parts of earlier evaluations (see `StepCache`); by default none.
 
@@ -170,6 +171,8 @@ class LavitaPipeline(DiffusionPipeline):
                     prediction = torch.cat([prediction, variance], dim=2)
                 state = denoise_step(self.scheduler, prediction.transpose(1, 2), timestep, state, generator)
         latents = state.transpose(1, 2)
+        if (statistics := LatentStatistics.of(config)) is not None:
+            latents = statistics.denormalize(latents)
         result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
         return LavitaPipelineOutput(frames=result)
 

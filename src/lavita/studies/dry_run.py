@@ -24,6 +24,7 @@ from lavita.training.batches import BatchMaker
 from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig
 from lavita.training.finetune import read_fresh, trained_parameters
+from lavita.training.normalization import latent_statistics
 from lavita.training.run_folder import RESUMABLE, check_resumable
 from lavita.training.setup import build_model, build_state, check_batch_size
 from lavita.training.step import train_step
@@ -90,6 +91,7 @@ def dry_run(config: RunConfig) -> DryRun:
     batches = BatchMaker(data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae))
     if batches.captions is not None:
         batches.embed_captions(lambda texts: _stand_in_embeddings(texts, config, device))
+    batches.statistics = latent_statistics(config, batches.source)
     held_out = None
     if data.validation is not None:
         held_out = HeldOut.open(data, settings.precision, vae, batches.source.catalog)

@@ -20,6 +20,7 @@ from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.latent_statistics import LatentStatistics
 from lavita.training.config import TrainConfig
 from lavita.training.timesteps import Timesteps
 from lavita.video.formats import VideoError
@@ -127,6 +128,8 @@ class BatchMaker:
         self._unreadable: set[Path] = set()
         self.num_images, self.dropout = data.num_images, class_dropout
         self.timesteps = timesteps or Timesteps()
+        self.statistics: LatentStatistics | None = None
+        """The statistics that latents are normalised with, once they are known; None leaves latents as they are."""
         self.source = open_videos(data, vae, settings.precision)
         tables = []
         if data.captions is not None:
@@ -186,7 +189,8 @@ class BatchMaker:
             parts = [clip_latents[row], *image_latents[row * count : (row + 1) * count]]
             mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (F + I, C, h, w)
             random = generator(self.seed, "step", step, index)
-            latents.append(mean + std * torch.randn(mean.shape, generator=random))
+            sampled = mean + std * torch.randn(mean.shape, generator=random)
+            latents.append(sampled if self.statistics is None else self.statistics.normalize(sampled))
             noises.append(torch.randn(mean.shape, generator=random))
             timesteps.append(self.timesteps.draw(random))
             drops.append(torch.rand(1 + count, generator=random) < self.dropout)

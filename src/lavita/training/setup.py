@@ -33,6 +33,7 @@ from lavita.training.batches import BatchMaker
 from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
 from lavita.training.config import RunConfig, TrainConfig
 from lavita.training.finetune import prepare, read_fresh, trained_parameters, write_fresh
+from lavita.training.normalization import latent_statistics
 from lavita.training.run_folder import RESUMABLE, Metrics, check_resumable
 from lavita.training.scoring import TrackingOptions, TrainingScorer
 from lavita.training.state import TrainState
@@ -83,9 +84,11 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
     batches = BatchMaker(config.data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae))
     if batches.captions is not None:
         batches.embed_captions(encoder)
+    batches.statistics = latent_statistics(config, batches.source, team)
     validation = None
     if config.data.validation is not None:
-        validation = Validation(config.data, settings, vae, batches.source.catalog, encoder, team)
+        training = batches.source.catalog
+        validation = Validation(config.data, settings, vae, training, encoder, team, batches.statistics)
     model = build_model(config, vae, batches).to(device)
     fresh = _initialize(model, config, team)
     state = build_state(model, settings, fresh, device, team)
@@ -139,6 +142,7 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
     """The freshly initialised model of a run, on the CPU; its configuration carries the facts about the data."""
     names, table = list(batches.class_names), batches.text_table
     rates = sorted(video.info.fps for video in batches.source.catalog.videos)
+    statistics = {} if batches.statistics is None else batches.statistics.fields()
     torch.manual_seed(config.train.seed)
     return LavitaTransformer3DModel.from_preset(
         config.model.preset,
@@ -159,6 +163,7 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
         text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
         frame_interval=config.data.frame_interval,
         fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
+        **statistics,
     )
 
 

@@ -81,16 +81,36 @@ def open_source(source: str, weights: Weights | None) -> Source:
     return _read_folder(source)
 
 
-def _read_folder(source: str) -> Source:
-    """Reads a model in diffusers' layout, or a pipeline's `transformer`: a folder, or a hub id."""
-    config: dict[str, Any] = {}
-    subfolder: str | None = None
+def read_config(source: str) -> dict[str, Any]:
+    """The configuration of pretrained weights, without reading these.
+
+    Args:
+        source: as for `open_source`.
+
+    Returns:
+        The fields of the constructor of its class; empty for a file, and for a source that cannot be read.
+    """
+    source = model_source(source)
+    if Path(source).is_file():
+        return {}
+    if (Path(source) / "pipeline" / "transformer").is_dir():
+        source = str(Path(source) / "pipeline")
+    return _find_config(source)[0]
+
+
+def _find_config(source: str) -> tuple[dict[str, Any], str | None]:
+    """The configuration of a model in diffusers' layout and the folder that it is in; empty if there is none."""
     for subfolder in ("transformer", None):
         try:
-            config = LavitaTransformer3DModel.load_config(source, subfolder=subfolder)
-            break
+            return dict(LavitaTransformer3DModel.load_config(source, subfolder=subfolder)), subfolder
         except OSError:
             continue
+    return {}, None
+
+
+def _read_folder(source: str) -> Source:
+    """Reads a model in diffusers' layout, or a pipeline's `transformer`: a folder, or a hub id."""
+    config, subfolder = _find_config(source)
     if not config:
         raise ValueError(f"{source}: holds no model (no config.json in it or in its folder `transformer`)")
     name = config.get("_class_name")
