@@ -20,7 +20,8 @@ def render() -> str:
 Every field can be set in a YAML file (`--config FILE`) and on the command line (`a.b=c`, which
 wins). An unknown key, and a key that would have no effect in the run at hand, is an error.
 `lavita config` prints the same reference as commented YAML, ready to be edited: the defaults, a
-packaged configuration (`lavita config demo`), or those of a run (`lavita config runs/mine`).
+recipe (`lavita config --recipe modern`), a packaged configuration (`lavita config demo`), or those
+of a run (`lavita config runs/mine`).
 
 ## Training a model: `lavita train`
 

@@ -57,7 +57,7 @@ def load_config(
         ConfigError: for an unknown key, or a value that does not fit.
     """
     merged: dict[str, Any] = {}
-    _merge(merged, values)
+    merge(merged, values)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -72,7 +72,7 @@ def load_config(
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[last] = value
-        _merge(merged, nested)
+        merge(merged, nested)
     try:
         return cls.model_validate(merged)
     except ValidationError as error:
@@ -97,12 +97,18 @@ def save_config(config: StrictConfig, file: Path) -> None:
     write_text(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Sets nested fields, one by one, in nested fields: those that `values` does not name stay.
+
+    Args:
+        into: changed in place.
+        values: the fields that win.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             inner = into.get(key)
             into[key] = inner = inner if isinstance(inner, dict) else {}
-            _merge(inner, value)
+            merge(inner, value)
         else:
             into[key] = value
 

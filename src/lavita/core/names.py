@@ -17,5 +17,7 @@ CacheName = Literal["pab", "fastercache", "taylorseer"]
 """Step caches (`sampling.step_cache`)."""
 RecipeName = Literal["default", "paper", "fast"]
 """Sampling recipes (`sampling.recipes`)."""
+TrainingRecipe = Literal["paper", "modern"]
+"""Recipes of training: the files of `configs/recipes`."""
 VideoFormat = Literal["mp4", "gif", "mkv"]
 """Formats of written videos (`video.writing`); each is the suffix of its files."""
