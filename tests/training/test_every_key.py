@@ -183,6 +183,7 @@ KEYS: dict[str, Key] = {
     "train.weight_decay": Key("0.5", weights),
     "train.clip_grad_norm": Key("1e-3", weights),
     "train.ema_decay": Key("0.01", weights),
+    "train.power_ema": Key("[0.05,0.1]", files),
     "train.gradient_checkpointing": Key("true", passes),
     "train.compile": Key("true", compiled),
     "train.precision": Key("bf16"),

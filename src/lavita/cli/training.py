@@ -103,6 +103,28 @@ def train(
     _train(run, settings)
 
 
+@app.command()
+def average(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that was trained with train.power_ema=[0.05,0.1].")],
+    sigma_rel: Annotated[
+        float, typer.Option(help="Length of the average, as a share of the steps before its end: 0.01 to 0.28.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pipeline.")],
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Step at which the average ends. default: the last snapshot's", show_default=False),
+    ] = None,
+) -> None:
+    """Average the weights of a finished run over another length, and write the pipeline of it (post-hoc EMA)."""
+    from lavita.training.power_ema import write_reconstruction
+
+    found = write_reconstruction(run, sigma_rel, out, step)
+    print(
+        f"{out}: average of relative length {sigma_rel:g} up to step {found.step:,}, from {found.num_snapshots} "
+        f"snapshots, whose profiles approach it within {found.error:.1%}"
+    )
+
+
 def _train(run: Callable[[Any], Path], settings: Any) -> None:
     from lavita.training.run_folder import Stopped
 

@@ -99,7 +99,13 @@ def dry_run(config: RunConfig) -> DryRun:
     with torch.device("meta"):
         outline = build_model(config, vae, batches)
     precision = _precision_name(low_precision(device, settings.precision))
-    setting = Setting(settings.optimizer, settings.gradient_checkpointing, precision, settings.accumulation)
+    setting = Setting(
+        settings.optimizer,
+        settings.gradient_checkpointing,
+        precision,
+        settings.accumulation,
+        num_averages=1 + len(settings.power_ema),
+    )
     micro = settings.batch_size // settings.accumulation
     memory = training_memory(outline.config, micro, num_images=data.num_images, setting=setting)
     free = available_memory(device)

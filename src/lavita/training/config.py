@@ -13,6 +13,8 @@ from lavita.models.config import DEFAULT_TUBE_SIZE, ModelConfig
 
 VALIDATION_CLIPS = 64
 MIN_SNR_GAMMA = 5.0
+LEAST_LENGTH, MOST_LENGTH = 0.01, 0.28
+"""Relative lengths of averages that can be tracked and reconstructed; a mean over the whole run has 0.289."""
 TimestepSampling = Literal["uniform", "logit_normal"]
 
 
@@ -73,6 +75,10 @@ class TrainConfig(StrictConfig):
     """Largest weight of a timestep in terms of the clean latents, with `loss_weighting=min_snr`."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights; it is lower during the first steps (`ema.decay_at`)."""
+    power_ema: list[float] = Field(default_factory=list)
+    """Relative lengths of further averages, which are stored in `averages/` with each checkpoint and kept for good:
+    with `[0.05, 0.1]`, `lavita average` makes the average of any length after training (Karras et al. 2024). Each takes
+    as much memory as the weights. Default: none."""
     gradient_checkpointing: Literal[True, False, "cheap"] = False
     """`true`: keep only the inputs of the blocks and recompute the rest in the backward pass, which gives the same
     gradients with less memory and takes about a third longer. `cheap`: also keep the matrix products and recompute only
@@ -142,6 +148,12 @@ class TrainConfig(StrictConfig):
                 f"keep_best is set, but validate_every is {self.validate_every}: it must divide checkpoint_every "
                 f"({self.checkpoint_every}), so that each checkpoint has its validation loss"
             )
+        if any(not LEAST_LENGTH <= length <= MOST_LENGTH for length in self.power_ema):
+            raise ValueError(f"power_ema is {self.power_ema}, but each must be in {LEAST_LENGTH:g} to {MOST_LENGTH:g}")
+        if len(set(self.power_ema)) < len(self.power_ema):
+            raise ValueError(f"power_ema is {self.power_ema}, but each may be given once")
+        if self.power_ema and self.lora_rank:
+            raise ValueError(f"power_ema is {self.power_ema}, but adapters have no such averages: set lora_rank=0")
         if self.init_weights is not None and self.init_from is None:
             raise ValueError("init_weights is set, but has no effect without init_from")
         for key in ("freeze", "lora_rank"):

@@ -128,6 +128,8 @@ def update(
     state.step += 1
     if taken:
         state.ema.update(state.step)
+    for average in state.power:
+        average.update(state.step)  # also after a step that was not taken: time passes for the weights that stay
     loss = sum_over(team, torch.tensor([own_loss], dtype=torch.float64)).item() / team.count
     if taken:
         state.losses.append(loss)
