@@ -57,10 +57,13 @@ def autoencoder_evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.", show_default=False)] = None,
 ) -> None:
     """PSNR of reconstructed frames: the whole picture, and the pixels that move."""
+    from lavita.core.files import check_outside
     from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
     from lavita.models.autoencoder import load_autoencoder
     from lavita.models.packaged import autoencoder_source
 
+    if out is not None:
+        check_outside("out", out, *data)
     vae = load_autoencoder(autoencoder_source(autoencoder, resolution))
     show_quality({str(root): reconstruction_quality(vae, root, resolution) for root in data}, out)
 
@@ -145,9 +148,10 @@ def _load(
     recipe: TrainingRecipe | None = None,
 ) -> Any:
     """The configuration file wins over the recipe, the options of a command over the file, `a.b=c` over all."""
-    from lavita.core.config import ConfigError, load_config, merge, read_yaml
+    from lavita.core.config import ConfigError, check_given_once, load_config, merge, read_yaml
 
     words = overrides or []
+    check_given_once(words)
     if config is None and not chosen and not words:
         raise ConfigError("nothing to train on: give --config FILE or --data DIR")
     values: dict[str, Any] = {} if recipe is None else read_yaml(find_recipe(recipe))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lavita.core.text import printable
 
 _MARK = ".partial-"
 
@@ -26,6 +29,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     Yields:
         A path with the same suffix that no other process uses. It is removed if the block raises.
     """
+    path = _on_disk(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}{_MARK}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -44,9 +48,9 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Writes UTF-8 text; see `replacing`."""
+    """Writes UTF-8 text; see `replacing`. What UTF-8 lacks is written as `core.text.printable` shows it."""
     with replacing(path, durable) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(printable(text), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
@@ -54,13 +58,46 @@ def write_json(path: Path, value: Any, durable: bool = False) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n", durable)
 
 
-def remove_partial(folder: Path) -> None:
-    """Removes what a killed process left of files that it was writing into `folder`; its owner calls this at start."""
-    for left in folder.glob(f".*{_MARK}*"):
+def _on_disk(path: Path) -> Path:
+    """The path whose bytes are UTF-8 under any locale: as other programs wrote, and will look for, the same name."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        name = str(path).encode("utf-8", "surrogateescape")
+        return Path(name.decode(sys.getfilesystemencoding(), "surrogateescape"))
+    return path
+
+
+def remove_partial(folder: Path, *stems: str) -> None:
+    """Removes what a killed process left of files that it was writing into `folder`.
+
+    Args:
+        folder: the folder.
+        stems: patterns, as for `glob`, of the names without suffix of the files that the caller alone writes; by
+            default all, for a folder into which nobody else is writing.
+    """
+    for left in (left for stem in stems or ("*",) for left in folder.glob(f".{stem}{_MARK}*")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def check_outside(field: str, out: Path, *read: Path | None) -> None:
+    """Refuses to write into a folder of videos that is read: what is written there would count as its content.
+
+    Args:
+        field: the option that says where to write, for the message.
+        out: the file or folder to write.
+        read: the folders that are read; None for none.
+
+    Raises:
+        ValueError: if `out` is one of these folders or inside one, by any path.
+    """
+    for folder in read:
+        if folder is not None and (target := folder.resolve()) in (resolved := out.resolve(), *resolved.parents):
+            where = "the folder" if target == resolved else f"inside {folder}, the folder"
+            raise ValueError(f"{field} is {out}, {where} of the videos that are read; write outside of it")
 
 
 def sync(path: Path) -> None:

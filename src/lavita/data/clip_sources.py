@@ -18,7 +18,8 @@ import torch
 from lavita.core.config import ConfigError
 from lavita.core.precision import Precision
 from lavita.core.prefetch import parallel_map
-from lavita.data.catalog import Catalog, Video, scan
+from lavita.core.text import by_normal_name, normal_name
+from lavita.data.catalog import Catalog, Video, scan, unusable_note
 from lavita.data.clips import ClipDraw, clip_span, read_pixels
 from lavita.data.config import SPLITS, DataConfig
 from lavita.data.content_hash import source_bytes
@@ -30,7 +31,7 @@ from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
 from lavita.models.fingerprint import fingerprint
 from lavita.models.latent_statistics import LatentMoments, LatentStatistics
 from lavita.video.formats import Frames, VideoError, VideoInfo
-from lavita.video.frame_folders import find_videos
+from lavita.video.tree import find_videos
 
 MEASURED_FRAMES = 128
 """Frames whose latents are measured without a cache: each of them has to be decoded and encoded."""
@@ -42,6 +43,10 @@ class ClipSource(Protocol):
     """Gives the latents of drawn clips."""
 
     catalog: Catalog
+
+    def num_bytes(self, video: Video) -> int:
+        """Size of a video of the catalog on the disk; see `content_hash.source_bytes`."""
+        ...
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
         """Reads the latents of a clip."""
@@ -79,6 +84,10 @@ class VideoSource:
         self.catalog, self.vae, self.resolution, self.precision = catalog, vae, resolution, precision
         # Threads: decoding releases the interpreter's lock, and processes would each hold a copy of the catalog.
         self.workers = workers or min(8, os.cpu_count() or 1)
+
+    def num_bytes(self, video: Video) -> int:
+        """Size of a video on the disk; OSError if it is gone."""
+        return source_bytes(video.info.path)
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
         """Decodes, crops, mirrors and encodes a clip."""
@@ -148,8 +157,15 @@ class CacheSource:
                 problems.append(f"{row['name']}: has {row['num_frames']} frames, but a clip needs {min_frames}")
                 print(f"skipped: {problems[-1]}", file=sys.stderr)
         if problems and broken == "error":
-            raise ValueError(problems[0])
+            raise ValueError(f"{folder}: {problems[0]}")
+        lost_classes = set()
+        if labels:
+            short = [row for row in self.manifest["videos"] if row["num_frames"] < min_frames]
+            lost_classes = {_class_of(row, folder) for row in short} - set(classes)
+        if note := unusable_note(folder, len(rows), len(problems), lost_classes):
+            print(f"{note}; the first: {problems[0]}", file=sys.stderr)
         self._open_shards()
+        self._num_bytes: dict[str, int] = {row["name"]: row["source_bytes"] for row in rows}
         size = self.manifest["resolution"]
         index = {name: label for label, name in enumerate(classes)}
         videos = []
@@ -157,6 +173,10 @@ class CacheSource:
             info = VideoInfo(folder / row["shard"], row["num_frames"], size, size, row["fps"])
             videos.append(Video(info, row["name"], index[labels[number]] if labels else None))
         self.catalog = Catalog(folder, tuple(videos), tuple(classes), tuple(problems))
+
+    def num_bytes(self, video: Video) -> int:
+        """Size that a video had on the disk when it was encoded."""
+        return self._num_bytes[video.name]
 
     def _open_shards(self) -> None:
         """Reads from the headers of the shards where the latents of each video are."""
@@ -209,26 +229,30 @@ class CacheSource:
             self._check_videos(path, names)
 
     def _check_videos(self, path: Path, names: Collection[str] | None) -> None:
-        sizes = {row["name"]: row["source_bytes"] for row in self.manifest["videos"]}
         if not path.is_dir():
             raise ValueError(f"{path}: no such folder")
-        for name, size in sizes.items():
+        if names is None:
+            names = [video.relative_to(path).as_posix() for video in find_videos(path).videos]
+        cached = by_normal_name((row["name"] for row in self.manifest["videos"]), self.folder)
+        there = by_normal_name(names, path)
+        sizes = {normal_name(row["name"]): row["source_bytes"] for row in self.manifest["videos"]}
+        for form, name in cached.items():
             try:
-                current_size = source_bytes(path / name)
-            except OSError:
-                current_size = None
-            if current_size is None or (names is not None and name not in names):
+                current_size = source_bytes(path / there[form])
+            except (OSError, KeyError):
                 raise ValueError(
                     f"{path / name}: is in the cache {self.folder}, but not in data.path; `lavita encode` removes it"
-                )
-            if current_size != size:
+                ) from None
+            if current_size != sizes[form]:
                 raise ValueError(
                     f"{path / name}: has changed since the cache {self.folder} was made; `lavita encode` updates it"
                 )
-        if names is None:
-            names = [video.relative_to(path).as_posix() for video in find_videos(path).videos]
-        broken = self.manifest["broken"]
-        new = [n for n in names if n not in sizes and not any(message.startswith(f"{n}: ") for message in broken)]
+        broken = [normal_name(message) for message in self.manifest["broken"]]
+        new = [
+            name
+            for form, name in there.items()
+            if form not in cached and not any(message.startswith(f"{form}: ") for message in broken)
+        ]
         if new:
             raise ValueError(
                 f"{path}: holds {len(new)} videos that the cache {self.folder} lacks, the first: {min(new)}; "
@@ -264,10 +288,10 @@ class CacheSource:
 
 def _class_of(row: dict[str, Any], folder: Path) -> str:
     if row["class"] is not None:
-        return str(row["class"])
+        return normal_name(str(row["class"]))
     if "/" not in row["name"]:
         raise ValueError(f"{folder}: holds videos that are in no class folder, such as {row['name']}")
-    return Path(row["name"]).parent.name
+    return normal_name(Path(row["name"]).parent.name)
 
 
 def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
@@ -288,7 +312,8 @@ def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> C
         members = None
         if data.dataset != "folder" and data.path is not None:
             members = {member.name for member in list_dataset(data.path, data.dataset).choose(data.split)}
-            if outside := [video.name for video in cache.catalog.videos if video.name not in members]:
+            forms = set(map(normal_name, members))
+            if outside := [video.name for video in cache.catalog.videos if normal_name(video.name) not in forms]:
                 raise ConfigError(
                     f"{data.latent_cache}: holds {outside[0]}, which is not in split "
                     f"{data.split or SPLITS[data.dataset][0]!r} of {data.path}; encode that split"

@@ -61,6 +61,8 @@ OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 els
 """Options of `av.open` for metadata that is not UTF-8, which PyAV replaces by itself from version 19 on."""
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Suffixes of image files, which are the frames of a frame folder."""
+GENERATION = "generation.json"
+"""File beside generated videos that says how they were made."""
 Frames = npt.NDArray[np.uint8]
 """Pixels: uint8 RGB, `(F, H, W, 3)` for a clip, `(H, W, 3)` for a frame."""
 PathLike = str | os.PathLike[str]
@@ -72,6 +74,7 @@ class VideoError(ValueError):
     def __init__(self, path: PathLike, problem: str) -> None:
         super().__init__(f"{os.fspath(path)}: {problem}")
         self.path = Path(path)
+        self.problem = problem
 
 
 @dataclass(frozen=True)

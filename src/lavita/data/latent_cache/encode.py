@@ -20,11 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lavita.core.files import remove_partial
+from lavita.core.files import check_outside, remove_partial
 from lavita.core.precision import Precision, without_fp16
 from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
+from lavita.core.text import normal_name
 from lavita.data.catalog import Catalog, Video
 from lavita.data.clips import center_crop_resize, mirror
 from lavita.data.content_hash import source_bytes, source_digest
@@ -63,6 +64,11 @@ class _Source:
     def key(self) -> tuple[str, str]:
         return self.video.name, self.sha256
 
+    @property
+    def content(self) -> tuple[str, str]:
+        """What a shard is searched for: the name may be there in another Unicode form, by a copy from a Mac."""
+        return normal_name(self.video.name), self.sha256
+
 
 def encode_dataset(
     catalog: Catalog,
@@ -98,9 +104,11 @@ def encode_dataset(
         The manifest.
 
     Raises:
-        ValueError: if `folder` holds a cache with other settings or of other videos, or if no video can be decoded.
+        ValueError: if `folder` holds a cache with other settings or of other videos, if a new one would be inside the
+            folder of the videos, or if no video can be decoded.
     """
     team = team or Processes()
+    check_target(folder, catalog.root)
     size = latent_size(vae, resolution)
     settings: dict[str, Any] = team.first_says(
         {
@@ -137,8 +145,9 @@ def encode_dataset(
                 except ValueError as error:
                     if broken == "error":
                         raise
-                    problems.append(_with_name(catalog.root, str(error)))
-                    progress.message(f"skipped: {error}")
+                    reason = error.problem if isinstance(error, VideoError) else str(error)
+                    problems.append(f"{source.video.name}: {reason}")
+                    progress.message(f"skipped: {problems[-1]}")
                 if team.is_first:
                     progress.update(progress.done + source.video.info.num_frames, note)
             if done:
@@ -149,7 +158,7 @@ def encode_dataset(
     if not team.is_first:
         return dict(team.first_says(None))
     shards = finished | {file: read_shard(folder / file) for file, (written, _) in outcome.items() if written}
-    problems = [_with_name(catalog.root, message) for message in catalog.broken]
+    problems = list(catalog.broken)
     for file in groups:
         problems += shards[file].broken if file in shards else outcome[file][1]
     rows = _manifest_rows(catalog, sources, shards)
@@ -162,10 +171,17 @@ def encode_dataset(
     return dict(team.first_says(manifest))
 
 
+def check_target(folder: Path, root: Path) -> None:
+    """Refuses to make a cache inside the folder of its videos; one that is there already may be updated."""
+    if not (folder / MANIFEST).exists():
+        check_outside("out", folder, root)
+
+
 def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[dict[str, Shard], set[str]]:
     """Removes partial and damaged files from a folder; returns its finished shards, and the names in its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(folder)
+    # Only its own: a training run may be writing the embeddings of its captions here.
+    remove_partial(folder, f"{PREFIX}*", Path(MANIFEST).stem)
     shards = {}
     for path in sorted(folder.glob(f"{PREFIX}*{SUFFIX}")):
         try:
@@ -186,8 +202,8 @@ def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[
                 raise ValueError(
                     f"{folder}: holds a cache with {key}={other.get(key)}, not {value}; use another folder"
                 )
-    cached = {name for shard in shards.values() for name in shard.videos}
-    if cached and cached.isdisjoint(video.name for video in catalog.videos):
+    cached = {normal_name(name) for shard in shards.values() for name in shard.videos}
+    if cached and cached.isdisjoint(normal_name(video.name) for video in catalog.videos):
         raise ValueError(
             f"{folder}: holds a cache of other videos, such as {min(cached)}, and of none in {catalog.root}; "
             "use another folder"
@@ -236,11 +252,11 @@ def _group(
     # the other videos are grouped as they were then.
     kept = listed & finished.keys()
     for _ in range(2):
-        done = {(row.name, row.source_sha256) for file in kept for row in finished[file].videos.values()}
+        done = {(normal_name(row.name), row.source_sha256) for file in kept for row in finished[file].videos.values()}
         groups: list[list[_Source]] = []
         room = 0
         for source in sources:
-            if source.key in done:
+            if source.content in done:
                 continue
             size = source.video.info.num_frames * frame_bytes
             if not groups or size > room:
@@ -265,11 +281,11 @@ def _manifest_rows(catalog: Catalog, sources: Sequence[_Source], shards: dict[st
     stored: dict[tuple[str, str], tuple[str, ShardVideo]] = {}
     for file, shard in sorted(shards.items()):
         for row in shard.videos.values():
-            stored.setdefault((row.name, row.source_sha256), (file, row))
+            stored.setdefault((normal_name(row.name), row.source_sha256), (file, row))
     rows = []
     for source in sources:
-        if source.key in stored:
-            file, row = stored[source.key]
+        if source.content in stored:
+            file, row = stored[source.content]
             label = source.video.label
             rows.append(
                 {
@@ -328,8 +344,3 @@ def _encode_video(
     digest = latents_digest(tensor.numpy() for tensor in tensors.values())
     row = ShardVideo(source.video.name, info.num_frames, info.fps, source.sha256, source.size, digest)
     return row, tensors
-
-
-def _with_name(root: Path, message: str) -> str:
-    """Replaces the path of a video at the beginning of a message with its name."""
-    return message.removeprefix(f"{root}/")
