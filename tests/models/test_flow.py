@@ -156,7 +156,11 @@ def test_fields_that_do_not_fit_a_flow(
             ["train.timestep_shift=auto", "model.prediction_type=v_prediction"],
             "train.timestep_shift is auto, but has no effect with model.prediction_type=v_prediction",
         ),
-        (["train.timestep_shift=0"], "train.timestep_shift"),
+        (["train.timestep_shift=0"], "train.timestep_shift is 0: Input should be greater than 0"),
+        (
+            ["train.timestep_shift=high"],
+            "train.timestep_shift is 'high': must be a number, without quotes or leading zeros, or auto",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_a_flow(overrides: list[str], message: str) -> None:
