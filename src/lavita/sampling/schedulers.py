@@ -24,6 +24,14 @@ FLOW_PREDICTION = "flow_prediction"
 """Diffusers' name of what a flow predicts."""
 # Pure noise has no signal at all, whose logarithm the multistep solvers need.
 MOST_NOISE = 1 - 1e-6
+SCHEDULER_CLASSES = (
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+)
+"""Names of the classes that `make_scheduler` makes."""
 
 
 class SchedulerOutput(Protocol):

@@ -63,6 +63,8 @@ FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Suffixes of image files, which are the frames of a frame folder."""
 GENERATION = "generation.json"
 """File beside generated videos that says how they were made."""
+PROMPTS = "prompts.jsonl"
+"""File beside generated videos that says from which prompts they were made."""
 Frames = npt.NDArray[np.uint8]
 """Pixels: uint8 RGB, `(F, H, W, 3)` for a clip, `(H, W, 3)` for a frame."""
 PathLike = str | os.PathLike[str]
