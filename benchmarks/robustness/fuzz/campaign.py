@@ -7,14 +7,13 @@ import importlib
 import json
 import multiprocessing
 import os
-import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.robustness.fuzz import checkpoints, configurations, files, folders, options, pipelines, tables
 from benchmarks.robustness.fuzz.cases import Build, generator, working_folder
@@ -187,15 +186,10 @@ def read_log(file: Path) -> list[Result]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder, also what nobody may read and what is deeper than a path may be long."""
-    if folder.exists():
-        shutil.rmtree(folder, onerror=_unlock)
-
-
-def _unlock(function: Any, path: str, info: Any) -> None:
-    with suppress(OSError):
-        os.chmod(path, 0o700)
-        function(path)
+    """Removes a folder, also what nobody may read and what is too deep for Python's recursion."""
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+        if folder.exists():
+            subprocess.run([*command, str(folder)], stderr=subprocess.DEVNULL, check=False)
 
 
 def replay(fuzzer: Fuzzer, word: str) -> int:

@@ -29,7 +29,7 @@ def build(rng: random.Random, folder: Path, material: Material) -> Case:
         cache = ("data.latent_cache=out", "model.preset=tiny/4", "train.batch_size=2", "run_dir=run")
         return Case(("train", "--dry-run", *fields, *cache), what, writable=())
     what = f"a run with {what}"
-    command = rng.choice(["resume", "resume", "report", "info", "init", "export"])
+    command = rng.choice(["resume"] * 8 + ["report"] * 4 + ["init"] * 4 + ["export"] * 4 + ["info"])
     if command == "report":
         return Case(("report", "out", "--out", "out/page"), what)
     if command == "info":

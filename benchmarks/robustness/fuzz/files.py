@@ -31,8 +31,11 @@ def build(rng: random.Random, folder: Path, material: Material) -> Case:
         material.write_video(home / "good.mp4")
     # Two images in a folder are one video.
     num_videos = 1 if alone or (as_image and not is_video) else 2
+    arguments = _command(rng, folder, material, as_image and not is_video)
+    if "--images" in arguments:
+        num_videos = 1 if alone else 2
     return Case(
-        arguments=_command(rng, folder, material, as_image and not is_video),
+        arguments=arguments,
         what=f"a {suffix} file named {named}: {what}",
         num_videos=num_videos,
         num_frames=NUM_FRAMES if is_cut and alone and named == suffix in DECLARES_LENGTH else None,

@@ -44,6 +44,7 @@ class Tree:
     def __init__(self, rng: random.Random, root: Path, material: Material) -> None:
         self.rng, self.root, self.material = rng, root, material
         self.what: list[str] = []
+        self.videos: list[Path] = []
         self.num_videos = 0
         self.countable = True
         """Whether it is plain how many videos there are: without frame folders and links."""
@@ -58,7 +59,7 @@ class Tree:
     def video(self, home: Path) -> None:
         """A valid video."""
         suffix = self.rng.choice([".mp4", ".mkv", ".gif", ".MP4", ".webm"])
-        self._write(home, suffix, self.material.videos[suffix.lower()])
+        self.videos.append(self._write(home, suffix, self.material.videos[suffix.lower()]))
         self.num_videos += 1
         self.what.append("videos")
 
@@ -84,12 +85,11 @@ class Tree:
     def link(self, home: Path) -> None:
         """A link: to itself, to a folder above, to a video, to nothing, out of the tree."""
         target = self.rng.choice(
-            [".", "..", "../..", "missing", "loop", os.fspath(self.root), "/dev/zero", "../../vae"]
+            [".", "..", "../..", "missing", "loop", os.fspath(self.root), "/dev/zero", "../../elsewhere"]
         )
-        (self.root.parent / "vae").mkdir(exist_ok=True)
-        found = sorted(path for path in self.root.rglob("*.mp4") if path.is_file())
-        if found and self.rng.random() < 0.4:
-            target = os.fspath(self.rng.choice(found))
+        (self.root.parent / "elsewhere").mkdir(exist_ok=True)
+        if self.videos and self.rng.random() < 0.4:
+            target = os.fspath(self.rng.choice(self.videos))
         name = self.rng.choice(["loop", "loop.mp4", "link", "zero.mp4", "link.png"])
         if not os.path.lexists(home / name):
             (home / name).symlink_to(target)
@@ -98,7 +98,7 @@ class Tree:
 
     def deep(self, home: Path) -> None:
         """A video far below."""
-        for number in range(self.rng.choice([30, 300, 1500])):
+        for number in range(self.rng.choice([30, 300, 1100])):
             below = home / f"d{number % 10}"
             try:
                 below.mkdir(exist_ok=True)
@@ -167,11 +167,12 @@ class Tree:
             return self.root
         return home
 
-    def _write(self, home: Path, suffix: str, data: bytes) -> None:
+    def _write(self, home: Path, suffix: str, data: bytes) -> Path:
         name = file_name(self.rng, suffix)
         if name.startswith(".") or os.path.lexists(home / name):
             name = f"{len(os.listdir(home))}{suffix}"
         (home / name).write_bytes(data)
+        return home / name
 
 
 def _command(rng: random.Random, folder: Path, material: Material) -> tuple[str, ...]:

@@ -174,8 +174,10 @@ def _run(command: list[str]) -> tuple[int, str]:
 
 def corrupt(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     """Damages some bytes anywhere; returns the result and what was done."""
+    if not data:
+        return rng.randbytes(10), "random bytes"
     kind = rng.choice(["flip", "zero", "cut", "insert", "empty", "noise"])
-    at = rng.randrange(max(1, len(data)))
+    at = rng.randrange(len(data))
     if kind == "flip":
         changed = bytearray(data)
         for _ in range(rng.choice([1, 1, 4, 32])):

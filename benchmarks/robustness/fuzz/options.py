@@ -101,7 +101,7 @@ def _outputs(words: tuple[str, ...], arguments: list[str]) -> tuple[str, ...]:
     named += [word.partition("=")[2] for word in arguments if word.startswith("run_dir=")]
     inputs = ("in/file", "in/null", "in/pipe", "in/a", "in/b", "pipeline")
     clean = [os.path.normpath(name) for name in named if name and not name.startswith(inputs)]
-    return ("out", "runs", *(name for name in clean if name not in (".", "in")))
+    return ("out", "runs", *(name for name in clean if name != "."))
 
 
 OUTPUTS = {"--out", "--run-dir", "--page", "--cache", "--samples", "--manifest"}

@@ -54,7 +54,7 @@ def build(rng: random.Random, folder: Path, material: Material) -> Case:
     sample = ("sample", "in", "--out", "out", "--seeds", "0", "--steps", "1")
     if what.startswith("class_names") and rng.random() < 0.7:
         return Case(sample, what, must_fail)
-    command = rng.choice(["sample", "sample", "sample", "info", "convert", "encode", "train", "evaluate"])
+    command = rng.choice(["sample"] * 20 + ["convert"] * 6 + ["encode"] * 6 + ["train"] * 6 + ["info", "evaluate"])
     if command == "sample":
         extra = rng.choice(
             [(), (), (), ("--images",), ("--num-frames", "4"), ("--format", "mkv"), ("--sampler", "ddpm")]

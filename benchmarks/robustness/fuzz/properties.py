@@ -182,7 +182,7 @@ def _last_line(text: str) -> str:
 
 
 def _names_something(message: str, outcome: Outcome) -> bool:
-    if re.search(r"[a-z]+[_.-][a-z]+|'[^']*'|\"[^\"]*\"|--[a-z]|/", message):
+    if re.search(r"[a-z]+[_.-][a-z]+|'[^']*'|\"[^\"]*\"|-[a-z]|/", message):
         return True
     words = [word.strip("-s") for argument in outcome.case.arguments for word in re.split(r"[=/,]", argument)]
     return any(len(word) > 1 and word in message for word in words)
