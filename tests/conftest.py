@@ -13,6 +13,7 @@ from tiny_data import write_videos
 
 from lavita import cli
 from lavita.core.config import load_config
+from lavita.models import blocks
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
@@ -52,6 +53,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def traced_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled blocks are traced as ever, but no code is generated for them, which can take a minute."""
+    torch._dynamo.reset()
+    mix = torch.compile(blocks.TransformerBlock._mix, backend="eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(blocks, "compiled_mix", lambda: mix)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ def test_killed_runs_end_like_quiet_ones(
     tiny_vae.save_pretrained(tmp_path / "vae")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     videos = write_videos(tmp_path / "videos")
-    hits = crash(videos, tmp_path, 4, 30, 0, str(tmp_path / "vae"), 16)
-    assert sum(hits.values()) >= 3
+    hits = crash(videos, tmp_path, 3, 16, 0, str(tmp_path / "vae"), 16)  # encoding, in a step, in a checkpoint
+    assert sum(hits.values()) >= 2
     assert differences(tmp_path / "quiet", tmp_path / "crashed") == []
     weights = next((tmp_path / "crashed" / "run" / "pipeline").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")

@@ -116,8 +116,7 @@ def test_every_section_runs_and_writes(bench: Bench, small: None, tmp_path: Path
     for section in sections:
         assert f"## {section.title}" in table and section.title in printed
     assert {row.name for row in found["sampling"].rows} >= set(sampling.CACHES.values())
-    differences = found["autoencoder"].facts["largest_difference"]
-    assert len(differences) == 2 * (1 + 2) and max(differences.values()) < 1e-4
+    assert len(found["autoencoder"].rows) == 2 * 2 * (1 + 2) + 1
     assert 0 <= found["data"].facts["waiting_share"] <= 1
     axes = found["scaling"].facts["axes"]
     assert set(axes) == {"frames", "tokens per frame", "batch", "width"}
@@ -137,11 +136,9 @@ def test_bf16(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     sections = command.run_sections(replace(TINY, precision="bf16", repeats=1), ["forward", "training", "autoencoder"])
     names = [row.name for row in sections[0].rows]
     assert forward.HALVED in names and "bf16" in capsys.readouterr().out
-    assert not sections[2].facts["largest_difference"], "in bf16 both passes are those of diffusers"
 
 
-@pytest.mark.slow
-def test_compiled_candidates(small: None) -> None:
+def test_compiled_candidates(small: None, traced_blocks: None) -> None:
     setup = replace(TINY, compiled=True, repeats=1)
     first, second, third = command.run_sections(setup, ["forward", "training", "sampling"])
     assert {forward.COMPILED, forward.INT8_COMPILED} <= {row.name for row in first.rows}

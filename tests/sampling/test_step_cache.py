@@ -13,7 +13,7 @@ from torch import nn
 
 from lavita.core.names import CacheName
 from lavita.models.autoencoder import AutoencoderKL
-from lavita.models.blocks import Attention, TransformerBlock, compiled_mix
+from lavita.models.blocks import Attention, TransformerBlock
 from lavita.models.compilation import compile_blocks
 from lavita.models.packaged import model_source
 from lavita.models.presets import VARIANTS
@@ -237,10 +237,7 @@ def test_hooks_inside_compiled_blocks_are_refused(cache: CacheName, build: Build
         sample(pipeline, [0], cache=cache)
 
 
-@pytest.mark.slow
-def test_taylorseer_works_with_compiled_blocks(build: BuildPipeline) -> None:
-    torch._dynamo.reset()
-    compiled_mix.cache_clear()
+def test_taylorseer_works_with_compiled_blocks(build: BuildPipeline, traced_blocks: None) -> None:
     pipeline = build()
     expected = sample(pipeline, [0, 1], **PART, cache="taylorseer")
     compile_blocks(pipeline.transformer)

@@ -15,10 +15,8 @@ import torch
 
 # mypy knows this class by its own module only: diffusers' lazy `__init__` hides it. Other modules import it from here.
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lavita.core.precision import Precision, autocast, without_fp16
-from lavita.models.autoencoder_cpu import decode_pixels, encode_moments
 
 # On a CPU so few pixels go through the network at once that their activations stay near the cache.
 PIXELS_AT_ONCE = 2**14
@@ -123,8 +121,7 @@ def encode(
     means, stds = [], []
     for indices in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
         with autocast(vae.device, precision):
-            moments = encode_moments(vae, to_pixels(frames[indices], vae.device), precision)
-            posterior = DiagonalGaussianDistribution(moments)
+            posterior = vae.encode(to_pixels(frames[indices], vae.device)).latent_dist
         means.append(((posterior.mean.float() - shift) * scale).cpu())
         stds.append((posterior.std.float() * scale).cpu())
     return torch.cat(means)[: len(frames)], torch.cat(stds)[: len(frames)]
@@ -143,7 +140,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "au
     for indices in pieces(len(flat), frames_at_once(vae.device, flat.shape[-1] * downsampling(vae)), vae.device):
         unscaled = flat[indices].to(vae.device).float() / scale + shift
         with autocast(vae.device, precision):
-            parts.append(to_frames(decode_pixels(vae, unscaled, precision)))
+            parts.append(to_frames(vae.decode(unscaled).sample))
     frames = np.concatenate(parts)[: len(flat)]
     return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
 

@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lavita.core.precision import store_linear_weights
 from lavita.models.autoencoder import AutoencoderKL, downsampling, frames_at_once, pieces
-from lavita.models.autoencoder_cpu import decode_pixels
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
@@ -200,7 +199,7 @@ def sampling_memory(
         at_once = frames_at_once(flat.device, flat.shape[-1] * downsampling(vae))
         for numbers in pieces(len(flat), at_once, flat.device):
             with _autocast(decoded):
-                frames.append(_to_bytes(decode_pixels(vae, flat[numbers] / 1.0, decoded)))
+                frames.append(_to_bytes(vae.decode(flat[numbers] / 1.0).sample))
         torch.cat(frames)
     return live.peak
 
