@@ -166,6 +166,7 @@ def test_stopping_leaves_nothing(small: None, tmp_path: Path, monkeypatch: pytes
         ("forward --out file", "out is file, which is not a folder"),
         ("recipes --out runs --recipes slow", "recipes has 'slow'; allowed: ddpm250"),
         ("recipes --out runs", "data is not given, but --quality needs it"),
+        ("fuzz --kinds files,colours", "kinds has 'colours'; allowed: files, folders, tables"),
     ],
 )
 def test_bad_values_are_one_line(bench: Bench, tmp_path: Path, arguments: str, message: str) -> None:
@@ -180,6 +181,7 @@ def test_help_lists_the_commands(bench: Bench) -> None:
     code, printed, _ = bench("--help")
     assert code == 0
     names = (*SECTIONS, "speed", "memory", "startup", "coverage", "monotone", "evaluation-speed", "recipes", "crash")
+    names += ("fuzz",)
     listed = printed.partition("Commands:")[2].splitlines()
     assert "..." not in printed.partition("Commands:")[2]
     assert [line.split()[0] for line in listed if line.strip()] == list(names)

@@ -46,9 +46,7 @@ def test_more_pixels_than_are_read(tmp_path: Path, side: int) -> None:
 
 def test_too_many_pixels_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.y4m").write_bytes(b"YUV4MPEG2 W16000 H16000 F25:1 C420jpeg\nFRAME\n" + b"\0" * 1000)
-    with pytest.raises(
-        VideoError, match=r"a\.y4m: is 16000x16000; frames of more than 134,217,728 pixels are"
-    ):
+    with pytest.raises(VideoError, match=r"a\.y4m: is 16000x16000; frames of more than 134,217,728 pixels are"):
         probe(tmp_path / "a.y4m")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +108,7 @@ def open_fuzzer(folder: Path, main: Main | None = None) -> Fuzzer:
     material = folder / MATERIAL
     if not (material / "modules.json").exists():
         remove_tree(material)
-        child = multiprocessing.get_context("spawn").Process(target=make_material, args=(material,))
+        child = multiprocessing.get_context("fork").Process(target=make_material, args=(material,))
         child.start()
         child.join()
         if child.exitcode:
@@ -158,8 +160,14 @@ def _results(fuzzer: Fuzzer, todo: Sequence[tuple[str, int]], workers: int) -> I
     _fuzzer = fuzzer
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page
-    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=500) as pool:
-        yield from pool.imap_unordered(_run_quietly, todo)
+    # No `multiprocessing.Pool`: its workers are daemons, and a command could not have processes of its own.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        waiting = {pool.submit(_run_quietly, each) for each in todo[: 2 * workers]}
+        upcoming = iter(todo[2 * workers :])
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            waiting |= {pool.submit(_run_quietly, each) for each in itertools.islice(upcoming, len(finished))}
+            yield from (future.result() for future in finished)
 
 
 def _run_quietly(each: tuple[str, int]) -> Result:

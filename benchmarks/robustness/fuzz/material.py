@@ -147,7 +147,6 @@ def _make_models(folder: Path) -> None:
         ["data", "inspect", videos, "--out", f"{here}/look"],
         ["sample", f"{here}/run/pipeline", "--out", f"{here}/samples", "--seeds", "0", "--steps", "1"],
         ["convert", f"{here}/run/pipeline", f"{here}/latte.pt"],
-        ["info", f"{here}/run/pipeline"],
         ["report", f"{here}/run", "--out", f"{here}/page"],
         ["config", "demo"],
         ["evaluate", "--real", videos, "--generated", videos, "--metrics", "motion", "--out", f"{here}/scores.json"],

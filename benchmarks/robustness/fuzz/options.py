@@ -33,7 +33,7 @@ TINY: dict[tuple[str, ...], list[str]] = {
     ("demo",): ["--out", "out"],
 }
 TINY[("train",)] += ["data.num_frames=2", "data.resolution=16", "model.preset=tiny/4", "train.batch_size=2"]
-NEVER_TO_THE_END = {("demo",), ("study",)}
+NEVER_TO_THE_END = {("demo",), ("study",), ("data", "arcade")}
 """Commands that take minutes where they succeed: they get only what the parser or the first check refuses."""
 FOLDERS = ("out", "runs", "in/out", "evil")
 
@@ -98,13 +98,14 @@ def _outputs(words: tuple[str, ...], arguments: list[str]) -> tuple[str, ...]:
     named = [after for before, after in itertools.pairwise(arguments) if before in OUTPUTS]
     if words == ("convert",) or words == ("data", "arcade"):
         named += arguments
-    named += [word.partition("=")[2] for word in arguments if word.startswith("run_dir=")]
-    inputs = ("in/file", "in/null", "in/pipe", "in/a", "in/b", "pipeline")
+    named += [word.partition("=")[2] for word in arguments if word.lstrip("-").startswith(OUTPUT_WORDS)]
+    inputs = ("in/null", "in/pipe", "in/a", "in/b", "pipeline")
     clean = [os.path.normpath(name) for name in named if name and not name.startswith(inputs)]
     return ("out", "runs", *(name for name in clean if name != "."))
 
 
 OUTPUTS = {"--out", "--run-dir", "--page", "--cache", "--samples", "--manifest"}
+OUTPUT_WORDS = ("run_dir=", *(f"{option.lstrip('-')}=" for option in sorted(OUTPUTS)))
 
 
 def _is_argument(parameter: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +97,7 @@ def clear_message(outcome: Outcome) -> str:
     message = found[0].partition(":")[2].strip()
     if len(message) > LONGEST_MESSAGE:
         return f"the message has {len(message):,} characters"
-    if odd := [character for character in message if not character.isprintable()]:
+    if odd := [letter for letter in message if unicodedata.category(letter) in ("Cc", "Zl", "Zp")]:
         return f"the message holds the control character {odd[0]!r}"
     return "" if _names_something(message, outcome) else f"the message names nothing: {message!r}"
 
@@ -159,10 +161,11 @@ def _claimed_paths(outcome: Outcome) -> Iterator[str]:
     if lines and lines[-1].startswith("out") and ":" not in lines[-1] and not (outcome.folder / lines[-1]).exists():
         yield f"says {lines[-1]!r}, which is not there"
     for option in ("--out", "--page"):
-        if option in outcome.case.arguments:
-            target = outcome.case.arguments[outcome.case.arguments.index(option) + 1]
-            if target and not (outcome.folder / target).exists():
-                yield f"{option} {target!r} was not written"
+        # Where an option is given twice, the last one counts.
+        words = [*itertools.pairwise(outcome.case.arguments), *(word.split("=", 1) for word in outcome.case.arguments)]
+        target = next((word[1] for word in reversed(words) if word[0] == option and len(word) == 2), "")
+        if target and not (outcome.folder / target).exists():
+            yield f"{option} {target!r} was not written"
 
 
 def _accounted(outcome: Outcome, count: int) -> Iterator[str]:

@@ -70,7 +70,6 @@ def run_case(case: Case, sandbox: Path, main: Main) -> Outcome:
     start = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
-    resident = _status("VmRSS")
     child = os.fork()
     if not child:
         _be_the_command(case, folder, sandbox / "tmp", logs, main)
@@ -81,6 +80,8 @@ def run_case(case: Case, sandbox: Path, main: Main) -> Outcome:
     code = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - start
     printed, errors = ((logs / name).read_bytes().decode("utf-8", "replace") for name in ("stdout", "stderr"))
+    started = logs / "resident"  # a fork has only some of its parent's pages
+    resident = int(started.read_text(encoding="utf-8")) if started.exists() else 0
     after = list_tree(sandbox)
     shutil.rmtree(logs)
     return Outcome(
@@ -146,6 +147,7 @@ def _be_the_command(case: Case, folder: Path, temporary: Path, logs: Path, main:
         sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # noqa: SIM115
         faulthandler.enable(2)
+        (logs / "resident").write_text(str(_status("VmRSS")), encoding="utf-8")
         os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
         limits = {
             resource.RLIMIT_AS: _status("VmSize") + MOST_ADDRESSES,
