@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.robustness.fuzz import campaign, properties
-from benchmarks.robustness.fuzz.campaign import KINDS, Fuzzer, Result, open_fuzzer, replay, run_campaign
+from benchmarks.robustness.fuzz.campaign import KINDS, Fuzzer, Result, open_fuzzer, remove_tree, replay, run_campaign
 from benchmarks.robustness.fuzz.cases import Case, generator, working_folder
 from benchmarks.robustness.fuzz.containers import boxes
 from benchmarks.robustness.fuzz.material import Material
@@ -208,6 +208,8 @@ def test_a_case_is_a_function_of_its_seed(fuzzer: Fuzzer, tmp_path: Path) -> Non
         assert cases[0] == cases[1], kind
         first, second = (list_tree(tmp_path / attempt).keys() for attempt in ("first", "second"))
         assert first == second
+        for attempt in ("first", "second"):  # pytest cannot remove a tree as deep as some of these
+            remove_tree(tmp_path / attempt)
 
 
 def test_boxes_of_every_container(fuzzer: Fuzzer) -> None:

@@ -6,6 +6,7 @@ An unknown key is an error at every level. The resolved configuration of a run i
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +58,10 @@ def load_config(
         ConfigError: for an unknown key, or a value that does not fit.
     """
     merged: dict[str, Any] = {}
-    _merge(merged, values)
+    try:
+        _merge(merged, values)
+    except RecursionError as error:  # an anchor of YAML can be part of itself
+        raise ConfigError(f"{source or cls.__name__}: a value contains itself, or is nested too deeply") from error
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -120,4 +124,9 @@ def _first_error(cls: type[StrictConfig], error: ValidationError, source: str) -
     if first["type"] == "missing":
         return f"{where}{field!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}{field or cls.__name__} is {first['input']!r}: {message}" if field else f"{where}{message}"
+    return f"{where}{field} is {_SHOWN.repr(first['input'])}: {message}" if field else f"{where}{message}"
+
+
+# A few anchors of YAML can make a value of gigabytes.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict, _SHOWN.maxstring, _SHOWN.maxother = 4, 10, 10, 200, 200
