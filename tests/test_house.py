@@ -230,6 +230,17 @@ def check_torchvision(modules: Modules) -> list[str]:
     ]
 
 
+def check_encodings(modules: Modules) -> list[str]:
+    """Text files name their encoding, also where ruff does not see that something is a path."""
+    return [
+        f"{module.name}:{node.lineno} calls {node.func.attr} without encoding"
+        for module in modules.values()
+        for node in ast.walk(ast.parse(module.file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr in {"read_text", "write_text"} and all(word.arg != "encoding" for word in node.keywords)
+    ]
+
+
 RULES: tuple[Callable[[Modules], list[str]], ...] = (
     check_rooms,
     check_public_face,
@@ -239,6 +250,7 @@ RULES: tuple[Callable[[Modules], list[str]], ...] = (
     check_private,
     check_help,
     check_torchvision,
+    check_encodings,
 )
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__.removeprefix("check_"))
 
@@ -264,6 +276,8 @@ def test_what_is_around_the_package(folder: str, package: Modules) -> None:
         pytest.skip(f"{folder} is not part of a source distribution")
     modules = read_modules(REPOSITORY / folder)
     found = check_absolute(modules) + check_torchvision(modules) + check_cycles(modules)
+    if folder != "tests":
+        found += check_encodings(modules)
     if folder == "benchmarks":
         found += [line for line in check_private({**package, **modules}) if line.startswith(folder)]
     assert not found, "\n".join(found)
@@ -409,6 +423,12 @@ def test_a_small_house_that_keeps_all_rules(rule: Callable[[Modules], list[str]]
             "core/a.py",
             "def f():\n    from torchvision.io import read",
             "lavita.core.a:2 imports torchvision.io",
+        ),
+        (
+            check_encodings,
+            "core/a.py",
+            "def f(row):\n    return row.file.read_text()",
+            "lavita.core.a:2 calls read_text without encoding",
         ),
     ],
 )

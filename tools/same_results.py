@@ -109,7 +109,7 @@ def lavita(work: Path, arguments: str, stop_at: int = 0) -> str:
 
 def json_lines(file: Path) -> list[dict[str, Any]]:
     """The complete lines of a file that may still be written to, without what is measured."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     return [results(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
@@ -203,14 +203,14 @@ def record(work: Path) -> dict[str, Any]:
         facts[f"samples, {name}: frames"] = frames_of(work / "samples" / name, ".mkv", ".gif", ".png")
         facts[f"samples, {name}: frames" + ABOUT] = frames_of(work / "samples" / name, ".mp4")
         facts[f"samples, {name}: files"] = digests(work / "samples" / name)
-    facts["evaluation"] = results(json.loads((work / "scores.json").read_text()))
+    facts["evaluation"] = results(json.loads((work / "scores.json").read_text(encoding="utf-8")))
     facts["costs: Table 3"], facts["costs: XL/2, Variant 3"] = json.loads(costs), json.loads(large)
     return {name: fact for name, fact in facts.items() if fact != {}}
 
 
 def made_with() -> dict[str, str]:
     """What a record was made with; only the results are compared."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")]
     processor = f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
     packages = {name: version(name) for name in ("lavita", "torch", "diffusers", "numpy", "av")}
@@ -271,7 +271,8 @@ def main() -> None:
     comparing.add_argument("after", type=Path)
     given = parser.parse_args()
     if given.command == "compare":
-        sys.exit(not compare(json.loads(given.before.read_text()), json.loads(given.after.read_text())))
+        before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (given.before, given.after))
+        sys.exit(not compare(before, after))
     spec = find_spec("lavita")
     print(f"recording {spec.origin if spec else 'lavita'}", file=sys.stderr)
     start = time.monotonic()
@@ -282,7 +283,7 @@ def main() -> None:
             parser.error(f"--work {work} is not empty")
         facts = record(work.resolve())
     used = sum(os.times()[2:4])
-    given.file.write_text(json.dumps({"made_with": made_with(), "facts": facts}, indent=1) + "\n")
+    given.file.write_text(json.dumps({"made_with": made_with(), "facts": facts}, indent=1) + "\n", encoding="utf-8")
     print(
         f"{given.file}: {len(facts)} facts in {time.monotonic() - start:.0f} s, {used:.0f} s of processor time",
         file=sys.stderr,

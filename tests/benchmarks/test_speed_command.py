@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_every_section_runs_and_writes(bench: Bench, small: None, tmp_path: Path
     result = json.loads((out / command.RESULT).read_text(encoding="utf-8"))
     assert [section["name"] for section in result["sections"]] == list(SECTIONS)
     assert result["setup"]["preset"] == "tiny/4" and result["setup"]["precision"] == "fp32"
-    assert result["machine"]["threads"] == 1 and result["machine"]["libraries"]["torch"] == torch.__version__
+    assert result["machine"]["threads"] == 1 and result["machine"]["libraries"]["torch"] == version("torch")
     assert result["machine"]["clock"] == "processor" and isinstance(result["machine"]["fast_bf16"], bool)
     sections = command.read_sections(out / command.RESULT)
     assert [section.to_json() for section in sections] == result["sections"]

@@ -66,6 +66,23 @@ def test_the_commands_are_those_of_the_manual() -> None:
     assert manual | {"evaluate"} <= leaves
 
 
+def test_an_ascii_locale_prints_and_finds_every_name(tmp_path: Path) -> None:
+    """Python then reads a name byte by byte, and standard output refuses other characters."""
+    write_videos(tmp_path / "videos", ["\u732b/cafe\u0301.mp4", f"b/{os.fsdecode(bytes([255]))}.mp4"], 3)
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption\n\u732b/caf\xe9.mp4,a \u732b\n", encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-m", "lavita", "data", "inspect", "videos", "--captions", table, "--num-frames=1"],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "COLUMNS": "200"},
+        capture_output=True,
+        encoding="ascii",
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert r"\u732b 1" in result.stdout and "1 for 1 videos" in result.stdout
+
+
 @pytest.mark.parametrize("arguments", [[], ["train"], ["sample"], ["autoencoder", "evaluate"]], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -110,6 +127,13 @@ REFUSED = [
     ("train --config {}/none.yaml", ["none.yaml: no such file"]),
     ("train --data {}/videos train.stps=3", ["unknown key 'train.stps'", "known here:", "steps"]),
     ("train --data {}/videos train.steps", ["'train.steps' is not of the form key=value"]),
+    (
+        "train --data {}/videos train.steps=2 train.seed=1 train.steps=3",
+        ["train.steps is given twice: 'train.steps=2'"],
+    ),
+    ("config train.steps=2 train.steps=3", ["train.steps is given twice"]),
+    ("evaluate --real {}/videos --generated {}/videos seed=1 seed=2", ["seed is given twice: 'seed=1' and 'seed=2'"]),
+    ("train --data {}/videos data.captions=", ["'data.captions=' has no value"]),
     ("train --data {}/missing autoencoder={}/vae", ["missing: no such folder"]),
     ("train --data {}/empty autoencoder={}/vae data.resolution=16", ["empty: no usable videos (found none)"]),
     (

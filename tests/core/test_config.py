@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lavita.core.config import ConfigError, StrictConfig, load_config, read_yaml, save_config
+from lavita.core.config import ConfigError, StrictConfig, check_given_once, load_config, read_yaml, save_config
+from lavita.core.config_reference import commented_yaml
 from lavita.training.checkpoint import Keep, save_checkpoint
 from lavita.training.config import AutoencoderConfig, RunConfig
 from lavita.training.run_folder import check_resumable
@@ -21,7 +22,7 @@ CONFIGS = sorted((PACKAGE / "configs").glob("*.yaml"))
 
 
 def write(file: Path, text: str) -> Path:
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     return file
 
 
@@ -71,6 +72,22 @@ def test_overrides_win_over_values_and_values_over_defaults() -> None:
 def test_a_section_can_be_overridden_as_a_whole() -> None:
     config = load_config(RunConfig, {"train": {"steps": 5, "seed": 7}}, ["train={steps: 6}"])
     assert (config.train.steps, config.train.seed) == (6, 7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.steps=6", "train.steps=9"], "train.steps is given twice: 'train.steps=6' and 'train.steps=9'"),
+        (["train={steps: 6, seed: 1}", "train.seed=2"], "train.seed is given twice: 'train={steps: 6, seed: 1}' and"),
+        (["data.path=a", "data=null"], "data is given twice: 'data.path=a' and 'data=null'"),
+        (["data.captions="], "'data.captions=' has no value; write data.captions=null for none"),
+    ],
+)
+def test_a_command_sets_a_field_once(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_given_once(overrides)
+    assert str(caught.value).startswith(message)
+    check_given_once(["train={steps: 6}", "train.seed=2"])
 
 
 def test_loading_leaves_the_values_alone() -> None:
@@ -129,6 +146,26 @@ def test_values_of_overrides_are_yaml() -> None:
     assert load_config(RunConfig, {}, ["run_dir=a=b"]).run_dir == Path("a=b")
 
 
+WORDS = ["010", "007", "no", "off", "yes", "On", "1:30", "2024-01-01", "0x10", "=", "nan", "café"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_that_only_look_like_something_else_are_texts(word: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads numbers, dates and truth values in them, so that a folder of that name would be another one."""
+    file = write(tmp_path / "a.yaml", f"run_dir: {word}\ndata: {{captions: {word}}}")
+    config = load_config(RunConfig, read_yaml(file), [f"autoencoder={word}"])
+    assert (config.run_dir, config.data.captions, config.autoencoder) == (Path(word), Path(word), word)
+
+
+@pytest.mark.parametrize("word", [*WORDS, "1e5", "true", "null", "~", "", "3", "2.5", ".inf", "<<", "a: b", "- a"])
+def test_every_text_is_saved_as_a_text(word: str, tmp_path: Path) -> None:
+    config = load_config(RunConfig, {"autoencoder": word, "run_dir": f"{word}/x"})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(RunConfig, read_yaml(tmp_path / "config.yaml")) == config
+    (tmp_path / "shown.yaml").write_text(commented_yaml(RunConfig, config.model_dump(mode="json")), encoding="utf-8")
+    assert load_config(RunConfig, read_yaml(tmp_path / "shown.yaml")) == config
+
+
 # --- values that do not fit
 
 
@@ -141,7 +178,17 @@ def test_values_of_overrides_are_yaml() -> None:
         ("train.steps=many", "train.steps is 'many'"),
         ("train.steps=0", "train.steps is 0"),
         ("train.steps=2.5", "train.steps is 2.5"),
-        ("train.learning_rate=.nan", "train.learning_rate is nan"),
+        ("train.learning_rate=.nan", "train.learning_rate is nan: Input should be a finite number"),
+        ("train.learning_rate=.inf", "train.learning_rate is inf: Input should be a finite number"),
+        ("train.learning_rate=nan", "train.learning_rate is 'nan': must be a number"),
+        ("train.steps='1000'", "train.steps is '1000': must be a number, without quotes or leading zeros"),
+        ("train.steps=010", "train.steps is '010': must be a number, without quotes or leading zeros"),
+        ("train.steps=true", "train.steps is True: must be a number"),
+        ("model.variant=true", "model.variant is True: must be a number"),
+        ("run_dir=2024", "run_dir is 2024: must be a text; put one that looks like a number"),
+        ("autoencoder=[a]", "autoencoder is ['a']: Input should be a valid string"),
+        ("train.steps=" + "9" * 5000, "not valid YAML"),
+        ("train.steps=" + "[" * 5000, "not valid YAML"),
         ("train.precision=fp8", "train.precision is 'fp8'"),
         ("model.variant=5", "model.variant is 5"),
         ("model.class_dropout=1.0", "model.class_dropout is 1.0"),
@@ -180,7 +227,13 @@ def test_what_an_autoencoder_refuses(overrides: list[str], named: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("- a\n- b", "found list"), ("", "found NoneType"), ("a: [1", "cannot be read as YAML")],
+    [
+        ("- a\n- b", "found list"),
+        ("", "found NoneType"),
+        ("a: [1", "cannot be read as YAML"),
+        ("train:\n  steps: 1\n  seed: 2\n  steps: 3\n", "(line 4: the key 'steps' is there twice)"),
+        ("run_dir: a\ntrain: {steps: 1}\nrun_dir: b", "(line 3: the key 'run_dir' is there twice)"),
+    ],
 )
 def test_a_file_that_is_not_a_yaml_mapping(tmp_path: Path, text: str, named: str) -> None:
     file = write(tmp_path / "run.yaml", text)
@@ -188,6 +241,16 @@ def test_a_file_that_is_not_a_yaml_mapping(tmp_path: Path, text: str, named: str
         read_yaml(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert named in str(caught.value)
+
+
+def test_the_encoding_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    for encoding in ("utf-8-sig", "utf-16"):
+        file.write_text("run_dir: café", encoding=encoding)
+        assert read_yaml(file) == {"run_dir": "café"}
+    file.write_bytes("# café\nrun_dir: café".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"a\.yaml: line 1 is not UTF-8 \(byte 6 is 0xe9\); save it as UTF-8"):
+        read_yaml(file)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -211,7 +274,7 @@ def test_every_shipped_configuration_loads(file: Path) -> None:
     cls = AutoencoderConfig if file.name.startswith("autoencoder-") else RunConfig
     config = load_config(cls, read_yaml(file), source=str(file))
     assert config != (RunConfig() if cls is RunConfig else None)
-    commands = [line for line in file.read_text().splitlines() if line.startswith("# Command: lavita ")]
+    commands = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# Command: lavita ")]
     assert len(commands) == 1 and file.stem in commands[0], "the header names the command that runs it"
 
 

@@ -110,7 +110,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 def test_text_is_utf8_in_any_locale(tmp_path: Path) -> None:
     code = (
         "import locale, pathlib, sys; from lavita.core.files import write_text\n"
-        "write_text(pathlib.Path(sys.argv[1]), 'caf\\u00e9 \\u2192 \\u6771'); print(locale.getpreferredencoding())"
+        "write_text(pathlib.Path(sys.argv[1]), 'caf\\u00e9 \\u2192 \\u6771'); print(locale.getpreferredencoding())\n"
+        "folder = pathlib.Path(sys.argv[1]).parent; write_text(folder / '\\u6771' / 'b.txt', 'b')\n"
+        "write_text(folder / 'c.txt', [*folder.glob('*/b.txt')][0].parent.name)"
     )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     result = subprocess.run(
@@ -122,6 +124,8 @@ def test_text_is_utf8_in_any_locale(tmp_path: Path) -> None:
     )
     assert result.stdout.strip() == "ANSI_X3.4-1968"
     assert (tmp_path / "a.txt").read_bytes() == "café → 東".encode()
+    assert (tmp_path / "東" / "b.txt").exists(), "the name of a file, too"
+    assert (tmp_path / "c.txt").read_bytes() == "東".encode(), "and a name that was read from the disk"
 
 
 def test_json_is_indented_and_reads_back(tmp_path: Path) -> None:

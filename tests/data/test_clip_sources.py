@@ -332,7 +332,7 @@ def test_memory_and_open_files_do_not_grow(made: Path, tmp_path: Path) -> None:
     sampler = ClipSampler(source.catalog, 4, 3, True, seed=0)
 
     def memory() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def files() -> int:
         return len(os.listdir("/proc/self/fd"))

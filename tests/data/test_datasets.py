@@ -199,8 +199,8 @@ def test_lists_may_have_labels_counts_suffixes_and_names_that_are_gone(
     file.write_text("1\n")
     with pytest.raises(ValueError, match="line 1 is 1, which could be a/1 and b/1"):
         open_dataset(tmp_path, "sky_timelapse")
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"train_256_list\.txt: cannot be read"):
+    file.write_bytes(b"a/1\n\xe9\n")
+    with pytest.raises(ValueError, match=r"train_256_list\.txt: line 2 is not UTF-8 \(byte 1 is 0xe9\)"):
         open_dataset(tmp_path, "sky_timelapse")
 
 

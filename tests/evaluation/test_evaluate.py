@@ -69,7 +69,7 @@ def folders(world: Path) -> tuple[str | Path, ...]:
 
 
 def report(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text())
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
 
 
@@ -126,6 +126,19 @@ def test_the_page_shows_pairs(scored: tuple[Path, str]) -> None:
     near = report(folder / "a.json")["neighbours"]
     distances = [row["distance"] for row in near["nearest"]]
     assert distances == sorted(distances) and near["other_real"] is not None
+
+
+def test_names_that_are_not_utf8_do_not_lose_the_scores(tmp_path: Path, run: Run) -> None:
+    """The page is written last."""
+    name = os.fsdecode(b"\xff.mp4")
+    write_videos(tmp_path / "real", [f"a/{name}", "a/1.mp4", "b/2.mp4"], 16, 16, 16)
+    write_videos(tmp_path / "generated", [f"a/{name}", "a/3.mp4", "b/4.mp4"], 16, 16, 16)
+    arguments = ["num_real_clips=3", "num_generated_clips=3", "frame_interval=1", "floor=false", "--metrics", "kvd"]
+    code, _, err = run(*folders(tmp_path), *arguments, "--out", tmp_path / "a.json", "--page", tmp_path / "page")
+    assert code == 0, err
+    assert r"a/\xff.mp4, from frame 0" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    code, _, err = run(*folders(tmp_path), *arguments, "--out", tmp_path / "a.json")
+    assert code == 0, f"the manifest of the clips is used again: {err}"
 
 
 def test_each_folder_is_scanned_once_and_each_file_hashed_once(

@@ -145,6 +145,18 @@ def test_a_manifest_is_written_and_used_again(tmp_path: Path, videos: Path, sour
             read_manifest(file, {"real": source}, protocol)
 
 
+def test_a_manifest_takes_the_copy_of_its_name_in_any_unicode_form(tmp_path: Path) -> None:
+    file, protocol = tmp_path / "clips.json", Protocol(seed=1, num_frames=4, frame_interval=2)
+    sources = {}
+    for name in ("cafe\u0301", "caf\xe9"):
+        write_videos(tmp_path / name, [f"{name}/{name}.mp4"], num_frames=12)
+        shutil.copy(tmp_path / name / name / f"{name}.mp4", tmp_path / name / "a.mp4")
+        sources[name] = VideoFolder(tmp_path / name).usable()
+    write_manifest(file, {"real": choose_clips(sources["cafe\u0301"], 2, 4, 2, seed=1)}, protocol)
+    again = read_manifest(file, {"real": sources["caf\xe9"]}, protocol)["real"]
+    assert {(clip.name, clip.label) for clip in again.clips} == {("a.mp4", None), ("caf\xe9/caf\xe9.mp4", "caf\xe9")}
+
+
 def test_broken_videos_stop_or_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_videos(tmp_path, ["a/0.mp4", "a/1.mp4"], num_frames=12)
     write_videos(tmp_path, ["a/short.mp4"], num_frames=3)

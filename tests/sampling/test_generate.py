@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeTransformer
+from conftest import MakeTransformer, SavePipeline
 from PIL import Image
 from tiny_text import BERT, save_text_encoder
 from transformers import BertModel
 
 from lavita.core.seeds import generator
+from lavita.core.text import normal_name
 from lavita.evaluation.sources import find_interval
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling import generate as generate_module
@@ -211,6 +212,14 @@ def test_the_frame_interval_of_the_model_decides_how_it_is_scored(
 
 
 @pytest.mark.slow
+def test_classes_in_any_unicode_form(
+    make_transformer: MakeTransformer, save_pipeline: SavePipeline, tmp_path: Path
+) -> None:
+    folder = save_pipeline(make_transformer(num_classes=2, class_names=["a", "cafe\u0301"]))
+    (file,) = generate(folder, tmp_path / "out", classes="caf\xe9", seeds="0", recipe=TWO, device="cpu")
+    assert file.exists() and normal_name(file.parent.name) == "caf\xe9"
+
+
 def test_several_processes_write_the_files_of_one(tmp_path: Path, model_folder: str) -> None:
     """A file is the same to the bit whichever process makes it, and whatever exists already."""
     options = ["--classes", "pong", "--seeds", "0-4", "--steps", "2", "--batch-size", "2", "--format", "mkv"]

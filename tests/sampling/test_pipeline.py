@@ -40,6 +40,12 @@ def test_classes_by_name_and_by_number(pipeline: LavitaPipeline) -> None:
     assert torch.equal(sample(pipeline, ["pong", "boxing"]), sample(pipeline, [2, 0]))
 
 
+def test_names_of_classes_in_any_unicode_form(make_transformer: MakeTransformer, tiny_vae: AutoencoderKL) -> None:
+    pipeline = make_pipeline(make_transformer(num_classes=2, class_names=["a", "cafe\u0301"]), tiny_vae)
+    for name in ("cafe\u0301", "caf\xe9"):
+        assert torch.equal(sample(pipeline, [name]), sample(pipeline, [1]))
+
+
 def test_outputs(pipeline: LavitaPipeline) -> None:
     frames = pipeline([0, 1], num_inference_steps=2, generator=seeded(1, 2)).frames
     assert frames.shape == (2, 2, 16, 16, 3) and frames.dtype == np.uint8

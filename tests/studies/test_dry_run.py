@@ -111,7 +111,7 @@ def test_a_model_that_does_not_fit_is_not_built(
     [
         (["data.path=null"], "data.path is missing"),
         (["data.frame_interval=10", "data.broken=error"], "has 10 frames, but a clip needs 11"),
-        (["data.resolution=17"], "resolution is 17, but this autoencoder needs a multiple of 2"),
+        (["data.resolution=60"], "data.resolution is 60, but must be a multiple of 8, such as 56 or 64"),
         (["train.device=abacus"], "device is 'abacus', which is not available here"),
         (["train.init_from=nowhere"], "nowhere"),
         (["data.validation=videos", "train.validate_every=1"], "is a training video, too"),

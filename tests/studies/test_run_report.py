@@ -40,7 +40,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.svg: list[str] = []
         self._open: list[str] = []
-        self.source = file.read_text()
+        self.source = file.read_text(encoding="utf-8")
         self.feed(self.source)
         assert not self._open, "every element is closed"
 
@@ -77,7 +77,7 @@ class Page(HTMLParser):
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_run(folder: Path, *overrides: str, steps: int = 40, samples: tuple[int, ...] = (20, 40)) -> Path:

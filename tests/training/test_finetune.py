@@ -447,6 +447,17 @@ def test_classes_are_known_by_name(base: Callable[..., str]) -> None:
     assert not report.fresh, "nothing in it is left to be learned"
 
 
+def test_classes_are_known_in_any_unicode_form(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"sample_size": 8, "num_frames": 2, "num_classes": 2}
+    source = LavitaTransformer3DModel.from_preset("tiny/4", **sizes, class_names=["b", "cafe\u0301"])
+    torch.nn.init.normal_(source.get_parameter(TABLE))
+    model = LavitaTransformer3DModel.from_preset("tiny/4", **sizes, class_names=["caf\xe9", "b"])
+    source.save_pretrained(tmp_path)
+    report = initialize(model, str(tmp_path))
+    assert torch.equal(model.state_dict()[TABLE], source.state_dict()[TABLE][[1, 0, 2]])
+    assert TABLE not in report.fresh
+
+
 def write_dit(folder: Path) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)

@@ -300,8 +300,10 @@ def test_data_that_does_not_fit_is_refused(make_config: MakeConfig, tmp_path: Pa
         train(make_config("run", f"data.latent_cache={tmp_path}"))
     with pytest.raises(ValueError, match="has 10 frames, but a clip needs 11"):
         train(make_config("run", "data.frame_interval=10", "data.broken=error"))
-    with pytest.raises(ValueError, match="resolution is 17, but this autoencoder needs a multiple of 2"):
-        train(make_config("run", "data.resolution=17"))
+    # 60 pixels are 30 latent pixels, which are no whole number of patches.
+    message = r"data\.resolution is 60, but must be a multiple of 8, such as 56 or 64: .*model\.preset=tiny/4 by 4"
+    with pytest.raises(ConfigError, match=message):
+        train(make_config("run", "data.resolution=60"))
     with pytest.raises(ValueError, match="device is 'abacus', which is not available here"):
         train(make_config("run", "train.device=abacus"))
     assert not (tmp_path / "run").exists(), "a run that cannot start leaves nothing behind"

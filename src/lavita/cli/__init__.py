@@ -15,13 +15,16 @@ from lavita.cli import sampling as sampling
 from lavita.cli import evaluation as evaluation
 from lavita.cli import studies as studies
 from lavita.cli import config as config
+
 # isort: on
+from lavita.core.text import print_any_text
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
     """Runs a command; bad input, as any `ValueError`, is one line on stderr and exit code 2."""
+    print_any_text()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()

@@ -34,11 +34,12 @@ def show_config(
 
     The output can be saved and passed to `lavita train --config FILE`.
     """
-    from lavita.core.config import ConfigError, load_config, read_yaml
+    from lavita.core.config import ConfigError, check_given_once, load_config, read_yaml
     from lavita.core.config_reference import commented_yaml, fields_of
 
     sources = [word for word in words or [] if "=" not in word]
     overrides = [word for word in words or [] if "=" in word]
+    check_given_once(overrides)
     if len(sources) > 1:
         raise ConfigError(f"give one SOURCE, not {len(sources)}: {', '.join(sources)}")
     file = find_config(sources[0]) if sources else None

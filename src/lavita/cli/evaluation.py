@@ -117,8 +117,10 @@ def evaluate(
         return
     if real is None or generated is None:
         raise ValueError("give --real and --generated, or --compare with two reports")
+    from lavita.core.config import check_given_once
     from lavita.evaluation.evaluate import EvaluationOptions, run_evaluation
 
+    check_given_once(overrides or [])
     run_evaluation(
         EvaluationOptions(
             real=real,

@@ -108,9 +108,10 @@ def _train(run: Callable[[Any], Path], settings: Any) -> None:
 
 def _load(cls: Any, config: str | None, overrides: list[str] | None, chosen: dict[str, Any]) -> Any:
     """The options of a command win over its configuration file, `a.b=c` over both."""
-    from lavita.core.config import ConfigError, load_config, read_yaml
+    from lavita.core.config import ConfigError, check_given_once, load_config, read_yaml
 
     words = overrides or []
+    check_given_once(words)
     if config is None and not chosen and not words:
         raise ConfigError("nothing to train on: give --config FILE or --data DIR")
     values: dict[str, Any] = {}

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from lavita.core.files import write_text
+from lavita.core.text import read_text
 
 
 class ConfigError(ValueError):
@@ -22,25 +24,79 @@ class ConfigError(ValueError):
 
 
 class StrictConfig(BaseModel):
-    """Base of all configuration sections: immutable, and unknown keys are refused.
+    """Base of all configuration sections: immutable, and unknown keys and numbers that are not finite are refused.
 
     The docstring under a field is its description (`Section.model_fields[name].description`); `lavita config` and the
     documentation are generated from it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _type_is_not_changed(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses texts and `true` as numbers, which pydantic would convert, and says how a number becomes a text."""
+        assert info.field_name is not None
+        types = _scalar_types(cls.model_fields[info.field_name].annotation)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if types & {int, float}:
+                if isinstance(item, str) and not types & {str, Path}:
+                    raise ValueError("must be a number, without quotes or leading zeros")
+                if isinstance(item, bool) and bool not in types:
+                    raise ValueError("must be a number")
+            elif types & {str, Path} and isinstance(item, (int, float)):
+                raise ValueError("must be a text; put one that looks like a number or like true in quotes")
+        return value
 
 
 Config = TypeVar("Config", bound=StrictConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 does; PyYAML follows YAML 1.1 and reads a string."""
+    """Reads what a person means: the plain words of YAML 1.2, and each key once.
+
+    PyYAML follows YAML 1.1, where `no` and `off` are false, 010 is 8, 1:30 is 90, a date is an object, 1e-4 is a text,
+    and of a key that is there twice the last one wins.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Builds a mapping whose keys are all different."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+class _Dumper(yaml.SafeDumper):
+    """Puts every text in quotes that `_Loader` would read as something else."""
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+_FLOAT = (
+    r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
+for _type, _pattern, _first in (
+    ("merge", r"<<", ["<"]),
+    ("null", r"(~|null|Null|NULL)?", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),  # 007 is a name rather than a number
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def to_yaml(value: Any, **options: Any) -> str:
+    """A value as YAML that `read_yaml` reads back as the same value; `options` are those of `yaml.dump`."""
+    return yaml.dump(value, Dumper=_Dumper, **options)
 
 
 def load_config(
@@ -51,7 +107,8 @@ def load_config(
     Args:
         cls: the configuration class.
         values: nested fields, as `read_yaml` gives them.
-        overrides: `a.b=c` strings, which win over the values; the right side is parsed as YAML.
+        overrides: `a.b=c` strings, which win over the values and over those before them; the right side is parsed as
+            YAML.
         source: where the values come from, for error messages.
 
     Raises:
@@ -63,13 +120,7 @@ def load_config(
     except RecursionError as error:  # an anchor of YAML can be part of itself
         raise ConfigError(f"{source or cls.__name__}: a value contains itself, or is nested too deeply") from error
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r} is not of the form key=value, for example train.steps=1000")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+        key, value = _parse(override)
         nested: dict[str, Any] = {}
         inner = nested
         *parents, last = key.split(".")
@@ -83,13 +134,34 @@ def load_config(
         raise ConfigError(_first_error(cls, error, source)) from error
 
 
+def check_given_once(overrides: Sequence[str]) -> None:
+    """Refuses overrides of one command that set a field twice; ConfigError names both, or one that is no override."""
+    given: dict[str, str] = {}
+    for override in overrides:
+        fields = list(_leaves(*_parse(override)))
+        for field in fields:
+            for other in given:
+                if f"{field}.".startswith(f"{other}.") or f"{other}.".startswith(f"{field}."):
+                    raise ConfigError(f"{min(field, other, key=len)} is given twice: {given[other]!r} and {override!r}")
+        given |= dict.fromkeys(fields, override)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML mapping; ConfigError if the file is missing or is not one."""
     try:
-        values = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+        text = read_text(Path(file))
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: no such file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read as YAML ({error})") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.constructor.ConstructorError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{file}: cannot be read as YAML ({line}{error.problem})") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
@@ -98,7 +170,40 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def save_config(config: StrictConfig, file: Path) -> None:
     """Writes every field of a configuration as YAML."""
-    write_text(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_text(file, to_yaml(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _scalar_types(annotation: Any) -> set[type]:
+    """The types that a field may have, or the items of its list; of a choice without text, which is never converted."""
+    if get_origin(annotation) is Literal:
+        return {type(choice) for choice in get_args(annotation)} - {str}
+    if get_origin(annotation) is Annotated:
+        return _scalar_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType, list):
+        return set().union(*map(_scalar_types, get_args(annotation)))
+    return {annotation}
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    """The dotted name and the value of an override."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r} is not of the form key=value, for example train.steps=1000")
+    if not text.strip():
+        raise ConfigError(f"{override!r} has no value; write {key}=null for none")
+    try:
+        return key, yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    """The dotted names of the fields that an override sets."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 
-from lavita.core.config import StrictConfig
+from lavita.core.config import StrictConfig, to_yaml
 
 WIDTH = 100
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
@@ -131,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 def _yaml(value: Any) -> str:
     """A value on one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n...\n").rstrip("\n")
+    return to_yaml(value, default_flow_style=True, width=float("inf")).removesuffix("\n...\n").rstrip("\n")
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lavita.core.text import printable
 
 _MARK = ".partial-"
 
@@ -26,6 +29,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     Yields:
         A path with the same suffix that no other process uses. It is removed if the block raises.
     """
+    path = _on_disk(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}{_MARK}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -44,14 +48,24 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Writes UTF-8 text; see `replacing`."""
+    """Writes UTF-8 text; see `replacing`. What UTF-8 lacks is written as `core.text.printable` shows it."""
     with replacing(path, durable) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(printable(text), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, durable: bool = False) -> None:
     """Writes indented JSON; see `replacing`."""
     write_text(path, json.dumps(value, indent=1) + "\n", durable)
+
+
+def _on_disk(path: Path) -> Path:
+    """The path whose bytes are UTF-8 under any locale: as other programs wrote, and will look for, the same name."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        name = str(path).encode("utf-8", "surrogateescape")
+        return Path(name.decode(sys.getfilesystemencoding(), "surrogateescape"))
+    return path
 
 
 def remove_partial(folder: Path) -> None:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import csv
+import ast
 import json
+import math
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lavita.core.seeds import numpy_generator
+from lavita.core.text import by_normal_name, normal_name
 from lavita.data.catalog import Catalog
+from lavita.data.tables import Row, read_rows
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 # The first name is the documented one and takes precedence; of the other names a table may have only one.
 FILE_COLUMNS = ("file", "video", "video_path", "image", "image_path", "path", "file_path", "file_name", "filename")
 TEXT_COLUMNS = ("caption", "text", "prompt")
 # The columns of WebVid: the video is <page_dir>/<videoid>.mp4, its caption is in `name`.
 WEBVID_FILE, WEBVID_FOLDER, WEBVID_TEXT = "videoid", "page_dir", "name"
-
-Row = Mapping[str, Any]
+KNOWN_COLUMNS = frozenset({*FILE_COLUMNS, *TEXT_COLUMNS, WEBVID_FILE, WEBVID_FOLDER, WEBVID_TEXT})
+# What programs write where a value is missing, in lower case; CSV has nothing else for it.
+MISSING = frozenset({"", "nan", "null", "none", "<na>"})
+# From here on not every whole number is a floating-point number, so that one may stand for another identifier.
+INEXACT = 2**53
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,22 @@ def read_captions(file: Path) -> dict[str, tuple[str, ...]]:
     Args:
         file: CSV with a header, JSONL or Parquet (extra `tables`), with the columns `file` (path below the folder of
             the videos, with forward slashes) and `caption`, or other names from `FILE_COLUMNS` and `TEXT_COLUMNS`, or
-            the columns of WebVid. Other columns are ignored. A file with several captions has several rows.
+            the columns of WebVid. Other columns are ignored. A file with several captions has several rows, or a list
+            of captions in one.
 
     Returns:
-        The captions of each file, in the order of the table.
+        The captions of each file, in the order of the table; the names of the files are in their normal form
+        (`core.text.normal_name`).
 
     Raises:
-        ValueError: if the table is missing or damaged, if a column is missing or ambiguous, or if a caption is empty.
+        ValueError: if the table is missing or damaged, if a column is missing or ambiguous, if a value is of another
+            type than a text or a list of texts, or if there is no caption in a row.
     """
     captions: dict[str, list[str]] = {}
-    for number, names, value in _entries(file):
-        if not (text := _caption(value)):
+    for number, names, texts in _entries(file):
+        if not texts:
             raise ValueError(f"{file}: line {number} has no caption")
-        captions.setdefault(names[0], []).append(text)
+        captions.setdefault(normal_name(names[0]), []).extend(texts)
     if not captions:
         raise ValueError(f"{file}: holds no captions")
     return {name: tuple(texts) for name, texts in captions.items()}
@@ -67,22 +76,24 @@ def find_captions(file: Path, names: Collection[str]) -> CaptionTable:
 
     Args:
         file: see `read_captions`.
-        names: the files, as paths below their folder.
+        names: the files, as paths below their folder. The table may have them in another Unicode form.
 
     Raises:
-        ValueError: for the reasons of `read_captions`; but empty captions are counted.
+        ValueError: for the reasons of `read_captions`, but rows without a caption are counted; or if two names are one
+            in different Unicode forms.
     """
     captions: dict[str, list[str]] = {}
     num_rows = num_unused = num_empty = 0
     example = ""
-    for _, candidates, value in _entries(file):
+    known = by_normal_name(names, file)
+    for _, candidates, texts in _entries(file):
         num_rows += 1
-        name = next((candidate for candidate in candidates if candidate in names), None)
+        name = next((known[form] for form in map(normal_name, candidates) if form in known), None)
         if name is None:
             num_unused += 1
             example = example or candidates[0]
-        elif text := _caption(value):
-            captions.setdefault(name, []).append(text)
+        elif texts:
+            captions.setdefault(name, []).extend(texts)
         else:
             num_empty += 1
     found = {name: tuple(texts) for name, texts in captions.items()}
@@ -118,6 +129,8 @@ def match_captions(
             f"such as {table.example}",
             file=sys.stderr,
         )
+    if table.num_empty:
+        print(f"{file}: {table.num_empty:,} of {table.num_rows:,} rows have no caption", file=sys.stderr)
     if without := [video.name for video in catalog.videos if video.name not in table.captions]:
         if broken == "error":
             raise ValueError(f"{file}: has no caption for {without[0]}, which is in {catalog.root}")
@@ -129,33 +142,101 @@ def match_captions(
     return table.captions, catalog.only(table.captions)
 
 
-def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], object]]:
-    """Yields for each row its number, the possible names of its file, and the value in the column of captions."""
+def _entries(file: Path) -> Iterator[tuple[int, tuple[str, ...], list[str]]]:
+    """Yields for each row its number, the possible names of its file, and its captions, of which there may be none."""
     file_column = text_column = None
-    for number, row in _rows(file):
+    is_csv = file.suffix.lower() == ".csv"
+    for number, row in read_rows(file, KNOWN_COLUMNS):
         if file_column is None or text_column is None:
             file_column, text_column = _pick_columns(file, list(row))
-        value = _text(row.get(file_column))
-        if not value:
+        try:
+            names = _names(row, file_column)
+            texts = _captions(row.get(text_column), text_column, is_csv)
+        except ValueError as error:
+            raise ValueError(f"{file}: line {number}: {error}") from error
+        if not names:
             raise ValueError(f"{file}: line {number} has no {file_column!r}; found: {', '.join(row) or 'nothing'}")
-        if file_column == WEBVID_FILE:
-            folder = _text(row.get(WEBVID_FOLDER))
-            names: tuple[str, ...] = (f"{value}.mp4",)
-            if folder and folder.lower() != "nan":  # as pandas writes a missing value
-                names = (f"{folder}/{value}.mp4", *names)
-        else:
-            names = (value.replace("\\", "/").removeprefix("./"),)
-        yield number, names, row.get(text_column)
+        yield number, names, texts
 
 
-def _text(value: object) -> str:
-    """A value as text; tables also hold numbers as identifiers, and None if there is no value."""
-    return "" if value is None else str(value).strip()
+def _names(row: Row, column: str) -> tuple[str, ...]:
+    """The possible names of a row's file; none if it has no file."""
+    value = _identifier(row.get(column), column)
+    if not value:
+        return ()
+    if column != WEBVID_FILE:
+        return (value.replace("\\", "/").removeprefix("./"),)
+    if re.fullmatch(r"\d+\.0", value):  # as pandas writes a whole number in a column with missing values
+        value = value.removesuffix(".0")
+    folder = _identifier(row.get(WEBVID_FOLDER), WEBVID_FOLDER)
+    name = f"{value}.mp4"
+    return (name,) if folder.lower() in MISSING else (f"{folder}/{name}", name)
 
 
-def _caption(value: object) -> str:
-    """A caption on one line; empty if there is none."""
-    return " ".join(_text(value).split())
+def _identifier(value: object, column: str) -> str:
+    """The name of a file or folder, which may be a whole number; empty if there is none.
+
+    Raises:
+        ValueError: for a value of another type.
+    """
+    if _is_missing(value):
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < INEXACT:
+        value = int(value)  # pandas makes a column of integers with missing values one of floats
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(value).strip()
+    raise ValueError(f"{column!r} is {_shown(value)}, but must be a text or a whole number")
+
+
+def _captions(value: object, column: str, is_csv: bool) -> list[str]:
+    """The captions in a cell, each on one line; none if it is empty.
+
+    Raises:
+        ValueError: for a value of another type than a text or a list of texts.
+    """
+    if is_csv and isinstance(value, str) and re.match(r"""\[\s*["']""", value.strip()):
+        value = _written_list(value.strip())
+    texts = []
+    for text in value if isinstance(value, list) else [value]:
+        if _is_missing(text):
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"{column!r} is {_shown(value)}, but must be a text or a list of texts")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{column!r} is {ascii(text)[:60]}, which holds half a character (a surrogate)") from error
+        texts.append(" ".join(text.split()))
+    return [text for text in texts if text.lower() not in MISSING]
+
+
+def _written_list(text: str) -> object:
+    """The list that a cell of a CSV table shows, as JSON or as Python prints it; other texts stay as they are.
+
+    Raises:
+        ValueError: for what looks like a list, but is none: NumPy prints them without commas.
+    """
+    for read, write in ((json.loads, None), (ast.literal_eval, repr)):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        # Python joins 'a' 'b' to one text, silently.
+        if isinstance(value, list) and (write is None or write(value) == text):
+            return value
+    if text.endswith(("']", '"]')):
+        raise ValueError(f"{_shown(text)} looks like a list of captions, but is not one in JSON or Python")
+    return text
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _shown(value: object) -> str:
+    """A value and its type, shortened."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
 def _pick_columns(file: Path, columns: Sequence[str]) -> tuple[str, str]:
@@ -179,55 +260,6 @@ def _pick_columns(file: Path, columns: Sequence[str]) -> tuple[str, str]:
             )
         picked.append(names[0])
     return picked[0], picked[1]
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Row]]:
-    suffix = file.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"{file}: the name of a table of captions ends in {', '.join(TABLE_SUFFIXES)}")
-    if suffix == ".parquet":
-        yield from _parquet_rows(file)
-        return
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            if suffix == ".csv":
-                reader = csv.reader(stream)
-                header = next(reader, [])
-                # A short line has no values in its last columns.
-                yield from ((reader.line_num, dict(zip(header, values, strict=False))) for values in reader if values)
-                return
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}: line {number} is not JSON") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{file}: line {number} is not an object with 'file' and 'caption'")
-                yield number, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        import pyarrow  # type: ignore[import-untyped]
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(f'{file}: tables in Parquet need the extra "tables": pip install "lavita[tables]"') from error
-    wanted = {*FILE_COLUMNS, *TEXT_COLUMNS, WEBVID_FILE, WEBVID_FOLDER, WEBVID_TEXT}
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            columns = [name for name in names if name in wanted] or names[:1]
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 class CaptionSampler:

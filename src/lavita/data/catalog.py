@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lavita.core.prefetch import parallel_map
+from lavita.core.text import by_normal_name, normal_name
 from lavita.video.formats import COMMON_SUFFIXES, FRAME_SUFFIXES, VideoError, VideoInfo
 from lavita.video.frame_folders import find_videos
 from lavita.video.reading import probe
@@ -36,7 +37,7 @@ class Catalog:
     root: Path
     videos: tuple[Video, ...]
     class_names: tuple[str, ...]
-    """Sorted; empty without classes."""
+    """Sorted, in their normal form (`core.text.normal_name`); empty without classes."""
     broken: tuple[str, ...]
     """One message per video that cannot be used; each begins with the video's path."""
 
@@ -134,9 +135,11 @@ def make_catalog(
         probed: results of `probe_all`, if the headers have been read already.
 
     Raises:
-        ValueError: if no video is usable, or, with `broken="error"`, if a video is broken.
+        ValueError: if no video is usable, if the names of two are one in different Unicode forms, or, with
+            `broken="error"`, if a video is broken.
     """
-    class_of = dict(found)
+    class_of = {path: None if name is None else normal_name(name) for path, name in found}
+    by_normal_name((path.relative_to(root).as_posix() for path in class_of), root)
     videos: list[VideoInfo] = []
     problems: list[str] = []
     results = probe_all(class_of) if probed is None else (probed[path] for path in class_of)

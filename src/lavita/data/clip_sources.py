@@ -17,6 +17,7 @@ import torch
 from lavita.core.config import ConfigError
 from lavita.core.precision import Precision
 from lavita.core.prefetch import parallel_map
+from lavita.core.text import by_normal_name, normal_name
 from lavita.data.catalog import Catalog, Video, scan
 from lavita.data.clips import ClipDraw, clip_span, read_pixels
 from lavita.data.config import SPLITS, DataConfig
@@ -188,26 +189,30 @@ class CacheSource:
             self._check_videos(path, names)
 
     def _check_videos(self, path: Path, names: Collection[str] | None) -> None:
-        sizes = {row["name"]: row["source_bytes"] for row in self.manifest["videos"]}
         if not path.is_dir():
             raise ValueError(f"{path}: no such folder")
-        for name, size in sizes.items():
+        if names is None:
+            names = [video.relative_to(path).as_posix() for video in find_videos(path).videos]
+        cached = by_normal_name((row["name"] for row in self.manifest["videos"]), self.folder)
+        there = by_normal_name(names, path)
+        sizes = {normal_name(row["name"]): row["source_bytes"] for row in self.manifest["videos"]}
+        for form, name in cached.items():
             try:
-                current_size = source_bytes(path / name)
-            except OSError:
-                current_size = None
-            if current_size is None or (names is not None and name not in names):
+                current_size = source_bytes(path / there[form])
+            except (OSError, KeyError):
                 raise ValueError(
                     f"{path / name}: is in the cache {self.folder}, but not in data.path; `lavita encode` removes it"
-                )
-            if current_size != size:
+                ) from None
+            if current_size != sizes[form]:
                 raise ValueError(
                     f"{path / name}: has changed since the cache {self.folder} was made; `lavita encode` updates it"
                 )
-        if names is None:
-            names = [video.relative_to(path).as_posix() for video in find_videos(path).videos]
-        broken = self.manifest["broken"]
-        new = [n for n in names if n not in sizes and not any(message.startswith(f"{n}: ") for message in broken)]
+        broken = [normal_name(message) for message in self.manifest["broken"]]
+        new = [
+            name
+            for form, name in there.items()
+            if form not in cached and not any(message.startswith(f"{form}: ") for message in broken)
+        ]
         if new:
             raise ValueError(
                 f"{path}: holds {len(new)} videos that the cache {self.folder} lacks, the first: {min(new)}; "
@@ -236,10 +241,10 @@ class CacheSource:
 
 def _class_of(row: dict[str, Any], folder: Path) -> str:
     if row["class"] is not None:
-        return str(row["class"])
+        return normal_name(str(row["class"]))
     if "/" not in row["name"]:
         raise ValueError(f"{folder}: holds videos that are in no class folder, such as {row['name']}")
-    return Path(row["name"]).parent.name
+    return normal_name(Path(row["name"]).parent.name)
 
 
 def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
@@ -260,7 +265,8 @@ def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> C
         members = None
         if data.dataset != "folder" and data.path is not None:
             members = {member.name for member in list_dataset(data.path, data.dataset).choose(data.split)}
-            if outside := [video.name for video in cache.catalog.videos if video.name not in members]:
+            forms = set(map(normal_name, members))
+            if outside := [video.name for video in cache.catalog.videos if normal_name(video.name) not in forms]:
                 raise ConfigError(
                     f"{data.latent_cache}: holds {outside[0]}, which is not in split "
                     f"{data.split or SPLITS[data.dataset][0]!r} of {data.path}; encode that split"

@@ -29,7 +29,8 @@ def source_digest(path: Path) -> str:
     for file in _images(path) if path.is_dir() else [path]:
         with file.open("rb") as stream:
             if file != path:
-                digest.update(f"{file.name}\0{os.fstat(stream.fileno()).st_size}\0".encode())
+                head = f"{file.name}\0{os.fstat(stream.fileno()).st_size}\0"
+                digest.update(head.encode("utf-8", "surrogateescape"))
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from typing import Literal
 
 from lavita.core.config import ConfigError
 from lavita.core.names import DataSetName
+from lavita.core.text import normal_name, read_text
 from lavita.data.catalog import Catalog, make_catalog, scan
 from lavita.data.config import SETS_WITH_CLASSES, SPLITS, check_split
 from lavita.data.ucf101 import class_of, read_split_lists
@@ -209,7 +210,7 @@ def _without_twins(root: Path, found: Sequence[Path]) -> tuple[list[Path], int]:
     def key(path: Path) -> tuple[str, ...]:
         # Scripts that extract frames replace the # in names, which starts a comment in some shells.
         folder_split = _split_folder(path.relative_to(root).parts[:-1])
-        return folder_split or "", _stem(path).replace("#", "_").lower()
+        return folder_split or "", normal_name(_stem(path)).replace("#", "_").lower()
 
     files = {key(path) for path in found if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()}
     kept = [path for path in found if path.is_file() or key(path) not in files]
@@ -229,7 +230,7 @@ def _find_splits(
     if dataset == "ucf101" and (lists := read_split_lists(root)):
         by_stem: dict[str, list[str]] = {}
         for member in members:
-            by_stem.setdefault(_stem(member.path).lower(), []).append(member.name)
+            by_stem.setdefault(normal_name(_stem(member.path)).lower(), []).append(member.name)
         for split, stems in lists.items():
             missing = [stem for stem in stems if stem not in by_stem]
             if missing:
@@ -256,29 +257,37 @@ def _read_list(file: Path, members: Sequence[Member], notes: list[str]) -> set[s
         parts = PurePosixPath(member.name).parts
         parts = (*parts[:-1], _stem(member.path))
         for first in range(len(parts)):
-            by_ending.setdefault("/".join(parts[first:]), set()).add(member.name)
+            by_ending.setdefault(normal_name("/".join(parts[first:])), set()).add(member.name)
     names: set[str] = set()
     missing: list[str] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(file).split("\n")
+    except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
-        entry = PurePosixPath(re.sub(r"([\s,]+\d+)+$", "", line.strip().replace("\\", "/")))
-        if entry.suffix.lower() in FRAME_SUFFIXES:
-            entry = entry.parent
-        if not entry.name:
+        text = normal_name(line.strip().replace("\\", "/"))
+        if not text:
             continue
-        matching = by_ending.get(entry.with_name(_stem(entry)).as_posix(), set())
+        # A number at the end is a label or a count, or else the end of a name: "clip 7" may be the video clip 7.mp4.
+        entries = {_listed_video(text), _listed_video(re.sub(r"([\s,]+\d+)+$", "", text))}
+        matching = set().union(*(by_ending.get(entry, set()) for entry in entries))
         if len(matching) > 1:
             both = " and ".join(sorted(matching)[:2])
-            raise ValueError(f"{file}: line {number} is {entry}, which could be {both}")
+            raise ValueError(f"{file}: line {number} is {text}, which could be {both}")
         names |= matching
         if not matching:
-            missing.append(entry.as_posix())
+            missing.append(min(entries, key=len) or text)
     if missing:
         count = len(set(missing))
         notes.append(f"{file}: {count} of its videos are not in the folder, such as {missing[0]}")
     if not names:
         raise ValueError(f"{file}: lists no video that is in the folder; it begins with {''.join(lines[:1])!r}")
     return names
+
+
+def _listed_video(text: str) -> str:
+    """The path of the video, without suffix, that a line in the list of a split names by itself or by a frame."""
+    path = PurePosixPath(text)
+    if path.suffix.lower() in FRAME_SUFFIXES:
+        path = path.parent
+    return path.with_name(_stem(path)).as_posix() if path.name else ""

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from lavita.core.names import DataSetName
 from lavita.core.progress import Progress
+from lavita.core.text import normal_name
 from lavita.data.captions import find_captions
 from lavita.data.catalog import probe_all
 from lavita.data.clips import center_crop_resize, clip_span
@@ -172,7 +173,9 @@ def inspect_dataset(
         left_out={**({"images": tree.stray_images} if tree.stray_images else {}), **tree.other_files},
         num_videos=len(readable),
         num_frame_folders=sum(info.path.is_dir() for info in infos),
-        classes=_sorted_counts(member.class_name for member, _ in readable if member.class_name is not None),
+        classes=_sorted_counts(
+            normal_name(member.class_name) for member, _ in readable if member.class_name is not None
+        ),
         num_frames=int(lengths.sum()),
         hours=sum(info.num_frames / info.fps for info in infos) / 3600,
         sizes=_most_frequent(f"{info.width}x{info.height}" for info in infos),

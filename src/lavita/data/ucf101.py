@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lavita.core.text import normal_name, read_text
+
 # Sorted as Python sorts, not as in classInd.txt, which ignores case: the labels then do not depend on that file, and
 # equal those of the public code, which sorts the folders.
 _NAMES = """
@@ -40,8 +42,8 @@ def read_split_lists(root: Path) -> dict[str, list[str]]:
     """Reads the lists of the three splits in the folder, or in `ucfTrainTestlist` in it or next to it.
 
     Returns:
-        The names of the videos in train01, test01, ..., without folder and suffix, in lower case; `train` and `test`
-        are those of the first split. Empty if there are no lists.
+        The names of the videos in train01, test01, ..., without folder and suffix, in normal form and lower case;
+        `train` and `test` are those of the first split. Empty if there are no lists.
 
     Raises:
         ValueError: if a list cannot be read.
@@ -52,12 +54,12 @@ def read_split_lists(root: Path) -> dict[str, list[str]]:
             if not (match := _LIST.fullmatch(file.name)):
                 continue
             try:
-                lines = file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
+                lines = read_text(file).split("\n")
+            except OSError as error:
                 raise ValueError(f"{file}: cannot be read ({error})") from error
             # ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1: only training lists have labels.
             entries = [line.split()[0] for line in lines if line.strip()]
-            lists[match[1] + match[2]] = [Path(entry).stem.lower() for entry in entries]
+            lists[match[1] + match[2]] = [normal_name(Path(entry).stem).lower() for entry in entries]
         if lists:
             break
     first = {part: lists[f"{part}01"] for part in ("train", "test") if f"{part}01" in lists}

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from lavita.core.progress import Progress
 from lavita.core.seeds import numpy_generator
+from lavita.core.text import normal_name
 from lavita.data.catalog import Video
 from lavita.data.clips import center_crop_resize, clip_span
 from lavita.evaluation.protocol import Protocol
@@ -193,7 +194,7 @@ def successive_clips(source: Source, videos: Iterable[Video], num_frames: int, f
 def make_clip(source: Source, video: Video, start: int, num_frames: int) -> Clip:
     """Some frames of a video; the folder that it is in is its class."""
     parent = video.info.path.parent
-    label = None if parent == source.catalog.root else parent.name
+    label = None if parent == source.catalog.root else normal_name(parent.name)
     return Clip(video.name, source.folder.sha256(video), label, start, num_frames)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lavita.core.files import write_json
+from lavita.core.text import normal_name
 from lavita.data.catalog import Video
 from lavita.evaluation.clips import VERSION, Clip, ClipSet, make_clip
 from lavita.evaluation.protocol import Protocol
@@ -80,7 +81,7 @@ def read_manifest(file: Path, sources: Mapping[str, Source], protocol: Protocol)
             if clip.sha256 not in videos:
                 raise ValueError(f"{file}: names {clip.name}, but no video below {source.catalog.root} has its content")
             copies = videos[clip.sha256]
-            video = next((copy for copy in copies if copy.name == clip.name), copies[0])
+            video = next((copy for copy in copies if normal_name(copy.name) == normal_name(clip.name)), copies[0])
             found.append(make_clip(source, video, clip.start, clip.num_frames))
         result[name] = ClipSet(source.catalog.root, tuple(found), interval)
     return result

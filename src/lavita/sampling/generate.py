@@ -18,6 +18,7 @@ from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator
+from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
 from lavita.data.catalog import GENERATION, read_generation
 from lavita.models.adapters import apply_adapter
@@ -182,7 +183,7 @@ def _plan_jobs(
         raise ValueError("a prompt was given, but this model has no texts")
     if config["num_classes"]:
         names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
-        labels = _parse_classes(classes, names)
+        labels = _parse_classes(normal_name(classes), [normal_name(name) for name in names])
         return [Job(out / names[label] / f"{seed}{suffix}", seed, label) for label in labels for seed in seeds]
     if classes != "all":
         raise ValueError(f"classes is {classes!r}, but this model has none")

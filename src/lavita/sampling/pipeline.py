@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from lavita.core.files import replacing
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
+from lavita.core.text import normal_name
 from lavita.models.adapters import Adapters
 from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.diffusion import NUM_TIMESTEPS
@@ -219,9 +220,12 @@ class LavitaPipeline(DiffusionPipeline):
         if class_labels is None or isinstance(class_labels, str):
             raise ValueError(f"class_labels is {class_labels!r}, but this model needs a list, one class per video")
         known = ", ".join(names) if names else f"0..{num_classes - 1}"
+        forms = [normal_name(name) for name in names or ()]
         labels = []
         for label in class_labels:
-            number = names.index(label) if names and label in names else label
+            number: int | str = label
+            if isinstance(label, str) and normal_name(label) in forms:
+                number = forms.index(normal_name(label))
             if not isinstance(number, int) or not 0 <= number < num_classes:
                 raise ValueError(f"class label is {label!r}; allowed: {known}")
             labels.append(number)

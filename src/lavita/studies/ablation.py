@@ -130,7 +130,9 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
     arm = plan.out / name
     point = arm / f"step-{steps:08d}"
     run, samples = arm / "train", point / "samples"
-    settings = [f"run_dir={run}", f"train.steps={steps}", "train.sample_every=0", *plan.overrides, *fields]
+    settings = [f"run_dir={run}", f"train.steps={steps}", *plan.overrides, *fields]
+    if not any(override.startswith("train.sample_every=") for override in plan.overrides):
+        settings.append("train.sample_every=0")
     sample = ["sample", str(run / "pipeline"), "--out", str(samples)]
     sample += ["--seeds", plan.seeds, "--steps", str(plan.sample_steps)]
     found = [

@@ -25,7 +25,7 @@ from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig
 from lavita.training.finetune import read_fresh, trained_parameters
 from lavita.training.run_folder import RESUMABLE, check_resumable
-from lavita.training.setup import build_model, build_state, check_batch_size
+from lavita.training.setup import build_model, build_state, check_batch_size, check_resolution
 from lavita.training.step import train_step
 from lavita.training.validation import HeldOut
 
@@ -86,6 +86,7 @@ def dry_run(config: RunConfig) -> DryRun:
     steps_done = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
     device = pick_device(settings.device)
     vae = load_autoencoder(autoencoder_source(config.autoencoder, data.resolution), device)
+    check_resolution(config, vae)
     batches = BatchMaker(data, settings, vae, config.model.class_dropout)
     if batches.captions is not None:
         batches.embed_captions(lambda texts: _stand_in_embeddings(texts, config, device))

@@ -125,7 +125,7 @@ def only_run(run_dir: Path) -> Iterator[None]:
         ValueError: if another process holds the lock.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a") as file:
+    with (run_dir / ".lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -73,7 +73,8 @@ class TrainingScorer:
         self._network: Network = load_network(self._extractor.network, device=device)
         # The training run has already named the videos that it leaves out.
         source = VideoFolder(real).usable(clip_span(num_frames, frame_interval), skip_broken=True)
-        side = choose_clips(source, self.options.num_clips, num_frames, frame_interval, self.options.seed)
+        count, seed = self.options.num_clips, self.options.seed
+        side = choose_clips(source, count, num_frames, frame_interval, seed, field="train.score_clips")
         outputs = compute_outputs(side, [self._network], resolution)[self._network.spec.name]
         self._real = np.concatenate([self._extractor.read(row[None]) for row in outputs])
         self._videos = [clip.name for clip in side.clips]

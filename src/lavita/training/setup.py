@@ -18,13 +18,15 @@ from lavita.core.files import write_text
 from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
+from lavita.core.text import normal_name
 from lavita.data.text_embeddings import embed_texts, texts_folder
-from lavita.models.autoencoder import AutoencoderKL, latent_size, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, downsampling, latent_size, load_autoencoder
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.packaged import autoencoder_source
+from lavita.models.presets import preset_sizes
 from lavita.models.pretrained.transfer import initialize
 from lavita.models.text_encoder import DEFAULT_TEXT_ENCODER
 from lavita.models.transformer import LavitaTransformer3DModel
@@ -76,6 +78,7 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
     check_resumable(run_dir, config, RESUMABLE)
     device = pick_device(settings.device)
     vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
+    check_resolution(config, vae)
     texts = texts_folder(config.data.latent_cache, run_dir)
     encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
     batches = BatchMaker(config.data, settings, vae, config.model.class_dropout)
@@ -130,6 +133,19 @@ def check_batch_size(settings: TrainConfig, team: Processes) -> None:
         raise ConfigError(
             f"train.batch_size is {settings.batch_size}, but must be a multiple of the processes ({team.count}) times "
             f"train.accumulation ({settings.accumulation})"
+        )
+
+
+def check_resolution(config: RunConfig, vae: AutoencoderKL) -> None:
+    """Refuses a resolution that the autoencoder and the patches do not divide; ConfigError names the nearest others."""
+    size, preset, factor = config.data.resolution, config.model.preset, downsampling(vae)
+    patch = preset_sizes(preset, config.model.variant)["patch_size"]
+    unit = factor * patch
+    if size % unit:
+        near = " or ".join(str(n) for n in (size // unit * unit, size // unit * unit + unit) if n)
+        raise ConfigError(
+            f"data.resolution is {size}, but must be a multiple of {unit}, such as {near}: the autoencoder divides it "
+            f"by {factor}, and model.preset={preset} by {patch}"
         )
 
 
@@ -227,6 +243,8 @@ def _resume(state: TrainState, run_dir: Path, vae: AutoencoderKL, team: Processe
         return
     facts = model_facts(state.model)
     for key, value in checkpoint.facts["model_config"].items():
+        if key == "class_names" and value:  # other Unicode forms in older checkpoints
+            value = [normal_name(name) for name in value]
         if facts.get(key) != value:
             raise ValueError(
                 f"{run_dir} holds a model with {key}={value}, but this data and configuration give {facts.get(key)}; "

@@ -25,6 +25,7 @@ from lavita.core.precision import Precision, without_fp16
 from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
+from lavita.core.text import normal_name
 from lavita.data.catalog import Catalog, Video
 from lavita.data.clips import center_crop_resize, mirror
 from lavita.data.content_hash import source_bytes, source_digest
@@ -61,6 +62,11 @@ class _Source:
     @property
     def key(self) -> tuple[str, str]:
         return self.video.name, self.sha256
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """What a shard is searched for: the name may be there in another Unicode form, by a copy from a Mac."""
+        return normal_name(self.video.name), self.sha256
 
 
 def encode_dataset(
@@ -185,8 +191,8 @@ def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[
                 raise ValueError(
                     f"{folder}: holds a cache with {key}={other.get(key)}, not {value}; use another folder"
                 )
-    cached = {name for shard in shards.values() for name in shard.videos}
-    if cached and cached.isdisjoint(video.name for video in catalog.videos):
+    cached = {normal_name(name) for shard in shards.values() for name in shard.videos}
+    if cached and cached.isdisjoint(normal_name(video.name) for video in catalog.videos):
         raise ValueError(
             f"{folder}: holds a cache of other videos, such as {min(cached)}, and of none in {catalog.root}; "
             "use another folder"
@@ -235,11 +241,11 @@ def _group(
     # the other videos are grouped as they were then.
     kept = listed & finished.keys()
     for _ in range(2):
-        done = {(row.name, row.source_sha256) for file in kept for row in finished[file].videos.values()}
+        done = {(normal_name(row.name), row.source_sha256) for file in kept for row in finished[file].videos.values()}
         groups: list[list[_Source]] = []
         room = 0
         for source in sources:
-            if source.key in done:
+            if source.content in done:
                 continue
             size = source.video.info.num_frames * frame_bytes
             if not groups or size > room:
@@ -264,11 +270,11 @@ def _manifest_rows(catalog: Catalog, sources: Sequence[_Source], shards: dict[st
     stored: dict[tuple[str, str], tuple[str, ShardVideo]] = {}
     for file, shard in sorted(shards.items()):
         for row in shard.videos.values():
-            stored.setdefault((row.name, row.source_sha256), (file, row))
+            stored.setdefault((normal_name(row.name), row.source_sha256), (file, row))
     rows = []
     for source in sources:
-        if source.key in stored:
-            file, row = stored[source.key]
+        if source.content in stored:
+            file, row = stored[source.content]
             label = source.video.label
             rows.append(
                 {

@@ -74,7 +74,7 @@ def write_shard(
     """
     # A single entry, because safetensors writes several in arbitrary order.
     metadata = {_METADATA: json.dumps({**settings, "videos": [asdict(row) for row, _ in videos], "broken": [*broken]})}
-    tensors = {f"{row.name}/{key}": tensor for row, latents in videos for key, tensor in latents.items()}
+    tensors = {f"{_tensor_name(row.name)}/{key}": tensor for row, latents in videos for key, tensor in latents.items()}
     with replacing(path, durable=True) as partial:
         save_file(tensors, partial, metadata)
 
@@ -105,7 +105,7 @@ def read_shard(path: Path) -> Shard:
         keys = TENSORS[: len(header) // len(videos)]
         offsets = {}
         for name, row in videos.items():
-            entries = [header[f"{name}/{key}"] for key in keys]
+            entries = [header[f"{_tensor_name(name)}/{key}"] for key in keys]
             length = ITEM * row.num_frames * math.prod(frame_shape)
             for entry in entries:
                 first, last = entry["data_offsets"]
@@ -121,6 +121,13 @@ def read_shard(path: Path) -> Shard:
     if end != size:
         raise ValueError(f"{path}: cut off, {size} of {end} bytes are there; run `lavita encode` again")
     return Shard(path, settings, videos, broken, frame_shape, offsets)
+
+
+def _tensor_name(video: str) -> str:
+    """The name of a video as safetensors takes it: one that is not UTF-8 in hex, after a slash, as no other begins."""
+    if any("\ud800" <= character <= "\udfff" for character in video):
+        return f"/{video.encode('utf-8', 'surrogateescape').hex()}"
+    return video
 
 
 def read_rows(descriptor: int, offset: int, frame_shape: tuple[int, ...], rows: range) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lavita.core.files import replacing
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator
+from lavita.core.text import normal_name
 from lavita.data.catalog import Catalog
 from lavita.data.clips import center_crop_resize
 from lavita.data.content_hash import file_hash
@@ -145,7 +146,7 @@ class Classifier(nn.Module):
             raise ValueError(f"{folder}: does not hold a readable classifier ({error})") from error
         if config.get("version") != VERSION:
             raise ValueError(f"{folder}: is a classifier of version {config.get('version')}, not {VERSION}")
-        classifier = cls(tuple(config["class_names"]), config["resolution"])
+        classifier = cls(tuple(normal_name(name) for name in config["class_names"]), config["resolution"])
         try:
             classifier.load_state_dict(weights)
         except RuntimeError as error:

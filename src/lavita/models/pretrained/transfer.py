@@ -11,6 +11,7 @@ from math import isqrt
 import numpy as np
 import torch
 
+from lavita.core.text import normal_name
 from lavita.models.embeddings import spatial_positions, temporal_positions
 from lavita.models.presets import block_plan
 from lavita.models.pretrained.load_report import LoadReport
@@ -211,15 +212,18 @@ def _transfer_condition(transfer: _Transfer) -> None:
 
 def _transfer_classes(transfer: _Transfer) -> None:
     """Takes the table of classes: rows by name, and for classes unknown to the source its row of `no label`."""
-    here, there = transfer.model.config["class_names"], transfer.source.config.get("class_names")
+    here, there = (
+        [normal_name(name) for name in config.get("class_names") or ()]
+        for config in (transfer.model.config, transfer.source.config)
+    )
     num_classes, table = transfer.model.config["num_classes"], transfer.source.tensors[LABEL_TABLE]
-    if table.shape[0] == num_classes + 1 and (not here or not there or list(here) == list(there)):
+    if table.shape[0] == num_classes + 1 and (not here or not there or here == there):
         transfer.take(LABEL_TABLE)
         return
     null = table.shape[0] - 1
-    names = list(here or map(str, range(num_classes)))
+    names = here or [str(label) for label in range(num_classes)]
     # Without names, equal labels do not mean equal classes.
-    rows = [list(there).index(name) if here and there and name in there else null for name in names]
+    rows = [there.index(name) if here and name in there else null for name in names]
     same = [name for name, row in zip(names, rows, strict=True) if row != null]
     new = [name for name, row in zip(names, rows, strict=True) if row == null]
     parts = [f"{null} classes there, {num_classes} here"]
