@@ -12,7 +12,7 @@ import pytest
 from tiny_data import write_videos
 
 from lavita.video.formats import VideoError
-from lavita.video.reading import probe
+from lavita.video.reading import iter_frames, probe
 
 
 def changed(data: bytes, at: int, new: bytes) -> bytes:
@@ -41,6 +41,9 @@ def test_more_pixels_than_are_read(tmp_path: Path, side: int) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(VideoError, match=name):
             probe(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(VideoError, match=r"frame pipe\.png is not a file"):
+        probe(tmp_path / "pipe.png")
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
@@ -61,6 +64,28 @@ def one_colour_png(width: int, height: int) -> bytes:
     ):
         content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     return content
+
+
+def test_an_image_that_is_a_bomb(tmp_path: Path) -> None:
+    for name, content in (
+        ("pixels", one_colour_png(12_000, 12_000)),
+        ("claim", one_colour_png(2**31 - 1, 2**31 - 1)),
+        ("text", with_text(one_colour_png(8, 8), 100_000_000)),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(content)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(VideoError, match=rf"{name}.*0\.png"):
+            list(iter_frames(tmp_path / name))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    with pytest.raises(VideoError, match=r"0\.png is 12000x12000; more than 134,217,728 pixels are not read"):
+        probe(tmp_path / "pixels")
+
+
+def with_text(image: bytes, length: int) -> bytes:
+    """A PNG with a compressed text."""
+    body = b"comment\0\0" + zlib.compress(b"\0" * length, 9)
+    return image[:33] + struct.pack(">I", len(body)) + b"zTXt" + body + b"\0\0\0\0" + image[33:]
 
 
 def test_a_gif_that_is_cut_off_anywhere(tmp_path: Path) -> None:
@@ -86,3 +111,6 @@ def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path) -> None:
     for name in ("pipe.mp4", "zeros.mp4"):
         with pytest.raises(VideoError, match=f"{name}: is neither a file nor a folder"):
             probe(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(VideoError, match=r"frame pipe\.png is not a file"):
+        probe(tmp_path / "pipe.png")
