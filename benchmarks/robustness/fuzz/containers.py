@@ -26,9 +26,9 @@ def boxes(data: bytes, suffix: str) -> list[int]:
         return [at for at in range(len(data) - 1) if data[at] == 0xFF and data[at + 1] not in (0, 0xFF)]
     if suffix == ".gif":
         return [6, 13, *(at for at in range(13, len(data)) if data[at] in b"\x21\x2c\x3b")]
-    if suffix == ".h264":
+    if suffix in (".h264", ".mpg"):
         return [at for at in range(len(data) - 3) if data[at : at + 3] == b"\0\0\1"]
-    size = {".ts": 188, ".mpg": 2048, ".y4m": 6 + 480}.get(suffix, 64)
+    size = {".ts": 188, ".y4m": 6 + 480}.get(suffix, 64)
     return list(range(size, len(data), size))
 
 

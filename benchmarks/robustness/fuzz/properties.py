@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.robustness.fuzz.running import MOST_MEMORY, Outcome
 
 FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+)(?:,)? in (\S+)', re.MULTILINE)
-LONGEST_MESSAGE = 2000
+LONGEST_MESSAGE = 2100
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,12 @@ def _last_line(text: str) -> str:
 def _names_something(message: str, outcome: Outcome) -> bool:
     if re.search(r"[a-z]+[_.-][a-z]+|'[^']*'|\"[^\"]*\"|-[a-z]|/", message):
         return True
-    words = [word.strip("-s") for argument in outcome.case.arguments for word in re.split(r"[=/,]", argument)]
-    return any(len(word) > 1 and word in message for word in words)
+    words = [
+        word.strip(" -").removesuffix("s")
+        for argument in outcome.case.arguments
+        for word in re.split(r"[=/,]", argument)
+    ]
+    return any(word and re.search(rf"(?<!\w){re.escape(word)}", message) for word in words)
 
 
 def _place(errors: str) -> str:

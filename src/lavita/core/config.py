@@ -151,7 +151,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = read_text(Path(file))
     except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file") from error
+        raise ConfigError(f"{str(file).strip() or repr(str(file))}: no such file") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})") from error
     except ValueError as error:
