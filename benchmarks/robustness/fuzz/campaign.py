@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -155,7 +155,7 @@ def run_campaign(fuzzer: Fuzzer, counts: Mapping[str, int], first_seed: int, wor
 _fuzzer: Fuzzer | None = None  # of the worker processes, which inherit it
 
 
-def _results(fuzzer: Fuzzer, todo: Sequence[tuple[str, int]], workers: int) -> Iterator[Result]:
+def _results(fuzzer: Fuzzer, todo: Sequence[tuple[str, int]], workers: int) -> Generator[Result, None, None]:
     global _fuzzer
     _fuzzer = fuzzer
     gc.collect()

@@ -109,9 +109,9 @@ def claim_sizes(rng: random.Random, data: bytes, suffix: str) -> tuple[bytes, st
         return data.replace(b"W20 H16", size, 1), f"claims {size.decode()}"
     begin = rng.choice([at for at in boxes(data, suffix) if at < min(len(data), 1500)] or [0])
     at = min(len(data) - 1, begin + rng.randrange(24))
-    size = rng.choice([2, 4, 4, 8])
-    changed[at : at + size] = claimed_integer(rng, size)
-    return bytes(changed), f"an extreme integer of {size} bytes at {at}"
+    length = rng.choice([2, 4, 4, 8])
+    changed[at : at + length] = claimed_integer(rng, length)
+    return bytes(changed), f"an extreme integer of {length} bytes at {at}"
 
 
 def png_bomb(width: int, height: int, compressed: bool = True) -> bytes:

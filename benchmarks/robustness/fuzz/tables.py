@@ -119,7 +119,7 @@ def _jsonl(rng: random.Random, columns: list[str], rows: list[list[Any]]) -> byt
 
 
 def _parquet(rng: random.Random, columns: list[str], rows: list[list[Any]]) -> bytes:
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     table = {}

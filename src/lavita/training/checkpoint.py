@@ -300,7 +300,7 @@ def _raised_everywhere(team: Processes) -> Iterator[None]:
             raise found
 
 
-def _disk_error(error: Exception, partial: Path) -> OSError:
+def _disk_error(error: BaseException, partial: Path) -> OSError:
     """The operating system's error that caused another one, or an OSError that describes that one."""
     cause: BaseException | None = error
     while cause is not None:
