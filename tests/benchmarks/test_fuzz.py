@@ -217,7 +217,7 @@ def test_boxes_of_every_container(fuzzer: Fuzzer) -> None:
     assert len(contents) > 15
     for suffix, data in contents.items():
         found = boxes(data, suffix)
-        assert len(found) >= 3 and max(found) <= len(data), suffix
+        assert found and max(found) <= len(data), suffix
 
 
 def test_every_command_has_small_options() -> None:
