@@ -265,6 +265,22 @@ def fuzz(
     sys.exit(int(any(result.faults for result in results)))
 
 
+@app.command()
+def mutants(
+    out: OutFolder = Path("runs/mutants"),
+    only: Annotated[str, typer.Option(help="Only faults whose name or file contains this.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="Seconds after which the tests of a fault are stopped.")] = 300,
+) -> None:
+    """Plant faults and see whether tests notice.
+
+    Each fault is one changed line in a copy of the sources; its tests then run against the copy. A stopped run resumes
+    in the same folder. The exit code is 0 if every fault is caught.
+    """
+    from benchmarks.robustness.mutants import run_mutants
+
+    sys.exit(run_mutants(out, only, limit))
+
+
 def main() -> None:
     """Runs a command; bad input is one line on stderr and exit code 2."""
     try:

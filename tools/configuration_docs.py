@@ -18,7 +18,11 @@ def render() -> str:
 # Configuration
 
 Every field can be set in a YAML file (`--config FILE`) and on the command line (`a.b=c`, which
-wins). An unknown key, and a key that would have no effect in the run at hand, is an error.
+wins). Unknown keys, keys that are given twice, and keys that would have no effect in the run at
+hand are errors. YAML is read as version 1.2 has it: only `true` and `false` are truth values, and
+`no`, `010` or a date is a text. A text is never taken for a number, nor a number for a text: a
+folder called 2024 is `'2024'`.
+
 `lavita config` prints the same reference as commented YAML, ready to be edited: the defaults, a
 packaged configuration (`lavita config demo`), or those of a run (`lavita config runs/mine`).
 

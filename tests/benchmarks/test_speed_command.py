@@ -181,8 +181,19 @@ def test_bad_values_are_one_line(bench: Bench, tmp_path: Path, arguments: str, m
 def test_help_lists_the_commands(bench: Bench) -> None:
     code, printed, _ = bench("--help")
     assert code == 0
-    names = (*SECTIONS, "speed", "memory", "startup", "coverage", "monotone", "evaluation-speed", "recipes", "crash")
-    names += ("fuzz",)
+    names = (
+        *SECTIONS,
+        "speed",
+        "memory",
+        "startup",
+        "coverage",
+        "monotone",
+        "evaluation-speed",
+        "recipes",
+        "crash",
+        "fuzz",
+        "mutants",
+    )
     listed = printed.partition("Commands:")[2].splitlines()
     assert "..." not in printed.partition("Commands:")[2]
     assert [line.split()[0] for line in listed if line.strip()] == list(names)

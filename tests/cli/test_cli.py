@@ -285,7 +285,7 @@ def test_from_videos_to_videos(run: Run, tmp_path: Path, make_data: Callable[[Pa
     code, out, err = run("encode", "--data", data, "--out", cache, "--autoencoder", autoencoder, *size)
     assert code == 0, err
     assert out == (f"{cache}: 2 videos, 0 broken\n" if has_classes else f"{cache}: 7 videos, 1 broken\n")
-    assert has_classes or f"skipped: {data / 'corrupt.mp4'}: " in err
+    assert has_classes or "skipped: corrupt.mp4: " in err
 
     code, out, err = run(
         *("train", "--data", data, "--run-dir", model, f"autoencoder={autoencoder}", "model.preset=tiny/8"),

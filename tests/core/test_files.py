@@ -107,6 +107,13 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     remove_partial(tmp_path / "missing")
 
 
+def test_partial_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    for name in (".a-1.partial-0.x", ".b.partial-0.y", ".c.partial-0.z"):
+        (tmp_path / name).touch()
+    remove_partial(tmp_path, "a-*", "b")
+    assert [path.name for path in tmp_path.iterdir()] == [".c.partial-0.z"]
+
+
 def test_text_is_utf8_in_any_locale(tmp_path: Path) -> None:
     code = (
         "import locale, pathlib, sys; from lavita.core.files import write_text\n"

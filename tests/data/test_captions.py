@@ -111,6 +111,16 @@ def test_webvid_tables(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
+    """Spreadsheets write one at the beginning of a file."""
+    for name, content in (
+        ("a.csv", "file,caption\n0.mp4,a cat\n"),
+        ("a.jsonl", '{"file": "0.mp4", "caption": "a cat"}'),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_captions(tmp_path / name) == {"0.mp4": ("a cat",)}
+
+
 def test_pandas_writes_a_missing_folder_as_nan(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("videoid,page_dir,name\n5,NaN,a cat\n6,,a dog\n")
@@ -222,7 +232,8 @@ def test_other_encodings_are_refused_with_their_place(content: bytes, message: s
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_a_list_is_several_captions(suffix: str, tmp_path: Path) -> None:
-    rows = [{"file": "a.mp4", "caption": ["a dog", "a  hound"]}, {"file": "a.mp4", "caption": ["a cur", None]}]
+    cells = (["a dog", "a  hound"], ["a cur", None])
+    rows = [{"file": "a.mp4", "caption": cell} for cell in cells]
     assert read_captions(write_table(tmp_path / f"a{suffix}", rows)) == {"a.mp4": ("a dog", "a hound", "a cur")}
 
 
@@ -295,7 +306,10 @@ def test_captions_of_bytes_and_half_characters_are_refused(tmp_path: Path) -> No
 
 def test_numbers_that_name_videos_keep_their_digits(tmp_path: Path) -> None:
     """pandas makes floats of the integers in a column with a missing value, and writes them so."""
-    rows = [{"videoid": 21179416.0, "page_dir": None, "name": "a"}, {"videoid": 5.0, "page_dir": "1", "name": "b"}]
+    rows: list[dict[str, Any]] = [
+        {"videoid": 21179416.0, "page_dir": None, "name": "a"},
+        {"videoid": 5.0, "page_dir": "1", "name": "b"},
+    ]
     expected = {"21179416.mp4": ("a",), "1/5.mp4": ("b",)}
     for suffix in FORMATS:
         assert read_captions(write_table(tmp_path / f"a{suffix}", rows)) == expected

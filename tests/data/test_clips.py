@@ -52,10 +52,25 @@ def test_images_next_to_videos_are_left_out_and_counted(tmp_path: Path, capsys: 
     catalog = scan(tmp_path, class_folders=True)
     assert catalog.class_names == ("birds", "cats", "dogs")
     assert [video.name for video in catalog.videos] == ["birds/0", "cats/0.mp4", "cats/1.mp4", "dogs/0.mp4"]
-    line = f"{tmp_path}: images next to videos are left out (4, such as cover.png)"
-    assert capsys.readouterr().err.splitlines() == [line]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: left out: 4 images next to videos, such as cats/000000.jpg",
+        f"{tmp_path}: 1 of 4 videos are folders of images, such as birds/0",
+    ]
     assert len(scan(tmp_path, images=True).videos) == 8, "every image counts among images"
-    assert capsys.readouterr().err == ""
+    line = f"{tmp_path}: left out: 3 videos next to images, such as cats/0.mp4"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_folders_that_are_no_classes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_videos(tmp_path, ["cats/0.mp4", "dogs/0.mp4v.mp4"])
+    (tmp_path / "dogs" / "0.mp4v.mp4").rename(tmp_path / "dogs" / "0.mp4v")
+    assert scan(tmp_path, class_folders=True).class_names == ("cats",)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: left out: 1 other files (.mp4v 1)",
+        f"{tmp_path}: 1 folders hold no videos and are no classes, such as dogs",
+    ]
+    scan(tmp_path)
+    assert "classes" not in capsys.readouterr().err
 
 
 def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
@@ -74,28 +89,33 @@ def test_a_video_in_no_class_folder_is_refused(tmp_path: Path) -> None:
 
 def test_broken_videos_are_named_and_kept_in_the_catalog(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_videos(tmp_path, ["a/0.mp4"])
-    broken = write_broken(tmp_path / "a" / "noise.mp4")
-    empty = tmp_path / "a" / "empty.avi"
-    empty.touch()
+    write_broken(tmp_path / "a" / "noise.mp4")
+    (tmp_path / "a" / "empty.avi").touch()
 
     catalog = scan(tmp_path)
 
     assert [video.name for video in catalog.videos] == ["a/0.mp4"]
-    assert [message.split(": ")[0] for message in catalog.broken] == [str(empty), str(broken)]
+    assert [message.split(": ")[0] for message in catalog.broken] == ["a/empty.avi", "a/noise.mp4"]
     captured = capsys.readouterr()
-    assert captured.err.splitlines() == [f"skipped: {message}" for message in catalog.broken]
+    assert captured.err.splitlines() == [
+        *(f"skipped: {message}" for message in catalog.broken),
+        f"{tmp_path}: 1 of 3 videos are used, 2 are left out",
+    ]
     assert captured.out == ""
     with pytest.raises(VideoError, match=r"empty\.avi: "):
         scan(tmp_path, broken="error")
 
 
-def test_too_short_videos_count_as_broken(tmp_path: Path) -> None:
+def test_too_short_videos_count_as_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_videos(tmp_path, ["long/0.mp4"], num_frames=7)
     write_videos(tmp_path, ["short/1.mp4"], num_frames=6)
     catalog = scan(tmp_path, class_folders=True, min_frames=7)
     assert [video.name for video in catalog.videos] == ["long/0.mp4"]
     assert catalog.class_names == ("long",), "a class without usable videos is left out"
-    assert catalog.broken == (f"{tmp_path / 'short/1.mp4'}: has 6 frames, but a clip needs 7",)
+    assert catalog.broken == ("short/1.mp4: has 6 frames, but a clip needs 7",)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"{tmp_path}: 1 of 2 videos are used, 1 are left out; 1 classes have no usable video, such as 'short'"
+    )
     with pytest.raises(ValueError, match="has 6 frames, but a clip needs 7"):
         scan(tmp_path, min_frames=7, broken="error")
     with pytest.raises(ValueError, match=r"no usable videos .found only 2 broken ones, the first: "):

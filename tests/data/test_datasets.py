@@ -179,8 +179,9 @@ def test_an_image_next_to_the_videos_is_not_a_video(tmp_path: Path, capsys: pyte
     taichi_original(tmp_path)
     write_frames(tmp_path, [".", "train"], 1)
     assert names_of(open_dataset(tmp_path, "taichi_hd")) == [f"train/{name}.mp4" for name in TAICHI["train"]]
-    line = f"{tmp_path}: images next to videos are left out (2, such as 000000.jpg)"
-    assert capsys.readouterr().err.splitlines() == [line]
+    assert capsys.readouterr().err.splitlines()[:1] == [
+        f"{tmp_path}: left out: 2 images next to videos, such as 000000.jpg"
+    ]
 
 
 def test_lists_may_have_labels_counts_suffixes_and_names_that_are_gone(
@@ -278,7 +279,7 @@ def test_ucf101_without_classes(tmp_path: Path) -> None:
 def test_videos_of_no_class_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_avi(tmp_path, [*ACTIONS, "trailer.avi", "YoYo/mine.avi"])
     catalog = open_dataset(tmp_path, "ucf101")
-    assert catalog.broken == (f"{tmp_path / 'trailer.avi'}: is not named like the videos of ucf101; see docs/data.md",)
+    assert catalog.broken == ("trailer.avi: is not named like the videos of ucf101; see docs/data.md",)
     assert f"skipped: {catalog.broken[0]}" in capsys.readouterr().err
     assert class_of(catalog)["mine.avi"] == "YoYo", "the folder of a class is enough"
     with pytest.raises(ValueError, match=r"trailer\.avi: is not named"):
@@ -312,13 +313,13 @@ def test_a_plain_folder_is_scanned(tmp_path: Path) -> None:
 def test_broken_and_short_videos_of_a_named_set(tmp_path: Path) -> None:
     taichi_original(tmp_path)
     write_videos(tmp_path, ["train/u6rJiF-gPx8#001257#001550.mp4"], 6)
-    broken = write_broken(tmp_path / "train" / "noise.mp4")
+    write_broken(tmp_path / "train" / "noise.mp4")
     write_broken(tmp_path / "test" / "not_asked_for.mp4")
     catalog = open_dataset(tmp_path, "taichi_hd", min_frames=5)
     assert names_of(catalog) == ["train/u6rJiF-gPx8#001257#001550.mp4"]
     assert {message.split(": ")[0] for message in catalog.broken} == {
-        str(broken),
-        *(f"{tmp_path}/train/{name}.mp4" for name in TAICHI["train"]),
+        "train/noise.mp4",
+        *(f"train/{name}.mp4" for name in TAICHI["train"]),
     }
     with pytest.raises(ValueError, match=r"noise\.mp4"):
         open_dataset(tmp_path, "taichi_hd", broken="error")

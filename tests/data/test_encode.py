@@ -28,6 +28,7 @@ from lavita.data.latent_cache.manifest import read_manifest
 from lavita.data.latent_cache.shards import read_shard
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.fingerprint import fingerprint
+from lavita.video.formats import VideoError
 
 RESOLUTION = 16
 VIDEO_BYTES = 4 * 10 * 4 * 8 * 8 * 2  # mean and std, mirrored and not, of 10 frames of 4 x 8 x 8, float16
@@ -202,8 +203,19 @@ def test_an_encode_that_stops_while_it_writes_resumes(
     assert len(content(folder)) == (1 if len(replaced) == 2 else 4), "nothing half-written is left"
     for name in (".latents-0.partial-0a.safetensors", ".manifest.partial-0b.json"):  # as a killed process leaves them
         (folder / name).write_bytes(b"half")
+    others = folder / ".texts-0.partial-0c.safetensors"  # as a training run that embeds its captions is writing it
+    others.write_bytes(b"half")
     encode_all(videos, folder, tiny_vae)
+    others.unlink()
     assert content(folder) == content(whole)
+
+
+def test_a_cache_is_not_made_among_the_videos(videos: Path, cache: Path, tiny_vae: AutoencoderKL) -> None:
+    with pytest.raises(ValueError, match=r"out is .*, inside .*videos, the folder of the videos that are read"):
+        encode_all(videos, videos / "cache", tiny_vae)
+    assert not (videos / "cache").exists()
+    cache.rename(videos / "cache")
+    assert len(encode_all(videos, videos / "cache", tiny_vae)["videos"]) == 7, "but one that is there is updated"
 
 
 def test_what_was_finished_is_kept_when_the_videos_change_in_between(
@@ -275,6 +287,7 @@ def test_a_cache_of_other_settings_is_not_mixed(
     encoded.failure = SEVEN[2], KeyboardInterrupt()  # before the cache is finished
     with pytest.raises(KeyboardInterrupt):
         encode_all(videos, tmp_path / "cache", tiny_vae)
+    encoded.failure = None
     (key, value), *_ = change.items()
     with pytest.raises(ValueError, match=f"holds a cache with {key}=.*, not {value}; use another folder"):
         encode_all(videos, tmp_path / "cache", tiny_vae, **change)
@@ -292,10 +305,10 @@ def test_a_cache_of_an_older_version_is_not_mixed(videos: Path, tmp_path: Path, 
 def test_a_video_that_breaks_while_it_is_decoded_is_skipped(
     videos: Path, tmp_path: Path, tiny_vae: AutoencoderKL, encoded: Watched, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoded.failure = SEVEN[1], ValueError(f"{videos / SEVEN[1]}: breaks off")
+    encoded.failure = SEVEN[1], VideoError(videos / SEVEN[1], "breaks off")
     manifest = encode_all(videos, tmp_path / "cache", tiny_vae)
     assert manifest["broken"] == ["a/1.mp4: breaks off"]
-    assert f"skipped: {videos / SEVEN[1]}: breaks off\n" in capsys.readouterr().err
+    assert f"skipped: {SEVEN[1]}: breaks off\n" in capsys.readouterr().err
     assert [row["name"] for row in manifest["videos"]] == [SEVEN[0], *SEVEN[2:]]
     assert encode_all(videos, tmp_path / "cache", tiny_vae) == manifest
     CacheSource(tmp_path / "cache").check(tiny_vae, RESOLUTION, True, videos)
@@ -322,7 +335,7 @@ def test_broken_videos_are_known_by_name_below_a_relative_folder(
 
 def test_nothing_but_broken_videos_is_an_error(tmp_path: Path, tiny_vae: AutoencoderKL, encoded: Watched) -> None:
     root = write_videos(tmp_path / "videos", ["0.mp4"])
-    encoded.failure = "0.mp4", ValueError(f"{root}/0.mp4: breaks off")
+    encoded.failure = "0.mp4", VideoError(root / "0.mp4", "breaks off")
     with pytest.raises(ValueError, match=r"no video could be decoded; the first: 0\.mp4: breaks off"):
         encode_all(root, tmp_path / "cache", tiny_vae)
 

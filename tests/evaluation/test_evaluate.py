@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,25 +96,54 @@ def test_the_report_holds_all_that_decides_the_numbers(scored: tuple[Path, str])
     assert {"decode", "network i3d", "in all"} <= set(content["seconds"])
 
 
+def features_by_hand(folder: Path, weights: Path, side: str) -> tuple[np.ndarray, list[str]]:
+    """I3D's features of the clips in the manifest, and the names of their videos."""
+    manifest = report(folder / "a.clips.json")["sides"][side]
+    network, rows = load_network(NETWORKS["i3d"], {"": weights}), []
+    for clip in manifest["clips"]:
+        frames = read_clip(Path(manifest["folder"]) / clip["name"], clip["start"], 16, 1 if side == "generated" else 2)
+        with torch.no_grad():
+            rows.append(network.run(torch.from_numpy(center_crop_resize(frames, 16)[None]))[0].numpy())
+    return np.stack(rows), [clip["name"] for clip in manifest["clips"]]
+
+
 def test_kvd_is_that_of_features_computed_by_hand(scored: tuple[Path, str], weights: Path) -> None:
     folder, _ = scored
-    manifest = report(folder / "a.clips.json")["sides"]
-    network = load_network(NETWORKS["i3d"], {"": weights})
-    features, names = {}, {}
-    for side in ("real", "generated"):
-        clips = manifest[side]["clips"]
-        rows = []
-        for clip in clips:
-            video = Path(manifest[side]["folder"]) / clip["name"]
-            frames = read_clip(video, clip["start"], 16, 2 if side == "real" else 1)
-            frames = center_crop_resize(frames, 16)
-            with torch.no_grad():
-                rows.append(network.run(torch.from_numpy(frames[None]))[0].numpy())
-        features[side], names[side] = np.stack(rows), [clip["name"] for clip in clips]
-    expected = kernel_score(features["real"], features["generated"], names["real"], names["generated"])
+    (real, of_real), (generated, of_generated) = (
+        features_by_hand(folder, weights, side) for side in ("real", "generated")
+    )
+    expected = kernel_score(real, generated, of_real, of_generated)
     kvd = report(folder / "a.json")["scores"]["kvd"]
     assert kvd["value"] == pytest.approx(expected.value, rel=1e-4)
     assert kvd["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+
+
+def test_the_nearest_clips_are_those_of_features_computed_by_hand(scored: tuple[Path, str], weights: Path) -> None:
+    folder, _ = scored
+    real, names = features_by_hand(folder, weights, "real")
+    distances = {}
+    for side in ("generated", "floor"):
+        features, _ = features_by_hand(folder, weights, side)
+        distances[side] = np.linalg.norm(features[:, None] - real[None], axis=2)
+    nearest, others = (distances[side].min(1) for side in ("generated", "floor"))
+    pairs = [(made < other) + 0.5 * (made == other) for made in nearest for other in others]
+    near = report(folder / "a.json")["neighbours"]
+    assert near["other_real"]["chance_that_generated_is_nearer"] == pytest.approx(np.mean(pairs))
+    assert [row["distance"] for row in near["nearest"]] == pytest.approx(np.sort(nearest)[:8].tolist(), rel=1e-4)
+    assert [row["distance"] for row in near["farthest"]] == pytest.approx(np.sort(nearest)[::-1][:8].tolist(), rel=1e-4)
+    order = np.argsort(nearest)
+    assert [row["real"] for row in near["nearest"]] == [names[distances["generated"][i].argmin()] for i in order[:8]]
+
+
+def test_the_page_names_the_clips_that_it_shows(scored: tuple[Path, str]) -> None:
+    folder, _ = scored
+    content, page = report(folder / "a.json"), (folder / "page" / "index.html").read_text()
+    shown = re.findall(r"<figcaption>(generated|real)<br>([^<]*), from frame (\d+)</figcaption>", page)
+    expected = []
+    for pair in (*content["neighbours"]["nearest"], *content["neighbours"]["farthest"]):
+        expected += [("generated", pair["generated"], "0"), ("real", pair["real"], str(pair["real_start"]))]
+    assert shown == expected
+    assert any(pair["real_start"] for pair in content["neighbours"]["nearest"])
 
 
 def test_the_page_shows_pairs(scored: tuple[Path, str]) -> None:
@@ -358,3 +388,14 @@ def test_images_can_be_compared_with_every_frame(run: Run, world: Path, tmp_path
     # 8 videos of 40 frames, in parts of 16, 16 and 8; one frame of each part.
     assert content["sides"]["clips"]["every_frame"]["num_clips"] == content["scores"]["kid"]["num_real"] == 24
     assert content["scores"]["kvd"]["num_real"] == 12
+
+
+def test_a_floor_of_too_few_videos_is_dropped_before_the_scoring(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_videos(tmp_path / "two", ["a/0.mp4", "b/1.mp4"], 60, 18, 24)
+    arguments = (*folders(world), "--held-out", tmp_path / "two", "--metrics", "kvd", *FEW, "--out", "c.json")
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "no floor: its clips are from 2 videos, but kvd needs 3; --held-out with more videos gives one" in out
+    assert report(tmp_path / "c.json")["scores"]["kvd"]["floor"] is None

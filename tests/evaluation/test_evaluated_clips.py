@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from lavita.data.content_hash import content_hash
 from lavita.evaluation import clips as clips_module
 from lavita.evaluation.clips import (
     ClipSet,
+    choose_all,
     choose_clips,
     every_frame,
     iter_pixels,
@@ -78,6 +81,46 @@ def test_clips_are_spread_and_distinct(source: Source) -> None:
     taken = {clip.sha256 for clip in first.clips}
     rest = choose_clips(source, 7, 4, 1, seed=0, max_clips_a_video=1, without=taken)
     assert not {clip.sha256 for clip in rest.clips} & {clip.sha256 for clip in first.clips}
+
+
+def test_the_floor_has_other_videos_than_the_score(source: Source) -> None:
+    protocol = Protocol(num_real_clips=6, num_generated_clips=4, num_frames=4, frame_interval=2)
+
+    def choose(protocol: Protocol, **more: Source) -> tuple[dict[str, ClipSet], list[str]]:
+        return choose_all({"real": source, "generated": source, **more}, protocol, {}, False)
+
+    for seed in range(5):
+        sets, warnings = choose(protocol.model_copy(update={"seed": seed}))
+        real, floor = ({clip.sha256 for clip in sets[name].clips} for name in ("real", "floor"))
+        assert (len(real), len(floor), len(sets["floor"].clips), warnings) == (6, 4, 4, [])
+        assert real.isdisjoint(floor)
+    sets, (warning,) = choose(protocol.model_copy(update={"num_real_clips": 10}))
+    assert "floor" not in sets and warning.startswith("no floor: ") and "its 0 videos give 0 clips" in warning
+    sets, warnings = choose(protocol.model_copy(update={"num_real_clips": 10}), held_out=source)
+    assert len(sets["floor"].clips) == 4 and warnings == [], "held-out videos are others, whatever the score used"
+
+
+def test_a_digest_is_of_all_that_decides_the_frames(source: Source) -> None:
+    clips = choose_clips(source, 6, 4, 2, seed=0)
+    first, *rest = clips.clips
+    changed = [
+        replace(clips, frame_interval=1),
+        replace(clips, clips=(replace(first, start=first.start + 1), *rest)),
+        replace(clips, clips=(replace(first, num_frames=3), *rest)),
+        replace(clips, clips=(replace(first, sha256="0" * 64), *rest)),
+        replace(clips, clips=(*rest, first)),
+    ]
+    assert len({clips.digest, *(other.digest for other in changed)}) == 6
+    assert replace(clips, clips=(replace(first, name="renamed.mp4", label="x"), *rest)).digest == clips.digest
+
+
+def test_a_file_that_keeps_its_size_is_hashed_again(tmp_path: Path) -> None:
+    file = tmp_path / "0.mp4"
+    file.write_bytes(b"before")
+    before = content_hash(file)
+    file.write_bytes(b"after!")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert content_hash(file) != before
 
 
 def test_every_frame_once(source: Source) -> None:

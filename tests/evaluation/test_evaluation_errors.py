@@ -28,7 +28,7 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     ),
     (["@", "num_real_clips=9", "num_generated_clips=9"], "frame_interval is not set, and"),
     (["@", *FEW, "num_frames=17"], "has 16 frames, but a clip needs 17"),
-    (["@", *FEW, "frame_interval=3"], "has 40 frames, but a clip needs 46"),
+    (["@", "num_real_clips=12", "num_generated_clips=9", "frame_interval=3"], "has 40 frames, but a clip needs 46"),
     (["@", *FEW, "num_frames=8"], "num_frames is 8, but i3d needs at least 10"),
     (["@", *FEW, "resolution=32"], "resolution is 32, but the videos of"),
     (["@", *FEW, "resolutoin=8"], "unknown key 'resolutoin'; known here: dataset"),
@@ -43,6 +43,8 @@ REFUSED: list[tuple[Sequence[str], str]] = [
     (["@", "--metrics", "accuracy", "--page", "p"], "page is set, but has no effect"),
     (["@", *FEW, "--sampler", "ddim"], "sampler is set, but has no effect"),
     (["@", *FEW, "neighbours=3"], "neighbours is set, but has no effect on kvd"),
+    (["@", *FEW, "--metrics", "prdc", "neighbours=9"], "generated: it has 9 samples, but prdc needs more than neigh"),
+    (["@", "num_real_clips=12", "num_generated_clips=2", "frame_interval=2"], "generated: its clips are from 2 videos"),
     (["@", *FEW, "--metrics", "accuracy"], "num_real_clips is set, but has no effect without a metric of features"),
 ]
 

@@ -34,6 +34,27 @@ def test_a_network_is_loaded_called_and_recorded(weights: Path, name: str) -> No
     torch.testing.assert_close(network.run(clips()[1:])[0], output[1])
 
 
+class Seen(nn.Module):
+    """Gives back what it is shown."""
+
+    def forward(
+        self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ) -> torch.Tensor:
+        return x.float().flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("i3d", "bfhwc->bcfhw"), ("c3d", "bfhwc->bcfhw"), ("inception_stylegan", "bfhwc->bfchw")]
+)
+def test_networks_of_the_field_get_red_green_blue_from_0_to_255(name: str, layout: str, tmp_path: Path) -> None:
+    """The published files scale, resize and swap channels themselves."""
+    show = NETWORKS[name].load(save_script(Seen(), tmp_path / "seen.pt"), torch.device("cpu"))
+    pixels = clips(2, 3, 5)
+    pixels[..., 0], pixels[0, 0, 0, 0] = 255, torch.tensor([255, 7, 0], dtype=torch.uint8)  # red, and not grey
+    expected = np.einsum(layout, pixels.numpy().astype(np.float32))
+    np.testing.assert_array_equal(show(pixels).numpy().reshape(expected.shape), expected)
+
+
 def test_inception_sees_clean_fids_pixels(weights: Path) -> None:
     frame = clips(1, 1)[0, 0].numpy()
     size = (299, 299)

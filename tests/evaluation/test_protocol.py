@@ -119,6 +119,13 @@ def test_the_papers_scores_are_quoted_only_for_its_protocol() -> None:
     assert rows("fid", "dataset=faceforensics")["LAVITA"] == 5.02
     assert rows("fid", "dataset=ucf101") == rows("fvd") == {}
     assert rows("frechet-video[efficientnet_lite0_video]", "dataset=ucf101") == {}
-    for change in ("resolution=128", "frame_interval=1", "num_generated_clips=1024", "num_frames=8", "video_ddof=1"):
+    for change in (
+        *("resolution=128", "frame_interval=1", "num_generated_clips=1024", "num_real_clips=4096", "num_frames=8"),
+        *("max_clips_a_video=2", "max_clips_a_video=null", "video_ddof=1"),
+    ):
         assert rows("fvd", "dataset=ucf101", change) == {}, change
+    for change in ("real_frames=clips", "image_ddof=0"):
+        assert rows("fid", "dataset=faceforensics", change) == {}, change
+        assert rows("fvd", "dataset=faceforensics", change), "which has nothing to do with images"
+    assert rows("is", "dataset=ucf101", "inception_score=tgan") == {}
     assert rows("fvd", "dataset=ucf101", preset="stylegan-v") == {}

@@ -55,6 +55,22 @@ def test_moving_pixels_are_scored_apart(moving_square: Path, monkeypatch: pytest
     assert row["moving_psnr"] < row["psnr"] - 6
 
 
+def test_a_pixel_moves_if_it_differs_from_the_frame_before_or_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar that grows: pixels that have just become white, and black ones that are about to."""
+    frames = np.zeros((6, 32, 32, 3), dtype=np.uint8)
+    for number, frame in enumerate(frames):
+        frame[:, : 4 * number + 4] = 255
+    write_video(tmp_path / "0.gif", frames, 10)
+    fake_autoencoder(monkeypatch, everywhere=1, bright=40)
+    row = reconstruction.reconstruction_quality(NO_AUTOENCODER, tmp_path, 32)["all"]
+    # Five times four columns become white, with an error of 41, and as many are about to, with an error of 1.
+    assert row["moving_psnr"] == pytest.approx(10 * math.log10(255**2 / ((41**2 + 1) / 2)), abs=0.01)
+    squared = np.mean([(41**2 * white + 32 - white) / 32 for white in range(4, 28, 4)])
+    assert row["psnr"] == pytest.approx(10 * math.log10(255**2 / squared), abs=0.01)
+
+
 def test_no_error_and_no_motion_have_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "still.gif", np.zeros((4, 32, 32, 3), dtype=np.uint8), 10)
     fake_autoencoder(monkeypatch, everywhere=0, bright=0)

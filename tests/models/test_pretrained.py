@@ -259,6 +259,20 @@ def test_the_builtin_model_is_a_source() -> None:
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
+def test_classes_are_taken_by_name(save_pipeline: SavePipeline, make_transformer: MakeTransformer) -> None:
+    """In another order, and with one that the source does not know, which starts as its "no label"."""
+    theirs = make_transformer(num_classes=3, class_names=["a", "b", "c"])
+    model = make_transformer(num_classes=3, class_names=["c", "new", "a"])
+    table = "y_embedder.embedding_table.weight"
+    torch.nn.init.zeros_(model.get_parameter(table))
+    report = initialize(model, save_pipeline(theirs))
+    assert torch.equal(model.state_dict()[table], theirs.state_dict()[table][[2, 3, 0, 3]])
+    assert report.adapted[table] == (
+        "3 classes there, 3 here; by name: c, a; new, starting as the source's `no label`: new"
+    )
+    assert report.partly_new == [table]
+
+
 def test_what_differs_between_video_models_is_reported(
     save_pipeline: SavePipeline, make_transformer: MakeTransformer
 ) -> None:

@@ -106,6 +106,23 @@ def test_prompts_and_embeddings_give_the_same_videos(with_texts: LavitaPipeline)
             make(**wrong)
 
 
+def test_guidance_leads_from_the_negative_prompt_to_the_prompt(with_texts: LavitaPipeline) -> None:
+    with_texts.scheduler = make_scheduler("ddim")
+    state = torch.randn(1, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    signal = float(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).prod())  # of timestep 999
+    with torch.no_grad():
+        wanted, unwanted = (
+            with_texts.transformer(state, torch.tensor([999]), text_embeds=torch.tensor([embed])).sample[:, :, :4]
+            for embed in ([2.0, 1.0, 0.0], [0.0, 0.0, 3.0])
+        )
+    noise = unwanted + 2.0 * (wanted - unwanted)
+    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 2.0, "precision": "fp32", "latents": state}
+    latents = with_texts(prompt="aab", negative_prompt="ccc", output_type="latent", **options).frames
+    assert isinstance(latents, torch.Tensor)
+    # One step of DDIM gives the predicted z_0.
+    assert largest_error(latents, (state - (1 - signal) ** 0.5 * noise) / signal**0.5) < 1e-4
+
+
 def test_images_from_the_video_model(pipeline: LavitaPipeline) -> None:
     """Without the temporal modules, a frame does not depend on the others."""
     options: dict[str, Any] = {"num_inference_steps": 2, "use_temporal": False}

@@ -14,7 +14,7 @@ from lavita.core.commands import CommandFailed
 from lavita.core.config import load_config
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.studies import ablation
-from lavita.studies.ablation import STUDIES, StudyPlan, headline, pretraining_arms, run_study
+from lavita.studies.ablation import STUDIES, StudyPlan, headline, pretraining_arms, run_study, summarize_arm
 from lavita.training.config import RunConfig
 
 
@@ -47,6 +47,18 @@ def test_the_headline_of_a_report() -> None:
     }
     expected = {"kernel-video[x]": 0.1, "accuracy": 0.75, "motion within 2x": 2 / 3, "motion ratio": 1.0}
     assert headline(report) == pytest.approx(expected)
+
+
+def test_the_summary_of_an_arm_is_that_of_its_lines(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 100.0 / step, "clips_per_second": float(step % 7)} for step in range(1, 41)]
+    (tmp_path / "arm" / "train").mkdir(parents=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "arm" / "train" / "metrics.jsonl").write_text(text, encoding="utf-8")
+    found = summarize_arm("arm", StudyPlan(tmp_path, "demo"))
+    assert found["loss_first"] == pytest.approx((100 + 50 + 100 / 3 + 25) / 4)
+    assert found["loss_last"] == pytest.approx((100 / 37 + 100 / 38 + 100 / 39 + 2.5) / 4)
+    assert found["curve"] == [[line["step"], line["loss"]] for line in lines]
+    assert (found["clips_per_second"], found["scores"]) == (3.0, {})
 
 
 def test_a_study_trains_samples_scores_and_goes_on(

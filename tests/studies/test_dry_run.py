@@ -47,7 +47,7 @@ def test_the_command_prints_what_a_run_needs_and_writes_nothing(
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert set(lines) == {"run", "data", "validation", "model", "memory", "step", "duration"}
     assert lines["run"] == f"{config.run_dir}: new; 4 steps of 4 clips"
-    assert lines["data"].startswith("3 videos, 24 clips, 2 classes; 1 left out: ") and "9.mp4" in lines["data"]
+    assert lines["data"].startswith("3 videos, 24 clips, 2 classes; 1 left out, the first: a/9.mp4: ")
     assert lines["validation"] == "2 videos, 64 clips"
     assert re.fullmatch(r"tiny/4, variant 2: 0\.\d M parameters", lines["model"])
     step = re.match(r"([\d.e-]+) s, measured on cpu in fp32: the last of 2 real steps of 4 clips", lines["step"])
@@ -70,6 +70,9 @@ def test_the_numbers_are_those_of_the_run(run: Run, make_config: MakeConfig) -> 
     assert tree(config.run_dir) == before
     assert f"{config.run_dir}: resumes after step 2; 5 steps of 4 clips" in out
     assert "for the 3 remaining steps" in out
+    resumed = dry_run(config)
+    assert resumed.step_seconds is not None and resumed.read_seconds is not None
+    assert (resumed.steps_done, resumed.run_seconds) == (2, 3 * (resumed.step_seconds + resumed.read_seconds))
 
     transformer = load_pipeline(folder).transformer
     setting = Setting("muon", False, "fp32", 2)

@@ -21,7 +21,7 @@ from tiny_data import paint
 
 from lavita.core.config import ConfigError, load_config, save_config
 from lavita.studies.run_report.curves import Curve, draw_panel, smooth, thin
-from lavita.studies.run_report.page import MAX_CONTACT_SHEETS, write_report
+from lavita.studies.run_report.page import MAX_CONTACT_SHEETS, MAX_EVENTS, write_report
 from lavita.studies.run_report.reading import clock, read_runs
 from lavita.training.config import RunConfig
 from lavita.video.writing import write_video
@@ -287,6 +287,14 @@ def test_a_silent_run_is_not_called_running(tmp_path: Path) -> None:
         os.utime(file, (1e9, 1e9))
     assert read_runs([run])[0].state(1e9 + 60) == "running"
     assert read_runs([run])[0].state(1e9 + 7200) == "nothing logged for 2 h 00 min: stopped, or a long step"
+
+
+def test_the_newest_events_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", samples=())
+    write_lines(run / "events.jsonl", [{"step": step, "event": "spike"} for step in range(1, MAX_EVENTS + 51)])
+    page = Page(write_report([run], tmp_path / "page"))
+    steps = [int(row[0]) for row in page.rows if "spike" in row]
+    assert steps == list(range(MAX_EVENTS + 50, 50, -1)) and " 50 older events are not shown" in page.text
 
 
 def test_many_sets_of_samples_are_thinned(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError, load_config
+from lavita.data.catalog import scan
 from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder
 from lavita.training import autoencoder as module
 from lavita.training.autoencoder import (
@@ -134,13 +135,13 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_frames_are_read_once_and_shrunk(tmp_path: Path) -> None:
     write_videos(tmp_path / "videos", ["0.mp4", "1.mp4"], num_frames=6, height=48, width=64)
-    videos = load_frames(tmp_path / "videos", 8, memory_gib=1.0, seed=0)
+    videos = load_frames(scan(tmp_path / "videos"), 8, memory_gib=1.0, seed=0)
     assert [video.shape for video in videos] == [(6, 16, 21, 3)] * 2, "twice the crops' size is enough"
     assert videos[0].dtype == np.uint8
 
-    small = load_frames(tmp_path / "videos", 24, memory_gib=1.0, seed=0)
+    small = load_frames(scan(tmp_path / "videos"), 24, memory_gib=1.0, seed=0)
     assert [video.shape for video in small] == [(6, 48, 64, 3)] * 2
-    half = load_frames(tmp_path / "videos", 24, memory_gib=6 * 48 * 64 * 3 / 2**30, seed=0)
+    half = load_frames(scan(tmp_path / "videos"), 24, memory_gib=6 * 48 * 64 * 3 / 2**30, seed=0)
     for part, whole in zip(half, small, strict=True):
         assert len(part) == 3
         assert any(np.array_equal(part, whole[start : start + 3]) for start in range(4)), "a stretch of the video"
@@ -214,13 +215,21 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
         train_autoencoder(make_config(tmp_path, "latent_channels=3"))
 
 
+def test_a_run_is_not_resumed_on_other_videos(tmp_path: Path) -> None:
+    write_videos(tmp_path / "videos")
+    train_autoencoder(make_config(tmp_path, "steps=2"))
+    write_videos(tmp_path / "videos", ["a/9.mp4"])
+    with pytest.raises(ConfigError, match=r"was trained on other data \(.*videos: 1 added \(a/9\.mp4\)\)"):
+        train_autoencoder(make_config(tmp_path, "steps=3"))
+
+
 def test_what_is_saved_has_unit_variance_and_the_averaged_weights(tmp_path: Path) -> None:
     write_videos(tmp_path / "videos")
     config = make_config(tmp_path, "steps=3", "save_dtype=float16")
     folder = train_autoencoder(config)
     vae = load_autoencoder(str(folder))
 
-    sources = [load_frames(config.data[0], 8, 1.0, 0)]
+    sources = [load_frames(scan(config.data[0]), 8, 1.0, 0)]
     frames = np.concatenate([draw_pairs(sources, config, 1000 + step) for step in range(100)])
     mean, std = encode(vae, frames, "fp32")
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))

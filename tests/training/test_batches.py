@@ -14,6 +14,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError
+from lavita.core.processes import Processes
 from lavita.data.captions import CaptionSampler, read_captions
 from lavita.data.catalog import scan
 from lavita.data.clips import read_pixels
@@ -107,6 +108,45 @@ def test_a_share_of_the_labels_is_dropped(
     assert stats.kstest(timesteps, stats.randint(0, 1000).cdf).pvalue > 1e-3
 
 
+def test_labels_of_a_clip_and_its_images_are_dropped_independently(
+    make_batches: MakeBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = make_batches("train.batch_size=16", "data.num_images=2")
+    blank = torch.zeros(2, 4, 8, 8)
+    monkeypatch.setattr(batches.source, "read_many", lambda draws, frames, _: [(blank[:frames],) * 2] * len(draws))
+    labels = [batches.make(step).class_labels for step in range(60)]
+    dropped = np.concatenate([row.eq(2).numpy() for row in labels if row is not None])  # (960, 3)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        found = np.histogram2d(dropped[:, one], dropped[:, other], bins=2)[0]
+        assert stats.chi2_contingency(found).pvalue > 1e-3, (one, other)
+
+
+@pytest.mark.parametrize("condition", ["class_labels", "text_embeds"])
+def test_a_share_of_a_batch_is_that_part_of_the_whole(
+    condition: str, make_batches: MakeBatches, tmp_path: Path
+) -> None:
+    """Clips, images, noise, timesteps and conditions, whichever of the processes makes them."""
+    overrides = ["data.num_images=2", "train.batch_size=6"]
+    if condition == "text_embeds":
+        lines = [f"{name},{name} {number}" for name in ("a/0.mp4", "a/1.mp4", "b/2.mp4") for number in range(5)]
+        table = write_table(tmp_path / "t.csv", "file,caption", *lines)
+        overrides += [f"data.captions={table}", "data.class_folders=false"]
+    batches = make_batches(*overrides)
+    if condition == "text_embeds":
+        batches.embed_captions(lambda given: torch.arange(float(len(given)))[:, None].repeat(1, 3))
+    whole = batches.make(7)
+    cpu = torch.device("cpu")
+    shares = {
+        range(2 * rank, 2 * rank + 2): next(batches.make_all(range(7, 8), Processes(rank, 3), cpu)) for rank in range(3)
+    }
+    shares[range(5, 6)] = batches.make(7, range(5, 6))
+    for indices, share in shares.items():
+        for name in ("latents", "noise", "timesteps", condition):
+            part = getattr(whole, name)[indices.start : indices.stop]
+            assert torch.equal(getattr(share, name), part), (name, indices)
+        assert share.draws == whole.draws[indices.start : indices.stop]
+
+
 def test_images_of_their_own(make_batches: MakeBatches, tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
     """Image files and a cache of them give the same latents, and labels among the classes of the videos."""
     root = write_images(tmp_path / "images", ("b/1.png", "b/2.png"))
@@ -175,6 +215,8 @@ def test_every_caption_of_a_file_is_drawn(tmp_path: Path) -> None:
     assert set(rows) == {2, 3}
     assert stats.binomtest(rows.count(2), 200).pvalue > 1e-3
     assert rows == [sampler.draw(catalog.root, "1.mp4", step, 0) for step in range(200)]
+    rows = [sampler.draw(catalog.root, "1.mp4", 0, index) for index in range(200)]
+    assert set(rows) == {2, 3} and stats.binomtest(rows.count(2), 200).pvalue > 1e-3, "each clip of a step draws anew"
 
 
 @pytest.mark.parametrize("num_images", [0, 2])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import pytest
 import torch
 from conftest import MakeTransformer
 from torch import nn
@@ -37,6 +40,21 @@ def test_steps_are_those_of_torch_in_bfloat16() -> None:
     for tensor, one, two in zip(start, parameters, reference_parameters, strict=True):
         moved = (two - tensor).norm()
         assert (one - two).norm() < 0.03 * moved  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_without_a_gradient_a_step_is_the_decay(
+    kind: Literal["adamw", "muon"], make_transformer: MakeTransformer
+) -> None:
+    """Decoupled weight decay (Loshchilov & Hutter 2019): w becomes w (1 - rate * decay)."""
+    model = make_transformer(num_classes=3)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in make_optimizers(model, kind, learning_rate=0.1, weight_decay=0.5):
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * 0.95, rtol=1e-6, atol=0, msg=name)
 
 
 def test_every_parameter_has_one_optimizer(make_transformer: MakeTransformer) -> None:

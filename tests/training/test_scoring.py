@@ -89,5 +89,8 @@ def test_what_cannot_be_scored_is_refused_at_once(refused: Callable[..., None], 
     refused(r"train.score_every is 5, but needs data\.path", "train.score_every=5")
     refused("score_clips", "train.score_clips=2")
     videos = write_videos(tmp_path, ["a/0.mp4"], 3)
-    with pytest.raises(ValueError, match="num_real_clips is 9, but its 1 videos give 2 clips"):
+    with pytest.raises(ValueError, match=r"train\.score_clips is 9, but its 1 videos give 2 clips"):
+        TrainingScorer(videos, 2, 1, 16, TrackingOptions(num_clips=9))
+    write_videos(tmp_path, ["a/0.mp4", "a/1.mp4"], 9)
+    with pytest.raises(ValueError, match="2 usable videos; a kernel distance needs 3"):
         TrainingScorer(videos, 2, 1, 16, TrackingOptions(num_clips=9))

@@ -90,6 +90,25 @@ def test_a_spike_is_reported_and_may_be_skipped(make_config: MakeConfig, spoil: 
     assert last_checkpoint(config).read_all()["optimizer.x_embedder.proj.weight.step"] == taken
 
 
+def test_a_resumed_run_judges_as_the_first_one_would_have() -> None:
+    guard, scale = StepGuard(5.0), LossScale(True)
+    for number in range(ENOUGH + 3):
+        guard.judge(1.0 + number % 2)
+    guard.skipped = 3
+    assert scale.overflowed(math.inf)
+    for _ in range(7):
+        assert not scale.overflowed(1.0)
+    resumed_guard, resumed_scale = StepGuard(5.0), LossScale(True)
+    resumed_guard.restore(json.loads(json.dumps(guard.state())))
+    resumed_scale.restore(json.loads(json.dumps(scale.state())))
+    assert (resumed_guard.norms, resumed_guard.skipped) == (guard.norms, 3)
+    assert resumed_guard.judge(30.0) == guard.judge(30.0) == "spike" and StepGuard(5.0).judge(30.0) == "good"
+    for number in range(1, LossScale.GROWTH_INTERVAL + 1):
+        for each in (scale, resumed_scale):
+            assert not each.overflowed(1.0)
+        assert resumed_scale.value == scale.value == (2**16 if number >= LossScale.GROWTH_INTERVAL - 7 else 2**15)
+
+
 def test_the_loss_scale_falls_on_overflow_and_rises_again() -> None:
     scale = LossScale(True)
     assert scale.value == 2**16

@@ -221,6 +221,9 @@ def test_resuming_something_else_is_refused(make_config: MakeConfig, tmp_path: P
         train(make_config("run", "train.learning_rate=2e-3"))
 
     write_videos(tmp_path / "videos", ["c/0.mp4"])
+    with pytest.raises(ConfigError, match=r"was trained on other data \(videos: 1 added \(c/0\.mp4\)\)"):
+        train(make_config("run"))
+    (tmp_path / "run" / "videos.json").unlink()
     with pytest.raises(ValueError, match="a model with num_classes=2, but this data and configuration give 3"):
         train(make_config("run"))
     (tmp_path / "videos" / "c" / "0.mp4").unlink()

@@ -8,12 +8,14 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import MakeTransformer
+from scipy import stats  # type: ignore[import-untyped]
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError, load_config
@@ -109,6 +111,36 @@ def test_it_is_the_objective_on_held_out_clips(
     noises = torch.stack([noise for _, _, noise in seen])
     assert abs(noises.mean().item()) < 0.02 and abs(noises.std().item() - 1) < 0.02
     assert len({float(noise.sum()) for noise in noises}) == 50, "another noise for each clip and level"
+
+
+class Silent(torch.nn.Module):
+    """Predicts zero noise and the least variance."""
+
+    def forward(self, noisy: torch.Tensor, *_: Any) -> Any:
+        return SimpleNamespace(sample=torch.cat([torch.zeros_like(noisy), -torch.ones_like(noisy)], dim=2))
+
+
+def test_noise_and_timesteps_are_drawn_for_each_clip_and_level(
+    make_validation: MakeValidation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timesteps are uniform within their level, and independent; no two clips share a sample or a noise."""
+    diffusion, count = GaussianDiffusion(), 60
+    seen: list[tuple[torch.Tensor, ...]] = []
+    objective = diffusion.losses
+
+    def spy(output: torch.Tensor, *inputs: torch.Tensor) -> Losses:
+        seen.extend(zip(*inputs, strict=True))
+        return objective(output, *inputs)
+
+    monkeypatch.setattr(diffusion, "losses", spy)
+    make_validation(f"train.validation_clips={count}").evaluate(Silent(), diffusion, CPU, "fp32")
+    clips, timesteps, noises = (list(column) for column in zip(*seen, strict=True))
+    places = torch.stack(timesteps).view(count, 10) - 100 * torch.arange(10)
+    assert stats.kstest(places.flatten(), stats.randint(0, 100).cdf).pvalue > 1e-3
+    for one, next_one in ((places[:, :-1], places[:, 1:]), (places[:-1], places[1:])):  # levels, then clips
+        assert stats.spearmanr(one.flatten(), next_one.flatten()).pvalue > 1e-3
+    assert len({float(clip.sum()) for clip in clips}) == count, "though there are fewer videos and starts"
+    assert len({float(noise.sum()) for noise in noises}) == count * 10
 
 
 def test_it_is_the_same_every_time_and_leaves_the_model_alone(

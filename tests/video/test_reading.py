@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numbered_frames import HEIGHT, NUM_FRAMES, VPX, WIDTH, X264, decode_all, en
 
 from lavita.video import reading
 from lavita.video.formats import FRAME_SUFFIXES, SUFFIXES_BY_CONTAINER, VIDEO_SUFFIXES, VideoError
-from lavita.video.reading import iter_frames, probe, read_clip
+from lavita.video.reading import codec, iter_frames, probe, read_clip
 from lavita.video.writing import write_video
 
 
@@ -359,6 +360,31 @@ def test_nothing_on_stderr(files: dict[str, Path], tmp_path: Path, capfd: pytest
     check_broken(tmp_path / "bad.avi", "cut off|damaged")
     write_video(tmp_path / "a.mp4", np.stack([paint(0)] * 3), 8)
     assert capfd.readouterr() == ("", "")
+
+
+def test_of_several_tracks_the_default_one_is_read(tmp_path: Path) -> None:
+    parts = [
+        encode(tmp_path / f"{first}.mkv", images=[paint(first + i) for i in range(count)])
+        for first, count in ((0, 5), (50, 9))
+    ]
+    path = tmp_path / "two.mp4"
+    with av.open(str(path), "w") as output, av.open(str(parts[0])) as first, av.open(str(parts[1])) as second:
+        tracks = [output.add_stream_from_template(part.streams.video[0]) for part in (first, second)]
+        for part, track in zip((first, second), tracks, strict=True):
+            for packet in part.demux(video=0):
+                if packet.size:
+                    packet.stream = track
+                    output.mux(packet)
+    assert probe(path).num_frames == 5, "the writer makes the first one the default"
+    data = bytearray(path.read_bytes())
+    heads = [match.start() for match in re.finditer(b"tkhd", data)]
+    for head, is_default in zip(heads, (False, True), strict=True):
+        data[head + 7] = 2 + is_default
+    path.write_bytes(data)
+    assert probe(path).num_frames == 9
+    assert numbers(iter_frames(path)) == list(range(50, 59))
+    assert numbers(read_clip(path, 3, 3, 2)) == [53, 55, 57]
+    assert codec(path).startswith("h264 ")
 
 
 def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:

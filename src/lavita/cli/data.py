@@ -31,7 +31,9 @@ def data_inspect(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write contact_sheet.png and inspection.json into.", show_default=False),
+        typer.Option(
+            help="Folder outside of FOLDER to write contact_sheet.png and inspection.json into.", show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -54,7 +56,7 @@ def data_inspect(
 @app.command()
 def encode(
     data: Annotated[Path, typer.Option(help="Folder of videos.")],
-    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache, outside of that of the videos.")],
     autoencoder: Annotated[
         str,
         typer.Option(help="Folder, hub id, builtin, or auto: builtin up to 128 pixels, Stable Diffusion's above."),
@@ -83,10 +85,11 @@ def encode(
     from lavita.core.precision import pick_device
     from lavita.core.processes import processes
     from lavita.data.datasets import open_dataset
-    from lavita.data.latent_cache.encode import encode_dataset
+    from lavita.data.latent_cache.encode import check_target, encode_dataset
     from lavita.models.autoencoder import load_autoencoder
     from lavita.models.packaged import autoencoder_source
 
+    check_target(out, data)
     with processes() as team:
         catalog = team.first_says(open_dataset(data, dataset, split, images=images) if team.is_first else None)
         vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))

@@ -18,8 +18,13 @@ def sample(
         str, typer.Argument(help="Pipeline folder or hub id; builtin: the arcade model in the package.")
     ] = "builtin",
     classes: Annotated[
-        str, typer.Option(help="Names or numbers, separated by commas, or all. Ignored by a model without classes.")
-    ] = "all",
+        list[str] | None,
+        typer.Option(
+            help="Names or numbers, separated by commas, or all; may be repeated, as for a name with a comma in it. "
+            "A name wins over a number. default: all",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Text for a text-conditional model; may be repeated.", show_default=False),
@@ -115,7 +120,7 @@ def sample(
         written = generate(
             model,
             out,
-            classes=classes,
+            classes=classes or "all",
             prompts=prompt or (),
             prompt_table=prompts,
             seeds=seeds,

@@ -49,10 +49,13 @@ def autoencoder_evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.", show_default=False)] = None,
 ) -> None:
     """PSNR of reconstructed frames: the whole picture, and the pixels that move."""
+    from lavita.core.files import check_outside
     from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
     from lavita.models.autoencoder import load_autoencoder
     from lavita.models.packaged import autoencoder_source
 
+    if out is not None:
+        check_outside("out", out, *data)
     vae = load_autoencoder(autoencoder_source(autoencoder, resolution))
     show_quality({str(root): reconstruction_quality(vae, root, resolution) for root in data}, out)
 

@@ -68,13 +68,36 @@ def _on_disk(path: Path) -> Path:
     return path
 
 
-def remove_partial(folder: Path) -> None:
-    """Removes what a killed process left of files that it was writing into `folder`; its owner calls this at start."""
-    for left in folder.glob(f".*{_MARK}*"):
+def remove_partial(folder: Path, *stems: str) -> None:
+    """Removes what a killed process left of files that it was writing into `folder`.
+
+    Args:
+        folder: the folder.
+        stems: patterns, as for `glob`, of the names without suffix of the files that the caller alone writes; by
+            default all, for a folder into which nobody else is writing.
+    """
+    for left in (left for stem in stems or ("*",) for left in folder.glob(f".{stem}{_MARK}*")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def check_outside(field: str, out: Path, *read: Path | None) -> None:
+    """Refuses to write into a folder of videos that is read: what is written there would count as its content.
+
+    Args:
+        field: the option that says where to write, for the message.
+        out: the file or folder to write.
+        read: the folders that are read; None for none.
+
+    Raises:
+        ValueError: if `out` is one of these folders or inside one, by any path.
+    """
+    for folder in read:
+        if folder is not None and (target := folder.resolve()) in (resolved := out.resolve(), *resolved.parents):
+            where = "the folder" if target == resolved else f"inside {folder}, the folder"
+            raise ValueError(f"{field} is {out}, {where} of the videos that are read; write outside of it")
 
 
 def sync(path: Path) -> None:

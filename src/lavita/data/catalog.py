@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lavita.core.prefetch import parallel_map
 from lavita.core.text import by_normal_name, normal_name
-from lavita.video.formats import COMMON_SUFFIXES, FRAME_SUFFIXES, VideoError, VideoInfo
-from lavita.video.frame_folders import find_videos
+from lavita.video.formats import COMMON_SUFFIXES, FRAME_SUFFIXES, GENERATION, VideoError, VideoInfo
 from lavita.video.reading import probe
-
-GENERATION = "generation.json"
+from lavita.video.tree import find_images, find_videos
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Catalog:
     class_names: tuple[str, ...]
     """Sorted, in their normal form (`core.text.normal_name`); empty without classes."""
     broken: tuple[str, ...]
-    """One message per video that cannot be used; each begins with the video's path."""
+    """One message per video that cannot be used; each begins with the video's name."""
 
     def only(self, names: Container[str]) -> Catalog:
         """Keeps the videos with these names, and the classes that they have."""
@@ -70,15 +68,6 @@ def read_generation(root: Path) -> dict[str, Any] | None:
     return settings
 
 
-def find_images(root: Path) -> Iterator[Path]:
-    """Yields every image file below `root`, sorted; hidden files and folders are left out."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in FRAME_SUFFIXES:
-                yield Path(folder) / name
-
-
 def scan(
     root: Path,
     class_folders: bool = False,
@@ -86,7 +75,7 @@ def scan(
     broken: Literal["skip", "error"] = "skip",
     images: bool = False,
 ) -> Catalog:
-    """Catalogs all videos below a folder.
+    """Catalogs all videos below a folder, and says on stderr how many were found and what is left out.
 
     Args:
         root: the data set's folder.
@@ -101,14 +90,13 @@ def scan(
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    if images:
-        paths: Iterable[Path] = find_images(root)
-    else:
-        tree = find_videos(root)
-        paths = tree.videos
-        if tree.note:
-            print(tree.note, file=sys.stderr)
-    found = [(path, path.parent.name if class_folders and path.parent != root else None) for path in paths]
+    tree = find_images(root) if images else find_videos(root)
+    for note in tree.notes:
+        print(note, file=sys.stderr)
+    if class_folders and tree.empty_folders:
+        count, example = len(tree.empty_folders), tree.empty_folders[0]
+        print(f"{root}: {count:,} folders hold no videos and are no classes, such as {example}", file=sys.stderr)
+    found = [(path, path.parent.name if class_folders and path.parent != root else None) for path in tree.videos]
     catalog = make_catalog(root, found, min_frames, broken, "image" if images else "video")
     for video in catalog.videos:
         if class_folders and video.label is None:
@@ -151,14 +139,17 @@ def make_catalog(
             result = VideoError(path, f"has {result.num_frames} frames, but a clip needs {min_frames}")
         if broken == "error":
             raise result
-        problems.append(str(result))
-        print(f"skipped: {result}", file=sys.stderr)
+        problems.append(f"{path.relative_to(root).as_posix()}: {result.problem}")
+        print(f"skipped: {problems[-1]}", file=sys.stderr)
     if not videos:
         count = f"only {len(problems)} broken ones, the first: {problems[0]}" if problems else "none"
         suffixes = ", ".join(sorted(FRAME_SUFFIXES)) if kind == "image" else f"{COMMON_SUFFIXES}, ..."
         raise ValueError(f"{root}: no usable {kind}s (found {count}); the names of {kind} files end in {suffixes}")
     classes = {info.path: class_of[info.path] for info in videos}
     class_names = tuple(sorted({name for name in classes.values() if name is not None}))
+    lost_classes = {name for name in class_of.values() if name is not None} - set(class_names)
+    if note := unusable_note(root, len(videos), len(problems), lost_classes, kind):
+        print(note, file=sys.stderr)
     index: dict[str | None, int] = {name: label for label, name in enumerate(class_names)}
     return Catalog(
         root,
@@ -166,6 +157,26 @@ def make_catalog(
         class_names,
         tuple(problems),
     )
+
+
+def unusable_note(
+    root: Path, num_used: int, num_unusable: int, lost_classes: Collection[str], kind: str = "video"
+) -> str | None:
+    """One line about the videos that are left out because they cannot be used; None if all can be.
+
+    Args:
+        root: the folder of the videos.
+        num_used: usable videos.
+        num_unusable: the others.
+        lost_classes: classes without a usable video, which are no classes then.
+        kind: what the videos are.
+    """
+    if not num_unusable:
+        return None
+    note = f"{root}: {num_used:,} of {num_used + num_unusable:,} {kind}s are used, {num_unusable:,} are left out"
+    if lost_classes:
+        note += f"; {len(lost_classes):,} classes have no usable {kind}, such as {min(lost_classes)!r}"
+    return note
 
 
 def probe_all(paths: Iterable[Path]) -> Iterator[VideoInfo | VideoError]:

@@ -18,7 +18,7 @@ from lavita.core.config import ConfigError
 from lavita.core.precision import Precision
 from lavita.core.prefetch import parallel_map
 from lavita.core.text import by_normal_name, normal_name
-from lavita.data.catalog import Catalog, Video, scan
+from lavita.data.catalog import Catalog, Video, scan, unusable_note
 from lavita.data.clips import ClipDraw, clip_span, read_pixels
 from lavita.data.config import SPLITS, DataConfig
 from lavita.data.content_hash import source_bytes
@@ -28,7 +28,7 @@ from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
 from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
 from lavita.models.fingerprint import fingerprint
 from lavita.video.formats import Frames, VideoInfo
-from lavita.video.frame_folders import find_videos
+from lavita.video.tree import find_videos
 
 LatentClip = tuple[torch.Tensor, torch.Tensor]
 """Mean and standard deviation of the latents of a clip, each float32 (F, C, h, w)."""
@@ -38,6 +38,10 @@ class ClipSource(Protocol):
     """Gives the latents of drawn clips."""
 
     catalog: Catalog
+
+    def num_bytes(self, video: Video) -> int:
+        """Size of a video of the catalog on the disk; see `content_hash.source_bytes`."""
+        ...
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
         """Reads the latents of a clip."""
@@ -71,6 +75,10 @@ class VideoSource:
         self.catalog, self.vae, self.resolution, self.precision = catalog, vae, resolution, precision
         # Threads: decoding releases the interpreter's lock, and processes would each hold a copy of the catalog.
         self.workers = workers or min(8, os.cpu_count() or 1)
+
+    def num_bytes(self, video: Video) -> int:
+        """Size of a video on the disk; OSError if it is gone."""
+        return source_bytes(video.info.path)
 
     def read(self, draw: ClipDraw, num_frames: int, frame_interval: int) -> LatentClip:
         """Decodes, crops, mirrors and encodes a clip."""
@@ -128,8 +136,15 @@ class CacheSource:
                 problems.append(f"{row['name']}: has {row['num_frames']} frames, but a clip needs {min_frames}")
                 print(f"skipped: {problems[-1]}", file=sys.stderr)
         if problems and broken == "error":
-            raise ValueError(problems[0])
+            raise ValueError(f"{folder}: {problems[0]}")
+        lost_classes = set()
+        if labels:
+            short = [row for row in self.manifest["videos"] if row["num_frames"] < min_frames]
+            lost_classes = {_class_of(row, folder) for row in short} - set(classes)
+        if note := unusable_note(folder, len(rows), len(problems), lost_classes):
+            print(f"{note}; the first: {problems[0]}", file=sys.stderr)
         self._open_shards()
+        self._num_bytes: dict[str, int] = {row["name"]: row["source_bytes"] for row in rows}
         size = self.manifest["resolution"]
         index = {name: label for label, name in enumerate(classes)}
         videos = []
@@ -137,6 +152,10 @@ class CacheSource:
             info = VideoInfo(folder / row["shard"], row["num_frames"], size, size, row["fps"])
             videos.append(Video(info, row["name"], index[labels[number]] if labels else None))
         self.catalog = Catalog(folder, tuple(videos), tuple(classes), tuple(problems))
+
+    def num_bytes(self, video: Video) -> int:
+        """Size that a video had on the disk when it was encoded."""
+        return self._num_bytes[video.name]
 
     def _open_shards(self) -> None:
         """Reads from the headers of the shards where the latents of each video are."""

@@ -19,8 +19,8 @@ from lavita.core.text import normal_name, read_text
 from lavita.data.catalog import Catalog, make_catalog, scan
 from lavita.data.config import SETS_WITH_CLASSES, SPLITS, check_split
 from lavita.data.ucf101 import class_of, read_split_lists
-from lavita.video.formats import FRAME_SUFFIXES, VIDEO_SUFFIXES, VideoError
-from lavita.video.frame_folders import VideoTree, find_videos
+from lavita.video.formats import FRAME_SUFFIXES, VIDEO_SUFFIXES
+from lavita.video.tree import VideoTree, find_videos
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "test": "test", "sky_train": "train", "sky_test": "test"}
 # Folders below the folder of a split that hold its videos in some form.
@@ -69,7 +69,7 @@ class Listing:
     notes: tuple[str, ...]
     """What was left out, one line for each reason."""
     problems: tuple[str, ...]
-    """One message per video whose name does not fit the data set; each begins with the video's path."""
+    """One message per video whose name does not fit the data set; each begins with the video's name."""
 
     def choose(self, split: str | None = None) -> tuple[Member, ...]:
         """Returns the members of a split, by default the one that the paper trains on.
@@ -129,9 +129,12 @@ def open_dataset(
     listing = list_dataset(root, name)
     members = listing.choose(split)
     if listing.problems and broken == "error":
-        raise ValueError(listing.problems[0])
-    strays = [listing.tree.note] if listing.tree.note else []
-    for line in (*strays, *listing.notes, *(f"skipped: {problem}" for problem in listing.problems)):
+        raise ValueError(f"{root}: {listing.problems[0]}")
+    lines = [*listing.tree.notes, *listing.notes, *(f"skipped: {problem}" for problem in listing.problems)]
+    if len(members) < len(listing.members):
+        own = split or SPLITS[name][0]
+        lines.append(f"{root}: {len(members):,} of {len(listing.members):,} videos are in split {own!r}")
+    for line in lines:
         print(line, file=sys.stderr)
     catalog = make_catalog(
         root, [(member.path, member.class_name if use_classes else None) for member in members], min_frames, broken
@@ -163,11 +166,12 @@ def list_dataset(root: Path, dataset: DataSetName) -> Listing:
         notes.append(f"{root}: {twins} videos exist both as files and as frames; the files are used")
     members, problems = [], []
     for path in found:
+        name = path.relative_to(root).as_posix()
         class_name = class_of(path) if dataset in SETS_WITH_CLASSES else None
         if class_name is None and dataset in SETS_WITH_CLASSES:
-            problems.append(str(VideoError(path, f"is not named like the videos of {dataset}; see docs/data.md")))
+            problems.append(f"{name}: is not named like the videos of {dataset}; see docs/data.md")
             continue
-        members.append(Member(path, path.relative_to(root).as_posix(), class_name))
+        members.append(Member(path, name, class_name))
     if not members:
         entries = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
         held = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "") or "nothing"

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lavita.core.files import check_outside
 from lavita.core.names import DataSetName
 from lavita.core.progress import Progress
 from lavita.core.text import normal_name
@@ -26,8 +27,8 @@ from lavita.data.config import SPLITS, check_split
 from lavita.data.datasets import Listing, Member, guess_dataset, list_dataset
 from lavita.video.contact_sheet import contact_sheet
 from lavita.video.formats import VideoError, VideoInfo
-from lavita.video.frame_folders import VideoTree, find_videos
 from lavita.video.reading import read_clip
+from lavita.video.tree import VideoTree, find_videos
 
 SHEET_VIDEOS, SHEET_SIDE = 8, 96
 NUM_BINS = 8
@@ -69,7 +70,7 @@ class Inspection:
     folders: Mapping[str, int]
     """Videos below each folder directly below the root, readable or not."""
     left_out: Mapping[str, int]
-    """Files that belong to no video: images next to videos (`images`), and other files by suffix."""
+    """What belongs to no video: the kinds in `video.tree.KINDS`, and other files by suffix."""
     num_videos: int
     num_frame_folders: int
     classes: Mapping[str, int]
@@ -96,9 +97,9 @@ class Inspection:
     too_short: tuple[str, ...]
     """Names of the videos that are shorter than a clip."""
     broken: tuple[str, ...]
-    """One message per video that cannot be read; each begins with the video's path."""
+    """One message per video that cannot be read; each begins with the video's name."""
     notes: tuple[str, ...]
-    """What was left out, one sentence for each reason."""
+    """What was left out, one line for each reason."""
     captions: CaptionCoverage | None
 
     def to_json(self) -> dict[str, Any]:
@@ -125,12 +126,14 @@ def inspect_dataset(
         num_frames: frames of a clip.
         frame_interval: step between the frames of a clip.
         captions: table of captions to compare with the videos.
-        sheet: PNG file to draw some of the videos into, cropped as in training.
+        sheet: PNG file to draw some of the videos into, cropped as in training; outside `root`.
 
     Raises:
-        ValueError: if the folder is missing or holds no videos, and for the reasons of `list_dataset`,
-            `Listing.choose` and `find_captions`.
+        ValueError: if the folder is missing or holds no videos, if `sheet` is inside it, and for the reasons of
+            `list_dataset`, `Listing.choose` and `find_captions`.
     """
+    if sheet is not None:
+        check_outside("out", sheet.parent, root)
     notes: tuple[str, ...] = ()
     problems: list[str] = []
     looks_like: DataSetName | None = None
@@ -154,7 +157,7 @@ def inspect_dataset(
         if isinstance(result, VideoInfo):
             readable.append((member, result))
         else:
-            problems.append(str(result))
+            problems.append(f"{member.name}: {result.problem}")
     if sheet is not None and readable:
         undecodable = _draw_sheet(sheet, readable, num_frames, frame_interval)
         problems += undecodable.values()
@@ -170,7 +173,7 @@ def inspect_dataset(
         looks_like=looks_like,
         splits={} if listing is None else {name: len(names) for name, names in listing.splits.items()},
         folders=_sorted_counts(member.name.split("/")[0] for member in members if "/" in member.name),
-        left_out={**({"images": tree.stray_images} if tree.stray_images else {}), **tree.other_files},
+        left_out=tree.counts,
         num_videos=len(readable),
         num_frame_folders=sum(info.path.is_dir() for info in infos),
         classes=_sorted_counts(
@@ -189,7 +192,7 @@ def inspect_dataset(
         num_clips=sum(max(0, info.num_frames - span + 1) for info in infos),
         too_short=tuple(member.name for member, info in readable if info.num_frames < span),
         broken=tuple(problems),
-        notes=((tree.note, *notes) if tree.note else notes),
+        notes=(*tree.notes, *notes),
         captions=None if captions is None else _coverage(captions, [member.name for member, _ in readable]),
     )
 
@@ -239,7 +242,8 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         facts.add_row(name, escape(text))
 
     kinds = f", {found.num_frame_folders:,} of them frame folders" if found.num_frame_folders else ""
-    add("videos", f"{found.num_videos:,}{kinds}")
+    unreadable = f"; {len(found.broken):,} more cannot be read" if found.broken else ""
+    add("videos", f"{found.num_videos:,}{kinds}{unreadable}")
     if found.looks_like:
         add("looks like", f"{found.looks_like}: inspect it with --dataset {found.looks_like}")
     add("splits", _listed(found.splits) or "the folder defines none")
@@ -276,9 +280,6 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
             + (f", such as {covered.unused_example}" if covered.num_rows_unused else "")
             + f"; {covered.num_rows_empty:,} rows are empty",
         )
-    if found.left_out:
-        names = {"images": "images next to videos", "": "files without suffix"}
-        add("left out", _listed({names.get(kind, kind): count for kind, count in found.left_out.items()}))
     add("broken", f"{len(found.broken):,}" + (", listed below" if found.broken else ""))
     console.print(facts)
 
@@ -320,7 +321,7 @@ def _draw_sheet(
         try:
             frames = read_clip(info.path, start, count, frame_interval)
         except VideoError as error:
-            undecodable[member.name] = str(error)
+            undecodable[member.name] = f"{member.name}: {error.problem}"
             continue
         rows.append([center_crop_resize(frames, SHEET_SIDE)])
         name = member.name if len(member.name) <= 60 else f"...{member.name[-57:]}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lavita.core.files import check_outside
 from lavita.core.precision import pick_device
 from lavita.core.processes import Processes, processes
 from lavita.data.catalog import read_generation
@@ -22,11 +23,11 @@ from lavita.data.clips import clip_span
 from lavita.evaluation.classes.clips import select_videos
 from lavita.evaluation.classes.scores import CLASS_METRICS
 from lavita.evaluation.clips import Selection, choose_all, complete_protocol
+from lavita.evaluation.enough import check_enough, drop_small_floor
 from lavita.evaluation.feature_metrics import (
     FEATURE_METRICS,
     Sample,
     Samples,
-    check_enough,
     extractors_of,
     score_features,
     score_name,
@@ -129,6 +130,7 @@ def evaluate(options: EvaluationOptions, team: Processes | None = None) -> Evalu
     protocol = make_protocol(options.preset, options.overrides)
     parse_weights(options.weights)
     _check_options(options)
+    _check_targets(options)
     team = team or Processes()
     options, model = _with_samples(replace(options, device=_device(options.device, team)), protocol, team)
     metrics = list(dict.fromkeys(options.metrics))
@@ -190,6 +192,20 @@ def _check_options(options: EvaluationOptions) -> None:
         for name in ("samples", "recipe", "sampler", "steps", "guidance_scale", "first_seed"):
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} is set, but has no effect: {options.generated} is not a model to sample")
+
+
+def _check_targets(options: EvaluationOptions) -> None:
+    """Refuses to write into the folders of videos that are compared."""
+    is_sampled = is_model(str(options.generated))
+    read = options.real, options.held_out, None if is_sampled else Path(options.generated)
+    targets = {field: getattr(options, field) for field in ("out", "page", "cache")}
+    if is_sampled:
+        targets["samples"] = options.samples or DEFAULT_SAMPLES
+    if options.manifest is not None and not options.manifest.exists():
+        targets["manifest"] = options.manifest
+    for field, target in targets.items():
+        if target is not None:
+            check_outside(field, target, *read)
 
 
 def _device(name: str, team: Processes) -> str:
@@ -343,6 +359,7 @@ def _select(
         origins = {"real": sources["real"], "floor": sources.get("held_out", sources["real"])}
         known = read_manifest(manifest, origins, protocol)
     sets, more = choose_all(sources, protocol, known, with_every_frame)
+    more += drop_small_floor(metrics, protocol, sets)
     return Selection(protocol, {name: sources[name] for name in folders}, sets, warnings + more)
 
 

@@ -24,8 +24,6 @@ from lavita.evaluation.protocol import Protocol
 Features = npt.NDArray[np.float64]
 Kind = Literal["frechet", "kernel", "prdc", "inception-score"]
 
-FEW_SAMPLES = 2048
-"""With fewer clips a Frechet distance is mostly bias, and the report warns."""
 _CHUNK = 64  # clips whose features are read from the outputs at a time, to bound memory
 
 
@@ -186,49 +184,6 @@ def score_features(name: str, samples: Samples, protocol: Protocol) -> dict[str,
         "sees_order_of_frames": extractor.sees_order,
         **compute(extractor, samples, protocol),
     }
-
-
-def check_enough(name: str, protocol: Protocol, num_real: int) -> list[str]:
-    """Checks that there are enough samples for a metric, before hours are spent on features.
-
-    Args:
-        name: name in `FEATURE_METRICS`.
-        protocol: numbers of clips and frames, without gaps.
-        num_real: number of real samples: clips, or frames for an extractor of frames.
-
-    Returns:
-        Warnings.
-
-    Raises:
-        ValueError: if there are not; the message names the field of the protocol.
-    """
-    num_frames = protocol.num_frames
-    assert num_frames is not None
-    metric = FEATURE_METRICS[name]
-    extractor = metric.extractor(protocol, name)
-    least = extractor.network.min_frames
-    if num_frames < least:
-        raise ValueError(f"num_frames is {num_frames}, but {extractor.name} needs at least {least}")
-    num_generated = protocol.num_generated_clips * (num_frames if extractor.level == "frame" else 1)
-    if metric.kind == "frechet":
-        for field, count in (("num_real_clips", num_real), ("num_generated_clips", num_generated)):
-            if count <= extractor.num_features:
-                raise ValueError(
-                    f"{field} gives {count} samples, but {name} on the {extractor.num_features} features of "
-                    f"{extractor.name} needs more than {extractor.num_features}; kernel distances need only a few"
-                )
-        fewest = min(protocol.num_real_clips, protocol.num_generated_clips)
-        if fewest < FEW_SAMPLES:
-            return [f"{name}: {fewest} clips; below {FEW_SAMPLES:,} the bias is large, see the floor and the limit"]
-    if metric.kind == "inception-score":
-        variant = protocol.inception_variant
-        if protocol.num_generated_clips != variant.num_samples:
-            raise ValueError(
-                f"num_generated_clips is {protocol.num_generated_clips}, but inception_score="
-                f"{protocol.inception_score} takes {variant.num_samples}; allowed otherwise: inception_score=custom "
-                "inception_splits=K"
-            )
-    return []
 
 
 def _frechet(extractor: Extractor, samples: Samples, protocol: Protocol) -> dict[str, Any]:

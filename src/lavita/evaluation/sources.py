@@ -10,12 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import av
-
 from lavita.data.catalog import Catalog, Video, make_catalog, probe_all, read_generation
 from lavita.data.content_hash import content_hash
-from lavita.video.formats import OPEN_OPTIONS, VideoError, VideoInfo
-from lavita.video.frame_folders import find_videos, is_frame_folder
+from lavita.video.formats import VideoError, VideoInfo
+from lavita.video.reading import codec
+from lavita.video.tree import find_videos
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,15 @@ class VideoFolder:
 
     root: Path
     _hashes: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    _catalogs: dict[int, Catalog] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def _probed(self) -> dict[Path, VideoInfo | VideoError]:
         if not self.root.is_dir():
             raise ValueError(f"{self.root}: no such folder")
         tree = find_videos(self.root)
-        if tree.note:
-            print(tree.note, file=sys.stderr)
+        for note in tree.notes:
+            print(note, file=sys.stderr)
         return dict(zip(tree.videos, probe_all(tree.videos), strict=True))
 
     def catalog(self, min_frames: int = 1, broken: Literal["skip", "error"] = "skip") -> Catalog:
@@ -44,8 +44,12 @@ class VideoFolder:
         Raises:
             ValueError: if the folder is missing or has no usable video, or, with `error`, for a broken one.
         """
-        found = [(path, None if path.parent == self.root else path.parent.name) for path in self._probed]
-        return make_catalog(self.root, found, min_frames, broken, probed=self._probed)
+        catalog = self._catalogs.get(min_frames)
+        if catalog is None or (catalog.broken and broken == "error"):
+            found = [(path, None if path.parent == self.root else path.parent.name) for path in self._probed]
+            catalog = make_catalog(self.root, found, min_frames, broken, probed=self._probed)
+            self._catalogs[min_frames] = catalog  # asked for by several metrics; what is left out is said once
+        return catalog
 
     def sha256(self, video: Video) -> str:
         """Hash of a video's content."""
@@ -67,8 +71,8 @@ class VideoFolder:
         catalog = self.catalog(min_frames)
         if undecodable:
             kept = tuple(video for video in catalog.videos if video.name not in undecodable)
-            lost = tuple(video.info.path for video in catalog.videos if video.name in undecodable)
-            broken = catalog.broken + tuple(f"{path}: cannot be decoded" for path in lost)
+            lost = tuple(video.name for video in catalog.videos if video.name in undecodable)
+            broken = catalog.broken + tuple(f"{name}: cannot be decoded" for name in lost)
             catalog = Catalog(self.root, kept, catalog.class_names, broken)
         if catalog.broken and not skip_broken:
             total = len(catalog.broken) + len(catalog.videos)
@@ -96,17 +100,15 @@ class Source:
             "broken": list(self.catalog.broken),
             "sizes": dict(Counter(f"{info.width}x{info.height}" for info in infos).most_common(5)),
             "frames": [min(info.num_frames for info in infos), max(info.num_frames for info in infos)],
-            "codecs": dict(sorted(Counter(codec(info) for info in infos).items())),
+            "codecs": dict(sorted(Counter(_encoding(info.path) for info in infos).items())),
         }
 
 
-def codec(info: VideoInfo) -> str:
+def _encoding(path: Path) -> str:
     """The codec and pixel format of a video, as in `h264 yuv420p`; for a folder of frames the suffixes of its files."""
-    if is_frame_folder(info.path):
-        return "frames " + " ".join(sorted({file.suffix.lower() for file in info.path.iterdir() if file.suffix}))
-    with av.open(str(info.path.absolute()), **OPEN_OPTIONS) as container:
-        context = container.streams.video[0].codec_context
-        return f"{context.name} {context.format.name if context.format else ''}".strip()
+    if path.is_dir():
+        return "frames " + " ".join(sorted({file.suffix.lower() for file in path.iterdir() if file.suffix}))
+    return codec(path)
 
 
 def find_interval(generated: Path, frame_interval: int | None) -> int | None:

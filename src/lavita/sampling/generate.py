@@ -20,12 +20,14 @@ from lavita.core.progress import Progress
 from lavita.core.seeds import generator
 from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
-from lavita.data.catalog import GENERATION, read_generation
+from lavita.data.catalog import read_generation
 from lavita.models.adapters import apply_adapter
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
+from lavita.sampling.class_choice import ALL, parse_classes
 from lavita.sampling.pipeline import load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
+from lavita.video.formats import GENERATION
 from lavita.video.writing import write_video
 
 
@@ -59,7 +61,7 @@ def generate(
     model: str,
     out: Path,
     *,
-    classes: str = "all",
+    classes: str | Sequence[str] = "all",
     prompts: Sequence[str] = (),
     prompt_table: Path | None = None,
     seeds: str = "0-3",
@@ -81,7 +83,7 @@ def generate(
     Args:
         model: pipeline folder, hub id, or `builtin`.
         out: folder for the videos; made if missing.
-        classes: `all`, or names or numbers of classes, separated by commas.
+        classes: see `class_choice.parse_classes`; one text or several.
         prompts: texts for a text-conditional model.
         prompt_table: table of prompts, in a format of `captions.read_captions`; the videos of a row are written to
             `out/<file without its suffix>-<seed>.mp4`.
@@ -174,7 +176,7 @@ def _plan_jobs(
     out: Path,
     suffix: str,
     seeds: list[int],
-    classes: str,
+    classes: str | Sequence[str],
     prompts: Sequence[str],
     prompt_table: Path | None,
 ) -> list[Job]:
@@ -183,10 +185,12 @@ def _plan_jobs(
         raise ValueError("a prompt was given, but this model has no texts")
     if config["num_classes"]:
         names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
-        labels = _parse_classes(normal_name(classes), [normal_name(name) for name in names])
+        asked = [classes] if isinstance(classes, str) else classes
+        labels = parse_classes([normal_name(text) for text in asked], [normal_name(name) for name in names])
         return [Job(out / names[label] / f"{seed}{suffix}", seed, label) for label in labels for seed in seeds]
-    if classes != "all":
-        raise ValueError(f"classes is {classes!r}, but this model has none")
+    asked = classes if isinstance(classes, str) else ",".join(classes)
+    if asked != ALL:
+        raise ValueError(f"classes is {asked!r}, but this model has none")
     if not config["text_dim"]:
         return [Job(out / f"{seed}{suffix}", seed) for seed in seeds]
     rows: list[tuple[str, str]] = [(f"{_slug(prompt)}/", prompt) for prompt in prompts]
@@ -223,18 +227,3 @@ def check_generation(out: Path, settings: dict[str, Any]) -> None:
 def write_generation(out: Path, settings: dict[str, Any]) -> None:
     """Records how the videos in a folder are made, in its `generation.json`."""
     write_text(out / GENERATION, json.dumps(settings, indent=1))
-
-
-def _parse_classes(text: str, names: list[str]) -> list[int]:
-    if text == "all":
-        return list(range(len(names)))
-    labels = []
-    for part in text.split(","):
-        word = part.strip()
-        if word in names:
-            labels.append(names.index(word))
-        elif word.isdigit() and int(word) < len(names):
-            labels.append(int(word))
-        else:
-            raise ValueError(f"class is {word!r}; allowed: all, {', '.join(names)}, or 0-{len(names) - 1}")
-    return labels

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lavita.core.config import ConfigError
+from lavita.core.files import check_outside
 from lavita.core.precision import low_precision, pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import clock
@@ -23,6 +24,7 @@ from lavita.studies.memory import Precision, Setting, available_memory, training
 from lavita.training.batches import BatchMaker
 from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig
+from lavita.training.data_record import check_contents
 from lavita.training.finetune import read_fresh, trained_parameters
 from lavita.training.run_folder import RESUMABLE, check_resumable
 from lavita.training.setup import build_model, build_state, check_batch_size, check_resolution
@@ -81,6 +83,7 @@ def dry_run(config: RunConfig) -> DryRun:
         # One process cannot share a model; everything else about the run can be tried.
         settings = settings.model_copy(update={"parallel": "auto"})
     check_batch_size(settings, team)
+    check_outside("run_dir", config.run_dir, data.path, data.images, data.validation)
     check_resumable(config.run_dir, config, RESUMABLE)
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
     steps_done = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
@@ -88,6 +91,7 @@ def dry_run(config: RunConfig) -> DryRun:
     vae = load_autoencoder(autoencoder_source(config.autoencoder, data.resolution), device)
     check_resolution(config, vae)
     batches = BatchMaker(data, settings, vae, config.model.class_dropout)
+    check_contents(config.run_dir, batches.contents())
     if batches.captions is not None:
         batches.embed_captions(lambda texts: _stand_in_embeddings(texts, config, device))
     held_out = None
@@ -144,7 +148,9 @@ def print_dry_run(config: RunConfig, found: DryRun) -> None:
     print(f"run         {config.run_dir}: {begun}; {settings.steps:,} steps of {settings.batch_size} clips")
     classes = f", {len(found.class_names)} classes" if found.class_names else ""
     captions = f", {found.num_captions:,} captions" if found.num_captions else ""
-    left_out = f"; {len(found.left_out):,} left out: {found.left_out[0]}" if found.left_out else "; none left out"
+    left_out = (
+        f"; {len(found.left_out):,} left out, the first: {found.left_out[0]}" if found.left_out else "; none left out"
+    )
     print(f"data        {found.num_videos:,} videos, {found.num_clips:,} clips{classes}{captions}{left_out}")
     if found.num_held_out:
         print(f"validation  {found.num_held_out:,} videos, {settings.validation_clips} clips")

@@ -18,15 +18,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lavita.core.config import save_config
+from lavita.core.files import check_outside
 from lavita.core.precision import autocast, pick_device, without_fp16
 from lavita.core.prefetch import parallel_map, prefetch
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator, numpy_generator
-from lavita.data.catalog import scan
+from lavita.data.catalog import Catalog, scan
+from lavita.data.content_hash import source_bytes
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
 from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder, to_pixels
 from lavita.training.checkpoint import Keep, load_last_checkpoint, save_checkpoint
 from lavita.training.config import AutoencoderConfig
+from lavita.training.data_record import check_contents, video_facts, write_contents
 from lavita.training.ema import EMA
 from lavita.training.optimizers import set_learning_rate
 from lavita.training.run_folder import Metrics, Stopped, check_resumable, only_run, stop_requested
@@ -53,11 +56,11 @@ RESUMABLE = {
 """Fields that may differ when a run is resumed: its length, what is written and what is measured."""
 
 
-def load_frames(root: Path, resolution: int, memory_gib: float, seed: int) -> list[Frames]:
+def load_frames(catalog: Catalog, resolution: int, memory_gib: float, seed: int) -> list[Frames]:
     """Decodes a folder of videos, shrunk so that their shorter side is at most twice that of the crops.
 
     Args:
-        root: folder of videos.
+        catalog: the videos, of at least two frames each.
         resolution: side of the crops in pixels.
         memory_gib: memory for the frames; if all of them need more, a random stretch of each video is kept.
         seed: seed of the choice of stretches.
@@ -65,7 +68,6 @@ def load_frames(root: Path, resolution: int, memory_gib: float, seed: int) -> li
     Returns:
         uint8 arrays `(F, h, w, 3)`, one per video, F >= 2.
     """
-    catalog = scan(root, min_frames=2)
     sizes = [_shrunk(video.info.width, video.info.height, 2 * resolution) for video in catalog.videos]
     total = sum(video.info.num_frames * w * h * 3 for video, (w, h) in zip(catalog.videos, sizes, strict=True))
     share = min(1.0, memory_gib * 2**30 / total)
@@ -86,7 +88,7 @@ def load_frames(root: Path, resolution: int, memory_gib: float, seed: int) -> li
         return np.stack(kept)
 
     videos = []
-    progress = Progress(f"reading {root}", len(sizes))
+    progress = Progress(f"reading {catalog.root}", len(sizes))
     for frames in parallel_map(read, range(len(sizes)), workers=os.cpu_count() or 1):
         videos.append(frames)
         progress.update(len(videos))
@@ -192,6 +194,7 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
         Stopped: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         FloatingPointError: if the loss is no longer finite.
     """
+    check_outside("run_dir", config.run_dir, *config.data, *config.held_out)
     with only_run(config.run_dir):
         return _train(config)
 
@@ -199,10 +202,16 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
 def _train(config: AutoencoderConfig) -> Path:
     run_dir = config.run_dir
     check_resumable(run_dir, config, RESUMABLE)
+    catalogs = [scan(root, min_frames=2) for root in config.data]
+    contents = {
+        str(catalog.root): video_facts(catalog, lambda video: source_bytes(video.info.path)) for catalog in catalogs
+    }
+    check_contents(run_dir, contents)
     save_config(config, run_dir / "config.yaml")
+    write_contents(run_dir, contents)
     device = pick_device(config.device)
     memory = config.memory_gib / len(config.data)
-    sources = [load_frames(root, config.resolution, memory, config.seed) for root in config.data]
+    sources = [load_frames(catalog, config.resolution, memory, config.seed) for catalog in catalogs]
     torch.manual_seed(config.seed)
     vae: AutoencoderKL = build_autoencoder(config).to(device)  # type: ignore[arg-type]
     ema = EMA(vae, EMA_DECAY)

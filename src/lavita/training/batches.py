@@ -21,6 +21,7 @@ from lavita.data.config import DataConfig
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.training.config import TrainConfig
+from lavita.training.data_record import Contents, video_facts
 from lavita.video.formats import VideoError
 
 MOST_ATTEMPTS = 20
@@ -118,7 +119,7 @@ class BatchMaker:
         self._unreadable: set[Path] = set()
         self.num_images, self.dropout = data.num_images, class_dropout
         self.source = open_videos(data, vae, settings.precision)
-        tables = []
+        tables: list[tuple[Mapping[str, tuple[str, ...]], Catalog]] = []
         if data.captions is not None:
             captions, self.source.catalog = match_captions(data.captions, self.source.catalog, data.broken)
             tables.append((captions, self.source.catalog))
@@ -135,9 +136,21 @@ class BatchMaker:
         self.image_sampler = ClipSampler(images, 1, 1, data.horizontal_flip, seed, "image")
         if unknown := sorted(set(images.class_names) - set(self.class_names)):
             raise ConfigError(f"{images.root}: has class {unknown[0]!r}, which the videos do not have")
+        self._captions = [captions for captions, _ in tables]
         self.captions = CaptionSampler(tables, seed) if tables else None
         self.text_table: torch.Tensor | None = None
         """Embeddings of `captions.texts`, float32 (texts, text_dim), once `embed_captions` was called."""
+
+    def contents(self) -> Contents:
+        """What the clips and images are drawn from, to recognise it when the run is resumed."""
+        sources = {"videos": self.source}
+        if self.image_source is not self.source:
+            sources["images"] = self.image_source
+        tables: Sequence[Mapping[str, tuple[str, ...]] | None] = self._captions or [None] * len(sources)
+        return {
+            kind: video_facts(source.catalog, source.num_bytes, captions)
+            for (kind, source), captions in zip(sources.items(), tables, strict=True)
+        }
 
     def embed_captions(self, encoder: Callable[[Sequence[str]], torch.Tensor]) -> None:
         """Encodes every text once; with captions this comes before the first `make`."""
@@ -221,7 +234,8 @@ class BatchMaker:
                         raise
                     if error.path not in self._unreadable:
                         self._unreadable.add(error.path)
-                        print(f"step {step + 1:,}: another clip is drawn in place of one of {error}", file=sys.stderr)
+                        broken = f"{draws[row].video.name}: {error.problem}"
+                        print(f"step {step + 1:,}: another clip is drawn in place of one of {broken}", file=sys.stderr)
         return draws, latents
 
     def _label(self, draw: ClipDraw, catalog: Catalog) -> int:

@@ -12,7 +12,7 @@ from lavita.core.processes import Processes
 from lavita.core.seeds import generator
 from lavita.data.clips import clip_span
 from lavita.evaluation.clips import choose_clips
-from lavita.evaluation.distances.kernel import kernel_score
+from lavita.evaluation.distances.kernel import MIN_SAMPLES, kernel_score
 from lavita.evaluation.feature_metrics import FEATURE_METRICS, score_name
 from lavita.evaluation.features.compute import BATCH_SIZE, compute_outputs
 from lavita.evaluation.features.extractors import get_extractor
@@ -67,14 +67,16 @@ class TrainingScorer:
             ValueError: if there are too few videos, or the weights of the extractor are missing.
         """
         self.options, self.resolution, self._team = options or TrackingOptions(), resolution, team or Processes()
-        if self.options.num_clips < 3:
-            raise ValueError(f"num_clips is {self.options.num_clips}; it must be at least 3")
+        if self.options.num_clips < MIN_SAMPLES:
+            raise ValueError(f"num_clips is {self.options.num_clips}; it must be at least {MIN_SAMPLES}")
         self._extractor = get_extractor("video_extractor", self.options.video_extractor, "clip")
         self._network: Network = load_network(self._extractor.network, device=device)
         # The training run has already named the videos that it leaves out.
         source = VideoFolder(real).usable(clip_span(num_frames, frame_interval), skip_broken=True)
         count, seed = self.options.num_clips, self.options.seed
         side = choose_clips(source, count, num_frames, frame_interval, seed, field="train.score_clips")
+        if (num_videos := len({clip.name for clip in side.clips})) < MIN_SAMPLES:
+            raise ValueError(f"{real}: {num_videos} usable videos; a kernel distance needs {MIN_SAMPLES}")
         outputs = compute_outputs(side, [self._network], resolution)[self._network.spec.name]
         self._real = np.concatenate([self._extractor.read(row[None]) for row in outputs])
         self._videos = [clip.name for clip in side.clips]

@@ -33,6 +33,7 @@ from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.batches import BatchMaker
 from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
 from lavita.training.config import RunConfig, TrainConfig
+from lavita.training.data_record import check_contents, write_contents
 from lavita.training.finetune import prepare, read_fresh, trained_parameters, write_fresh
 from lavita.training.run_folder import RESUMABLE, Metrics, check_resumable
 from lavita.training.scoring import TrackingOptions, TrainingScorer
@@ -82,6 +83,8 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
     texts = texts_folder(config.data.latent_cache, run_dir)
     encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
     batches = BatchMaker(config.data, settings, vae, config.model.class_dropout)
+    contents = batches.contents()
+    check_contents(run_dir, contents)
     if batches.captions is not None:
         batches.embed_captions(encoder)
     validation = None
@@ -94,6 +97,7 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
     team.wait()  # all processes have read the folder before the first one writes to it
     if team.is_first:
         save_config(config, run_dir / "config.yaml")
+        write_contents(run_dir, contents)
 
     with ExitStack() as stack:
 

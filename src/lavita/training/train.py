@@ -7,6 +7,7 @@ from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+from lavita.core.files import check_outside
 from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes, processes
 from lavita.models.adapters import saved_adapters
@@ -29,7 +30,8 @@ def train(config: RunConfig) -> Path:
     """Trains a model, resuming from the run folder's last checkpoint, and writes `<run_dir>/pipeline`.
 
     Under `torchrun` the processes share each batch; they need one run folder that all of them see. It also holds
-    `config.yaml`, `metrics.jsonl`, `events.jsonl`, `validation.jsonl`, `scores.jsonl`, `checkpoints/` and `samples/`.
+    `config.yaml`, `videos.json`, `metrics.jsonl`, `events.jsonl`, `validation.jsonl`, `scores.jsonl`, `checkpoints/`
+    and `samples/`.
 
     Args:
         config: the run.
@@ -43,6 +45,7 @@ def train(config: RunConfig) -> Path:
         Stopped: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         FloatingPointError: if a step is not finite, see `train.bad_steps`.
     """
+    check_outside("run_dir", config.run_dir, config.data.path, config.data.images, config.data.validation)
     with (
         processes(TIMEOUT) as team,
         only_run(config.run_dir) if team.is_first else nullcontext(),

@@ -63,6 +63,8 @@ FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Suffixes of image files, which are the frames of a frame folder."""
 MOST_PIXELS = 2**27
 """Most pixels of a frame, 16384 x 8192: a file that claims more is refused before memory is taken for it."""
+GENERATION = "generation.json"
+"""File beside generated videos that says how they were made."""
 Frames = npt.NDArray[np.uint8]
 """Pixels: uint8 RGB, `(F, H, W, 3)` for a clip, `(H, W, 3)` for a frame."""
 PathLike = str | os.PathLike[str]
@@ -74,6 +76,7 @@ class VideoError(ValueError):
     def __init__(self, path: PathLike, problem: str) -> None:
         super().__init__(f"{os.fspath(path)}: {problem}")
         self.path = Path(path)
+        self.problem = problem
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Reads videos exactly, frame by frame: video files, frame folders, and images as videos of one frame.
 
 Frame ``i`` of a video is its ``i``-th frame in presentation order, whatever the container, the codec or the
-frame rate. Pixels are uint8 RGB, rotated and mirrored as the file says; transparent sources are composited on
-black, grey ones are repeated over the channels, and deeper ones are rounded to 8 bits. Pixel aspect ratio and
-interlacing are ignored. A broken file raises `VideoError` instead of yielding fewer frames. Damage passes only
-if the decoder does not notice it, for example a missing end between two frames of a container that does not
-declare its length (MP4, Matroska, AVI and GIF do).
+frame rate. Of several video tracks the container's default one is read. Pixels are uint8 RGB, rotated and mirrored
+as the file says; transparent sources are composited on black, grey ones are repeated over the channels, and deeper
+ones are rounded to 8 bits. Pixel aspect ratio and interlacing are ignored. A broken file raises `VideoError` instead
+of yielding fewer frames. Damage passes only if the decoder does not notice it, for example a missing end between two
+frames of a container that does not declare its length (MP4, Matroska, AVI and GIF do).
 """
 
 from __future__ import annotations
@@ -88,6 +88,13 @@ def probe(path: PathLike, folder_fps: float = 25.0) -> VideoInfo:
     index = _index(*_file_key(path))
     num_frames = _count_decoded(*_file_key(path)) if index.pts is None else len(index.pts)
     return VideoInfo(Path(path), num_frames, index.width, index.height, index.fps)
+
+
+def codec(path: PathLike) -> str:
+    """The codec and pixel format of a video file, as in `h264 yuv420p`; VideoError if it cannot be opened."""
+    with _open(path) as (_, stream):
+        context = stream.codec_context
+        return f"{context.name} {context.format.name if context.format else ''}".strip()
 
 
 def read_clip(path: PathLike, start: int = 0, num_frames: int = 16, frame_interval: int = 1) -> Frames:
@@ -190,20 +197,24 @@ def _file_key(path: PathLike) -> tuple[str, int, int]:
 
 @contextlib.contextmanager
 def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens the first real video stream; errors of FFmpeg inside the block become `VideoError`."""
+    """Opens the video stream to show; errors of FFmpeg inside the block become `VideoError`.
+
+    It is the one that the container marks as its default, as players show it, else the first one. Covers do not count.
+    """
     try:
         # An absolute path, because FFmpeg takes the part before a colon in a relative one for a protocol.
         with av.open(os.path.abspath(path), options=_LIMITS, **OPEN_OPTIONS) as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(path, "has no video stream")
-            if streams[0].codec_context is None:
+            stream = next((s for s in streams if s.disposition & Disposition.default), streams[0])
+            if stream.codec_context is None:
                 raise VideoError(path, "has a video stream of an unknown codec")
             # Several videos are decoded in parallel; threads inside each decoder would only compete.
-            streams[0].codec_context.thread_count = 1
-            streams[0].codec_context.options = _LIMITS
-            _check_pixels(path, streams[0].width, streams[0].height)
-            yield container, streams[0]
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = _LIMITS
+            _check_pixels(path, stream.width, stream.height)
+            yield container, stream
     except (av.FFmpegError, OSError) as error:
         limit = f", or its frames have more than {MOST_PIXELS:,} pixels" if error.errno == errno.EINVAL else ""
         raise VideoError(path, f"cannot be decoded: {error.strerror}{limit}") from error

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lavita.core.files import remove_partial
+from lavita.core.files import check_outside, remove_partial
 from lavita.core.precision import Precision, without_fp16
 from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes
@@ -103,9 +103,11 @@ def encode_dataset(
         The manifest.
 
     Raises:
-        ValueError: if `folder` holds a cache with other settings or of other videos, or if no video can be decoded.
+        ValueError: if `folder` holds a cache with other settings or of other videos, if a new one would be inside the
+            folder of the videos, or if no video can be decoded.
     """
     team = team or Processes()
+    check_target(folder, catalog.root)
     size = latent_size(vae, resolution)
     settings: dict[str, Any] = team.first_says(
         {
@@ -142,8 +144,9 @@ def encode_dataset(
                 except ValueError as error:
                     if broken == "error":
                         raise
-                    problems.append(_with_name(catalog.root, str(error)))
-                    progress.message(f"skipped: {error}")
+                    reason = error.problem if isinstance(error, VideoError) else str(error)
+                    problems.append(f"{source.video.name}: {reason}")
+                    progress.message(f"skipped: {problems[-1]}")
                 if team.is_first:
                     progress.update(progress.done + source.video.info.num_frames, note)
             if done:
@@ -154,7 +157,7 @@ def encode_dataset(
     if not team.is_first:
         return dict(team.first_says(None))
     shards = finished | {file: read_shard(folder / file) for file, (written, _) in outcome.items() if written}
-    problems = [_with_name(catalog.root, message) for message in catalog.broken]
+    problems = list(catalog.broken)
     for file in groups:
         problems += shards[file].broken if file in shards else outcome[file][1]
     rows = _manifest_rows(catalog, sources, shards)
@@ -167,10 +170,17 @@ def encode_dataset(
     return dict(team.first_says(manifest))
 
 
+def check_target(folder: Path, root: Path) -> None:
+    """Refuses to make a cache inside the folder of its videos; one that is there already may be updated."""
+    if not (folder / MANIFEST).exists():
+        check_outside("out", folder, root)
+
+
 def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[dict[str, Shard], set[str]]:
     """Removes partial and damaged files from a folder; returns its finished shards, and the names in its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(folder)
+    # Only its own: a training run may be writing the embeddings of its captions here.
+    remove_partial(folder, f"{PREFIX}*", Path(MANIFEST).stem)
     shards = {}
     for path in sorted(folder.glob(f"{PREFIX}*{SUFFIX}")):
         try:
@@ -333,8 +343,3 @@ def _encode_video(
     digest = latents_digest(tensor.numpy() for tensor in tensors.values())
     row = ShardVideo(source.video.name, info.num_frames, info.fps, source.sha256, source.size, digest)
     return row, tensors
-
-
-def _with_name(root: Path, message: str) -> str:
-    """Replaces the path of a video at the beginning of a message with its name."""
-    return message.removeprefix(f"{root}/")

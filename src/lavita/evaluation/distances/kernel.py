@@ -14,6 +14,8 @@ from lavita.evaluation.distances.clusters import cluster_numbers, num_clusters
 from lavita.evaluation.distances.frechet import Z_95, check_features
 
 Array = npt.NDArray[np.float64]
+MIN_SAMPLES = 3
+"""Fewest independent samples of a set."""
 _ROWS = 1024  # rows of a kernel matrix in memory at a time
 
 
@@ -53,8 +55,10 @@ def kernel_score(
         raise ValueError(f"y has {sets[1].shape[1]} features per row, but x {sets[0].shape[1]}")
     numbers = [cluster_numbers("x", clusters_x, len(sets[0])), cluster_numbers("y", clusters_y, len(sets[1]))]
     for field, number in zip("xy", numbers, strict=True):
-        if num_clusters(number) < 3:
-            raise ValueError(f"{field} has {num_clusters(number)} independent samples; a kernel distance needs 3")
+        if num_clusters(number) < MIN_SAMPLES:
+            raise ValueError(
+                f"{field} has {num_clusters(number)} independent samples; a kernel distance needs {MIN_SAMPLES}"
+            )
     sizes = [np.bincount(number).astype(np.float64) for number in numbers]
     cross = _cluster_sums(sets[0], sets[1], numbers[0], numbers[1])  # (C_x, C_y)
     total_cross = cross.sum()
