@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from lavita.core import files
-from lavita.core.files import remove_partial, replacing, write_json, write_text
+from lavita.core.files import (
+    folded,
+    hashed_name,
+    inside,
+    is_plain_name,
+    remove_partial,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 class Killed(BaseException):
@@ -140,3 +149,65 @@ def test_json_is_indented_and_reads_back(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == value and text.startswith('{\n "a": [') and text.endswith("}\n")
+
+
+# ---- names from elsewhere
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.mp4", "..a/b..", "a b/…", "a/.b"])
+def test_names_that_stay_inside(name: str, tmp_path: Path) -> None:
+    assert inside(tmp_path, name) == tmp_path / name
+    assert inside(tmp_path / "missing", name) == tmp_path / "missing" / name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/../../b", "a/..", "/a", "//a", "\\a", "a\\..\\..\\b", "C:/a", "C:\\a", "a\0b"]
+)
+def test_names_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not stay inside the folder") as caught:
+        inside(tmp_path, name)
+    assert repr(name) in str(caught.value)
+
+
+def test_links_that_lead_out_are_refused_for_what_is_written(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    (folder / "away").symlink_to(outside)
+    (folder / "near").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(outside / "missing.txt")
+    assert inside(folder, "near/a") == folder / "near" / "a"
+    for name in ("away/a", "away", "gone.txt"):
+        with pytest.raises(ValueError, match="leads out of the folder, through a link"):
+            inside(folder, name)
+        assert inside(folder, name, follow_links=True) == folder / name
+    linked = tmp_path / "linked"  # the folder itself may be a link
+    linked.symlink_to(folder)
+    assert inside(linked, "a") == linked / "a"
+
+
+@pytest.mark.parametrize("name", ["boxing", "ApplyEyeMakeup", "a b", "v1.2", "東", "con-air", "COM", "--", "x--0123"])
+def test_plain_names(name: str) -> None:
+    assert is_plain_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", ".hidden", "a.", "a ", " a", "a/b", "a\\b", "C:", "a\nb", "a\0", "\udcff", "x" * 181),
+        *("CON", "nul", "Com1", "aux.txt", hashed_name("a")),
+    ],
+)
+def test_names_that_are_not_plain_get_one_that_is_safe(name: str, tmp_path: Path) -> None:
+    assert not is_plain_name(name)
+    safe = hashed_name(name)
+    assert inside(tmp_path, safe).parent == tmp_path and len(safe.encode()) < 100
+    (tmp_path / f".{safe}.partial-12345678.mp4").touch()
+
+
+def test_hashed_names_differ_where_texts_do() -> None:
+    texts = ["a dog", "A dog", "a dog!", "a-dog", "a  dog", "x" * 80 + "a", "x" * 80 + "b", "é", "e\u0301"]
+    texts += ["", "!", "東" * 200, "東" * 201]
+    assert len({folded(hashed_name(text)) for text in texts}) == len(texts)
+    assert hashed_name("A dog!").startswith("a-dog--")
+    assert hashed_name("A dog!") == hashed_name("A dog!")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -270,6 +271,29 @@ def test_a_damaged_or_foreign_manifest_is_named(tmp_path: Path) -> None:
         CacheSource(tmp_path)
     manifest.write_text(json.dumps({"version": 0}))
     with pytest.raises(ValueError, match="holds a cache of version 0, this is 2"):
+        CacheSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("shard", "../../x.safetensors"), ("shard", "/x.safetensors"), ("name", "../up.mp4"), ("name", "a/../../up.mp4")],
+)
+def test_names_in_a_manifest_stay_below_their_folder(field: str, name: str, made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "cache", tmp_path / "copy")
+    manifest = read_manifest(folder)
+    manifest["videos"][0][field] = name
+    write_manifest(folder, manifest)
+    for read in (read_manifest, CacheSource):
+        with pytest.raises(ValueError, match=re.escape(f"copy: the name {name!r} does not stay inside the folder")):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"version": 2}', '{"version": 2, "videos": [3]}', '{"version": 2, "videos": 1}']
+)
+def test_a_manifest_of_another_form_is_damaged(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged; run `lavita encode` again"):
         CacheSource(tmp_path)
 
 

@@ -129,6 +129,26 @@ def test_score(tmp_path: Path, shapes: Path, trained: list[int]) -> None:
         assert text in stream.getvalue()
 
 
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    classes, interval = ["[/b]", "[red]"], [0.5, 1.0]
+    report: dict[str, Any] = {
+        "protocol": {
+            **{"generated": "out [/x]", "real": "[bold]", "num_frames": 2, "frame_interval": 1},
+            "classes": classes,
+        },
+        "accuracy": {
+            **{"accuracy": 1.0, "num_clips": 2, "interval_95": interval, "controls": None, "chance": 0.5},
+            "per_class": dict.fromkeys(classes, 1.0),
+            "per_class_num_clips": dict.fromkeys(classes, 1),
+            "per_class_interval_95": dict.fromkeys(classes, interval),
+        },
+    }
+    stream = io.StringIO()
+    print_scores(report, Console(file=stream, width=80))
+    for text in (*classes, "out [/x] against [bold]"):
+        assert text in stream.getvalue()
+
+
 def test_score_without_held_out_videos(tmp_path: Path, shapes: Path, trained: list[int]) -> None:
     report = evaluate(EvaluationOptions(shapes, shapes, metrics=["accuracy"])).report
     assert set(report) == {"protocol", "accuracy"}

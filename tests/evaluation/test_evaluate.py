@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
@@ -31,6 +32,8 @@ from lavita.evaluation.classes.classifier import train_classifier
 from lavita.evaluation.distances.kernel import kernel_score
 from lavita.evaluation.evaluate import EvaluationOptions, evaluate, run_evaluation
 from lavita.evaluation.features.networks import NETWORKS, load_network
+from lavita.evaluation.report.page import write_page
+from lavita.evaluation.result import Evaluation
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.video.formats import VideoError
 from lavita.video.reading import read_clip
@@ -116,6 +119,17 @@ def test_kvd_is_that_of_features_computed_by_hand(scored: tuple[Path, str], weig
     kvd = report(folder / "a.json")["scores"]["kvd"]
     assert kvd["value"] == pytest.approx(expected.value, rel=1e-4)
     assert kvd["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+
+
+def test_names_are_text_on_the_page(scored: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = scored
+    evil = "<img src=x onerror=alert(1)>"
+    changed = json.loads((folder / "a.json").read_text())
+    changed["warnings"] = [evil]
+    changed["protocol"].update(generated=evil, real=evil, settings={evil: evil})
+    changed["scores"] = {evil: {**next(iter(changed["scores"].values())), "quoted": []}}
+    page = write_page(Evaluation(changed), tmp_path).read_text(encoding="utf-8")
+    assert evil not in page and page.count(html.escape(evil)) >= 6
 
 
 def test_the_nearest_clips_are_those_of_features_computed_by_hand(scored: tuple[Path, str], weights: Path) -> None:

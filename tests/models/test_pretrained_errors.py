@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import MakeTransformer, SavePipeline
 from models.dit import layout, make_dit, write_folder, write_pt
+from safetensors.torch import save_file
 
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.pretrained.transfer import initialize
@@ -115,6 +117,60 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, tiny_transformer:
     refuse(saved({"model": state, "ema": state}), "weights must be given: ema or model")
     refuse(saved({"ema": state}), "weights is 'model', but .* only holds 'ema'", "model")
     refuse(saved(state), "weights is 'ema', but .* holds one set", "ema")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_the_tensor_that_is_not_finite_is_named(
+    value: float, tmp_path: Path, make_transformer: MakeTransformer
+) -> None:
+    state = make_transformer(**SIZES).state_dict()
+    state["blocks.1.mlp.fc2.weight"][3, 4] = value
+    torch.save({"ema": state}, tmp_path / "latte.pt")
+    words = r"latte\.pt \(ema\): blocks\.1\.mlp\.fc2\.weight holds 1 of 4,096 values that are not finite"
+    with pytest.raises(ValueError, match=words):
+        initialize(make_transformer(**SIZES), str(tmp_path / "latte.pt"))
+    with pytest.raises(ValueError, match=words):
+        convert_latte(tmp_path / "latte.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_names_that_wrappers_give_are_read(tmp_path: Path, make_transformer: MakeTransformer) -> None:
+    state = make_transformer(**SIZES).state_dict()
+    wrapped = {
+        "ddp": {f"module.{name}": tensor for name, tensor in state.items()},
+        "compiled": {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+        "both": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+        "other": {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
+        "blocks": {re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in state.items()},
+    }
+    for tensors in wrapped.values():
+        torch.save({"ema": tensors}, tmp_path / "latte.pt")
+        model = make_transformer(**SIZES)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        report = initialize(model, str(tmp_path / "latte.pt"))
+        assert set(report.loaded) == set(state)
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    torch.save({**state, "_orig_mod.x_embedder.proj.bias": torch.zeros(32)}, tmp_path / "latte.pt")
+    with pytest.raises(ValueError, match=r"has x_embedder\.proj\.bias twice, once as _orig_mod\."):
+        initialize(make_transformer(**SIZES), str(tmp_path / "latte.pt"))
+
+
+def test_weights_without_the_table_of_positions_are_read(
+    tmp_path: Path, make_transformer: MakeTransformer, save_pipeline: SavePipeline
+) -> None:
+    theirs = make_transformer(**SIZES)
+    positions = theirs.state_dict()["pos_embed"]
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "pos_embed"}
+    torch.save({"ema": state}, tmp_path / "latte.pt")
+    folder = Path(save_pipeline(theirs))
+    save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    for source in (tmp_path / "latte.pt", folder):
+        model = make_transformer(**SIZES)
+        report = initialize(model, str(source))
+        assert torch.equal(model.state_dict()["pos_embed"], positions)
+        assert set(report.loaded) >= set(state)
 
 
 def test_damaged_folders_are_refused(

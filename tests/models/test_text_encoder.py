@@ -76,3 +76,30 @@ def test_what_is_no_text_encoder_is_refused(tmp_path: Path) -> None:
     assert bare.pooler is None
     with pytest.raises(ValueError, match=r"bare: its weights lack pooler\.dense\.bias"):
         load_text_encoder(str(tmp_path / "bare"))
+
+
+def test_code_in_a_text_encoder_is_not_run(tmp_path: Path) -> None:
+    save_text_encoder(BertModel(BERT), tmp_path / "encoder")
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    trap = f"import pathlib; pathlib.Path({str(tmp_path / 'sprung')!r}).mkdir()\n"
+    (tmp_path / "encoder" / "trap.py").write_text(trap)
+    maps = {"AutoConfig": "trap.Config", "AutoModel": "trap.Model", "AutoTokenizer": ["trap.Tokenizer", None]}
+    for kind in ("bert", "unheard-of"):
+        changed = {**config, "model_type": kind, "auto_map": maps}
+        (tmp_path / "encoder" / "config.json").write_text(json.dumps(changed))
+        try:
+            load_text_encoder(str(tmp_path / "encoder"))  # where the library has the class, it is used
+        except ValueError as error:
+            assert "cannot load a text encoder" in str(error) and "\n" not in str(error)
+        assert not (tmp_path / "sprung").exists()
+    with pytest.raises(ValueError, match="cannot load a text encoder"):
+        load_text_encoder(str(tmp_path / "encoder"))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model: Any = BertModel(BERT)
+    with torch.no_grad():
+        model.pooler.dense.bias[3] = float("nan")
+    save_text_encoder(model, tmp_path)
+    with pytest.raises(ValueError, match=r"pooler\.dense\.bias holds 1 of 16 values that are not finite"):
+        load_text_encoder(str(tmp_path))

@@ -73,6 +73,21 @@ def test_the_configuration_is_read_off_the_tensors(make_transformer: MakeTransfo
         latte_config(layout(make_dit()))
 
 
+def test_a_file_without_positions_needs_the_size_of_its_latents(latte: Path, run: Run) -> None:
+    state = torch.load(latte, weights_only=True)["ema"]
+    positions = state.pop("pos_embed")
+    torch.save({"ema": state}, latte)
+    arguments = ["convert", latte, latte.parent / "out", "--autoencoder", latte.parent / "vae", "--num-heads", "2"]
+    code, _, stderr = run(*arguments)
+    assert code == 2 and "latte.pt: has no pos_embed, so sample_size must be given" in stderr
+    code, stdout, stderr = run(*arguments, "--sample-size", "8")
+    assert code == 0, stderr
+    assert "pos_embed - fixed sin-cos, computed; the source stores no positions" in stdout
+    assert torch.equal(load_pipeline(latte.parent / "out").transformer.state_dict()["pos_embed"], positions)
+    with pytest.raises(ValueError, match="sample_size is 16, but its pos_embed has places for 8"):
+        latte_config({**state, "pos_embed": positions}, 2, 16)
+
+
 def test_text_latte_is_refused(latte: Path) -> None:
     state = torch.load(latte, weights_only=True)["ema"]
     torch.save({"ema": {**state, "text_embedding_projection.1.bias": torch.zeros(32)}}, latte)

@@ -121,6 +121,24 @@ def make_run(folder: Path, *overrides: str, steps: int = 40, samples: tuple[int,
     return folder
 
 
+def test_names_of_a_run_are_text_on_its_page(tmp_path: Path) -> None:
+    names = ["<script>alert(1)</script>", "a $^$ b"]
+    page = Page(write_report([make_run(tmp_path / name.replace("/", "")) for name in names], tmp_path / "page"))
+    assert "<script" not in page.source and "<script>alert(1)<script>" in page.text and "a $^$ b" in page.text
+    assert ElementTree.fromstring(draw_panel("$^$ <b>", [Curve("a", "#2a6fdb", [0, 1], [1.0, 2.0])])) is not None
+
+
+@pytest.mark.parametrize("name", ["step-00000040.png", "step-00000040/1.mp4"])
+def test_links_out_of_a_run_are_not_published(name: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    file = run / "samples" / name
+    file.rename(tmp_path / file.name)
+    file.symlink_to(tmp_path / file.name)
+    with pytest.raises(ValueError, match=r"leads out of the folder, through a link"):
+        write_report([run], tmp_path / "page")
+    assert not (tmp_path / "page" / "index.html").exists()
+
+
 def test_the_page_of_one_run_says_what_its_lines_say(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     file = write_report([run], tmp_path / "page")

@@ -212,14 +212,62 @@ class Trap:
         return print, ("the trap has been run",)
 
 
-@pytest.mark.parametrize("content", [Trap(), {"a": Trap()}, {"a": 1}])
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any) -> None:
-    path = save(tmp_path, 1)
-    index = pickle.dumps(content)
+def call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls a function of a module; the name may lead from module to module, as `os.mkdir`."""
+
+    def text(word: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode()
+
+    function = text(module) + text(name) + pickle.STACK_GLOBAL
+    return pickle.PROTO + b"\x04" + function + text(argument) + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+
+
+def write_index(path: Path, index: bytes) -> None:
+    """Replaces the index of a checkpoint, and its checksum."""
     (path / ".metadata").write_bytes(index)
     state = json.loads((path / "state.json").read_text())
     state["files"][".metadata"] = checkpoint._size_and_checksum(path / ".metadata")
     (path / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("name", ["os.mkdir", "FileSystemWriter", "FileSystem.mkdir"])
+def test_an_index_calls_no_function_by_way_of_its_own_modules(tmp_path: Path, name: str) -> None:
+    module = "torch.distributed.checkpoint.filesystem"
+    write_index(save(tmp_path, 1), call(module, name, str(tmp_path / "sprung")))
+    with pytest.raises(ValueError, match="none of its 1 checkpoints"):
+        load_last_checkpoint(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(call(module, "os.mkdir", str(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()  # it is a trap
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/dev/zero"])
+def test_files_of_a_checkpoint_are_in_its_folder(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "outside").touch()
+    path = save(tmp_path / "checkpoints", 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "files": {name: [0, 0], **state["files"]}}))
+    with pytest.raises(ValueError, match="none of its 1 checkpoints"):
+        load_last_checkpoint(tmp_path / "checkpoints")
+    assert f"the name {name!r} does not stay inside the folder" in capsys.readouterr().err
+
+
+def test_the_index_names_files_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    (file,) = path.glob("*.distcp")
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    index = pickle.loads((path / ".metadata").read_bytes())
+    for info in index.storage_data.values():
+        info.relative_path = f"../../{file.name}"
+    write_index(path, pickle.dumps(index))
+    with pytest.raises(ValueError, match="none of its 1 checkpoints"):
+        load_last_checkpoint(tmp_path / "checkpoints")
+    assert "does not stay inside the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [Trap(), {"a": Trap()}, {"a": 1}])
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any) -> None:
+    write_index(save(tmp_path, 1), pickle.dumps(content))
     with pytest.raises(ValueError, match="none of its 1 checkpoints"):
         load_last_checkpoint(tmp_path)
     assert "the trap" not in capsys.readouterr().out

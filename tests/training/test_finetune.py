@@ -567,6 +567,27 @@ def test_adapters_that_do_not_fit(base: Callable[..., str], make_config: MakeCon
     assert moved(model.state_dict(), before) == set()
 
 
+def test_adapters_that_are_not_numbers(base: Callable[..., str], make_config: MakeConfig) -> None:
+    source = base()
+    lora = train(make_config("run", LORA)) / "lora"
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    model = load_pipeline(source).transformer
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"r": 0}, "needs numbers lora_alpha and r"),
+        ({"lora_alpha": "x"}, "needs numbers lora_alpha and r"),
+        ({"lora_alpha": float("nan")}, r"with a factor of nan: .* holds .* values that are not finite"),
+    ]
+    for fields, words in changes:
+        (lora / "adapter_config.json").write_text(json.dumps({**settings, **fields}))
+        with pytest.raises(ValueError, match=words):
+            apply_adapter(model, lora)
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"with a factor of .*e\+\d+: .* holds .* values that are not finite"):
+        apply_adapter(model, lora, 1e300)
+    assert moved(model.state_dict(), before) == set()
+
+
 def test_the_command_samples_with_adapters(base: Callable[..., str], make_config: MakeConfig, run: Run) -> None:
     source = base()
     folder = train(make_config("run", LORA, "train.learning_rate=0.1"))

@@ -53,6 +53,17 @@ def test_a_pipeline_is_scored_in_memory(tmp_path: Path, pipeline: LavitaPipeline
     assert first[NAME] == pytest.approx(kernel_score(*features).value, rel=1e-3)
 
 
+def test_samples_that_are_not_finite_have_no_score(
+    tmp_path: Path, pipeline: LavitaPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos = write_videos(tmp_path / "videos", [f"a/{i}.mp4" for i in range(5)], 9)
+    scorer = TrainingScorer(videos, 2, 2, 16, TrackingOptions(num_clips=4, steps=2))
+    with torch.no_grad():
+        pipeline.transformer.final_layer.linear.weight.mul_(1e38)
+    assert scorer(pipeline) == {}
+    assert "no score: the latents are not finite after 2 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_training_writes_scores(tmp_path: Path, tiny_vae: AutoencoderKL, resumed: bool) -> None:
     write_videos(tmp_path / "videos", [f"a/{i}.mp4" for i in range(4)], 9)

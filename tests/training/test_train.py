@@ -24,7 +24,7 @@ from lavita.core.seeds import generator
 from lavita.data.catalog import scan
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.models.autoencoder import AutoencoderKL, load_autoencoder
-from lavita.sampling.pipeline import load_pipeline, make_pipeline
+from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline
 from lavita.training import snapshots
 from lavita.training import train as module
 from lavita.training.batches import BatchMaker
@@ -34,7 +34,7 @@ from lavita.training.ema import EMA
 from lavita.training.run_folder import Stopped
 from lavita.training.setup import build_model
 from lavita.training.train import train
-from lavita.video.reading import probe
+from lavita.video.reading import probe, read_clip
 from lavita.video.writing import write_video
 
 
@@ -379,3 +379,20 @@ def test_samples_have_the_same_seeds_and_labels_each_time(
     np.testing.assert_array_equal(sample(2, batch_size=4), first)
     difference = np.abs(np.stack(sample(3, batch_size=2)).astype(int) - np.stack(first))
     assert difference.max() <= 1, "a sample does not depend on the batch that it is made in"
+
+
+def test_samples_that_are_not_finite_do_not_end_the_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def overflow(*arguments: Any, **options: Any) -> Any:
+        raise FloatingPointError("the latents are not finite")
+
+    monkeypatch.setattr(LavitaPipeline, "__call__", overflow)
+    config = make_config("run", "train.steps=2", "train.sample_every=1", "train.num_samples=3", "train.batch_size=2")
+    train(config)
+    folder = config.run_dir / "samples" / "step-00000001"
+    clips = [read_clip(folder / f"{index}.mp4", 0, 1) for index in range(3)]
+    assert all(clip.max() <= 2 for clip in clips)
+    said = capsys.readouterr().err
+    for step in (1, 2):
+        assert f"step {step}: samples 0 to 1 are black: the latents are not finite" in said

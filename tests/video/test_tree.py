@@ -57,6 +57,7 @@ def test_what_a_folder_is(tmp_path: Path, files: list[str], videos: list[str], s
 
 def test_other_files_are_counted_by_suffix(tmp_path: Path) -> None:
     files = ["a.mp4", "a.srt", "b/c.SRT", "b/README", "frames/1.png", "frames/times.txt", ".x.txt", "generation.json"]
+    files.append("prompts.jsonl")
     tree = find_videos(make_tree(tmp_path, *files))
     assert tree.counts == {"": 1, ".srt": 2, ".txt": 1}, "the record of generated videos belongs to them"
     assert tree.notes == (

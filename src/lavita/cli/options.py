@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lavita.core.names import DataSetName
 
@@ -22,7 +24,28 @@ class Group(TyperGroup):
             formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200)) for name in names])
 
 
-app = typer.Typer(
+class Command(TyperCommand):
+    """A command whose options are finite numbers."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; ValueError for an option that is infinite or not a number."""
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name or "")
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{parameter.opts[-1]} is {number}, but must be a finite number")
+        return super().invoke(ctx)
+
+
+class App(typer.Typer):
+    """A group of commands of the class `Command`."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
+        """See `typer.Typer.command`."""
+        return super().command(name, **{"cls": Command, **settings})
+
+
+app = App(
     cls=Group,
     name="lavita",
     help="Train, sample and evaluate latent video diffusion transformers.",
@@ -32,12 +55,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # importing rich would double the time of `--help`
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 200},
 )
-data_app = typer.Typer(
-    cls=Group, help="Inspect data sets, and generate one.", no_args_is_help=True, rich_markup_mode=None
-)
-autoencoder_app = typer.Typer(
-    cls=Group, help="Train and score autoencoders.", no_args_is_help=True, rich_markup_mode=None
-)
+data_app = App(cls=Group, help="Inspect data sets, and generate one.", no_args_is_help=True, rich_markup_mode=None)
+autoencoder_app = App(cls=Group, help="Train and score autoencoders.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")
 

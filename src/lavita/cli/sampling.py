@@ -96,7 +96,7 @@ def sample(
     video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = "mp4",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Generate videos: OUT/<class or prompt>/<seed>.mp4. Existing files are kept.
+    """Generate videos: OUT/<class or prompt>/<seed>.mp4. Files of the same videos that are there already are kept.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m lavita sample ...
     """
@@ -156,6 +156,12 @@ def convert(
             min=1, help="Attention heads. default: those of the published size of this width", show_default=False
         ),
     ] = None,
+    sample_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side of the latents, for a file without pos_embed: 32 at 256 pixels.", show_default=False
+        ),
+    ] = None,
     frame_interval: Annotated[
         int, typer.Option(min=1, help="Frame interval of its training clips. Not for export.")
     ] = 3,
@@ -167,4 +173,5 @@ def convert(
     if out.suffix == ".pt":
         print(export_latte(source, out))
     else:
-        print(convert_latte(source, out, weights, autoencoder, num_heads, frame_interval=frame_interval, fps=fps))
+        report = convert_latte(source, out, weights, autoencoder, num_heads, None, frame_interval, fps, sample_size)
+        print(report)

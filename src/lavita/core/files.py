@@ -1,11 +1,17 @@
-"""Writes files and folders so that a kill, a crash or a full disk leaves the old one or the new one, never a part."""
+"""Files and folders that appear whole or not at all, and names from elsewhere that become paths.
+
+A kill, a crash or a full disk leaves the old file or the new one, never a part.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +21,9 @@ from typing import Any
 from lavita.core.text import printable
 
 _MARK = ".partial-"
+_MOST_BYTES = 180  # of 255, so that a suffix and the mark of a partial file fit
+_HASHED = re.compile(r"--[0-9a-f]{12}$")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, a file of this name is one
 
 
 @contextmanager
@@ -45,6 +54,53 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         else:
             partial.unlink(missing_ok=True)
         raise
+
+
+def inside(folder: Path, name: str, follow_links: bool = False) -> Path:
+    """The path of `name` in `folder`. Every name from a model, a table, a manifest or a report becomes a path here.
+
+    Args:
+        folder: the folder; need not exist.
+        name: a relative path with forward slashes.
+        follow_links: let symbolic links lead out of the folder, for files that are only read.
+
+    Returns:
+        `folder / name`, which is below `folder`.
+
+    Raises:
+        ValueError: if the name is absolute, has `..` or a drive, or leads out of the folder through a link.
+    """
+    parts = name.replace("\\", "/").split("/")
+    leaves = ".." in parts or "\0" in name or not parts[0] or parts[0].endswith(":")
+    if leaves or (folder / name) == folder:
+        raise ValueError(f"{folder}: the name {name!r} does not stay inside the folder")
+    if not follow_links and not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}: the name {name!r} leads out of the folder, through a link")
+    return folder / name
+
+
+def folded(name: str) -> str:
+    """What some file systems take for the name: they ignore case, or how letters with accents are composed."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text can be the name of a file or a folder as it is, on every system, and is not a `hashed_name`."""
+    return (
+        bool(name)
+        and name == name.strip(" .")
+        and not any(letter in "/\\:" or unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name)
+        and len(name.encode()) <= _MOST_BYTES
+        and not _DEVICE.fullmatch(name)
+        and not _HASHED.search(name)
+    )
+
+
+def hashed_name(text: str) -> str:
+    """A name for any text, `<its words>--<12 hexadecimal digits>`: other texts have other names, in any case."""
+    words = "-".join(re.findall(r"\w+", folded(text))).encode("utf-8", "ignore")[:80].decode("utf-8", "ignore")
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{words.strip('-') or 'unnamed'}--{digest}"
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lavita.core.processes import whole
+from lavita.models.finite import check_finite
 from lavita.models.transformer import LavitaTransformer3DModel
 
 _BASE, _LOW, _HIGH = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
@@ -114,7 +115,8 @@ def apply_adapter(model: LavitaTransformer3DModel, folder: Path, scale: float = 
         scale: factor of the adapters' change; 1 is the trained strength.
 
     Raises:
-        ValueError: for a folder without adapters, or with adapters of another model or another kind.
+        ValueError: for a folder without adapters, with adapters of another model or another kind, or with values that
+            are not finite.
     """
     try:
         settings = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
@@ -127,6 +129,10 @@ def apply_adapter(model: LavitaTransformer3DModel, folder: Path, scale: float = 
     for key, allowed in plain.items():
         if settings.get(key, allowed) != allowed:
             raise ValueError(f"{folder}: {key} is {settings[key]!r}; allowed: {allowed!r}")
+    try:
+        factor = scale * float(settings["lora_alpha"]) / float(settings["r"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder}: {_CONFIG_FILE} needs numbers lora_alpha and r, r above 0") from error
     state, changes = model.state_dict(), {}
     layers = {name.removesuffix(_SAVED_LOW) for name in tensors if name.endswith(_SAVED_LOW)}
     expected = {f"{layer}{part}" for layer in layers for part in (_SAVED_LOW, _SAVED_HIGH)}
@@ -140,7 +146,8 @@ def apply_adapter(model: LavitaTransformer3DModel, folder: Path, scale: float = 
         if name not in state or state[name].shape != shape:
             has = f"has {tuple(state[name].shape)}" if name in state else "has none"
             raise ValueError(f"{folder}: adapts {name} {shape}, but this model {has}: they are of another model")
-        changes[name] = scale * settings["lora_alpha"] / settings["r"] * (high @ low)
+        changes[name] = factor * (high @ low)
+    check_finite(f"{folder}, with a factor of {factor:g}", changes)
     with torch.no_grad():
         for name, change in changes.items():
             state[name].add_(change.to(state[name]))

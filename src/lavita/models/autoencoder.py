@@ -6,6 +6,7 @@ float32 (..., C, h, w).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
 
 from lavita.core.precision import Precision, autocast, without_fp16
+from lavita.models.finite import check_finite
+from lavita.models.hub import cannot_load, hub_options
 
 # On a CPU so few pixels go through the network at once that their activations stay near the cache.
 PIXELS_AT_ONCE = 2**14
@@ -31,7 +34,7 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
         device: device to load it to.
 
     Raises:
-        ValueError: if the source holds no autoencoder, or its file lacks weights.
+        ValueError: if the source holds no autoencoder, or its file lacks weights or has some that are not finite.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists() and (folder / "vae").is_dir():
@@ -40,14 +43,24 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
         raise ValueError(f"{source}: holds no autoencoder (no config.json in it)")
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
+    path = str(folder) if folder.exists() else source
+    options = hub_options(path)
     try:
-        path = str(folder) if folder.exists() else source
-        vae, report = AutoencoderKL.from_pretrained(path, output_loading_info=True)
-    except OSError as error:
-        raise ValueError(f"{source}: cannot load an autoencoder ({' '.join(str(error).split())[:200]})") from error
+        vae, report = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
+        raise cannot_load(source, "an autoencoder", error, options) from error
     if report["missing_keys"]:
         raise ValueError(f"{source}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    check_autoencoder(source, vae)
     return vae.float().eval().requires_grad_(False).to(device)
+
+
+def check_autoencoder(source: str, vae: AutoencoderKL) -> None:
+    """Checks that weights and scale are numbers that frames can be computed with; ValueError names what is not."""
+    check_finite(source, vae.state_dict())
+    scale, shift = _scale_and_shift(vae)
+    if not (math.isfinite(scale) and scale and math.isfinite(shift)):
+        raise ValueError(f"{source}: scaling_factor is {scale} and shift_factor {shift}, but must be finite, and not 0")
 
 
 def downsampling(vae: AutoencoderKL) -> int:
@@ -73,7 +86,9 @@ def to_pixels(frames: npt.NDArray[np.uint8], device: torch.device | str = "cpu")
 
 
 def to_frames(pixels: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Converts floats (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3), rounded."""
+    """Converts floats (..., 3, H, W) in [-1, 1] to uint8 (..., H, W, 3), rounded; FloatingPointError if not finite."""
+    if not torch.isfinite(pixels).all():
+        raise FloatingPointError("the autoencoder gives pixels that are not finite")
     scaled = pixels.float().add(1.0).mul(127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 

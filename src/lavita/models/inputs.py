@@ -5,6 +5,7 @@ Legend: B batch, F frames, C channels, H W latent size, I images after a video, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -56,6 +57,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
     for name in ("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_heads", "tube_size"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}, but must be at least 1")
+    for name in ("mlp_ratio", "fps"):
+        if not math.isfinite(config[name]):
+            raise ValueError(f"{name} is {config[name]}, but must be a finite number")
     num_classes, text_dim, class_names = config["num_classes"], config["text_dim"], config["class_names"]
     if num_classes < 0 or text_dim < 0:
         raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but must be at least 0")
@@ -67,6 +71,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_size is {hidden_size}, but must be a multiple of 4 and of num_heads ({num_heads})")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names has {len(class_names)} names, but num_classes is {num_classes}")
+    for position, name in enumerate(class_names or ()):
+        if not isinstance(name, str) or name in class_names[:position]:
+            raise ValueError(f"class_names has {name!r} at {position}, but must be a list of different texts")
     for name, allowed in (
         ("patch_embedding", PATCH_EMBEDDINGS),
         ("conditioning", CONDITIONINGS),

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from lavita.models.finite import check_finite
+from lavita.models.hub import cannot_load, hub_options
+
 DEFAULT_TEXT_ENCODER = "CompVis/stable-diffusion-v1-4"
 BATCH_SIZE = 64
 
@@ -69,7 +72,7 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
 
     Args:
         source: path or hub id of a text model with its tokenizer, or of a diffusers pipeline that contains one; by
-            default Stable Diffusion 1.4, whose CLIP the paper uses.
+            default Stable Diffusion 1.4, whose CLIP the paper uses. Code in it is not run.
         device: device to load it to.
 
     Raises:
@@ -86,18 +89,25 @@ def load_text_encoder(source: str | None = None, device: torch.device | str = "c
         raise ValueError(f"{source}: no such folder; a text encoder is a folder or a hub id")
     pipeline = source == DEFAULT_TEXT_ENCODER or _is_pipeline(folder)
     model_folder, tokenizer_folder = ("text_encoder", "tokenizer") if pipeline else ("", "")
+    options = hub_options(source)
     try:
         logging.set_verbosity_error()  # missing weights are checked below
         logging.disable_progress_bar()
-        config = AutoConfig.from_pretrained(source, subfolder=model_folder)
+        options["trust_remote_code"] = False  # transformers would ask on the console whether to run it
+        config = AutoConfig.from_pretrained(source, subfolder=model_folder, **options)
         has_projection = "CLIPTextModelWithProjection" in (config.architectures or ())
         # AutoModel would load a CLIP's image tower, too, and leave out a text tower's projection.
         is_clip = has_projection or config.model_type == "clip"
         model_class: Any = CLIPTextModelWithProjection if is_clip else AutoModel
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_folder)
-        model, loading = model_class.from_pretrained(source, subfolder=model_folder, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source}: cannot load a text encoder ({' '.join(str(error).split())[:200]})") from error
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_folder, **options)
+        if is_clip:
+            del options["trust_remote_code"]
+        model, loading = model_class.from_pretrained(
+            source, subfolder=model_folder, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged file
+        raise cannot_load(source, "a text encoder", error, options) from error
+    check_finite(source, model.state_dict())
     model = model.float().eval().requires_grad_(False).to(device)
     encoder = TextEncoder(source, tokenizer, model, _asks_for_mean_pooling(folder))
     if missing := [key for key in loading["missing_keys"] if not (encoder.mean_pooling and "pooler" in key)]:

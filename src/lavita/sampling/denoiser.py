@@ -17,6 +17,8 @@ from lavita.sampling.step_cache import StepCache
 
 # Memory for S-AdaLN's vectors computed ahead: enough for 40 steps of two clips at XL/2.
 MODULATION_BYTES = 64 * 2**20
+# Far beyond what is of use; far below what makes numbers infinite.
+LARGEST_GUIDANCE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,16 @@ class Guidance:
     """Lowest and highest timestep with guidance; a step without it costs half (Kynkaanniemi et al. 2024)."""
 
     def __post_init__(self) -> None:
-        """Checks the interval.
+        """Checks scale and interval.
 
         Raises:
-            ValueError: unless it is two rising timesteps of the schedule.
+            ValueError: for a scale that is not a number or too large, or an interval that is not two rising timesteps
+                of the schedule.
         """
+        if not -LARGEST_GUIDANCE <= self.scale <= LARGEST_GUIDANCE:
+            raise ValueError(
+                f"guidance_scale is {self.scale:g}, but must be in {-LARGEST_GUIDANCE:g}..{LARGEST_GUIDANCE:g}"
+            )
         low, high = self.interval
         if not 0 <= low < high <= NUM_TIMESTEPS:
             raise ValueError(

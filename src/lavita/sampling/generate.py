@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +11,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lavita.core.files import replacing, write_text
+from lavita.core.files import folded, inside, replacing
 from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator
 from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
-from lavita.data.catalog import read_generation
 from lavita.models.adapters import apply_adapter
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
 from lavita.sampling.class_choice import ALL, parse_classes
+from lavita.sampling.names import class_folders, prompt_folder, table_prefixes
 from lavita.sampling.pipeline import load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
-from lavita.video.formats import GENERATION
+from lavita.sampling.records import check_files, check_generation, record_prompts, write_generation
 from lavita.video.writing import write_video
 
 
@@ -75,10 +73,10 @@ def generate(
     device: str = "auto",
     team: Processes | None = None,
 ) -> list[Path]:
-    """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`.
+    """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`; see `names`.
 
-    A video depends only on its class or prompt and its seed, not on its batch. Existing files are kept.
-    `out/generation.json` records how the videos were made; a folder never mixes videos made in different ways.
+    A video depends only on its class or prompt and its seed, not on its batch. Files that are there already are kept if
+    the folder records that they are these videos; see `records`. A folder never mixes videos made in different ways.
 
     Args:
         model: pipeline folder, hub id, or `builtin`.
@@ -86,7 +84,7 @@ def generate(
         classes: see `class_choice.parse_classes`; one text or several.
         prompts: texts for a text-conditional model.
         prompt_table: table of prompts, in a format of `captions.read_captions`; the videos of a row are written to
-            `out/<file without its suffix>-<seed>.mp4`.
+            `out/<file>-<seed>.mp4`, see `names.table_prefixes`.
         seeds: see `parse_seeds`.
         recipe: sampler, steps, guidance, and what makes sampling faster.
         num_frames: length of the videos; by default that of the training clips.
@@ -99,11 +97,12 @@ def generate(
         team: processes that share the batches; the files are those that one process would write.
 
     Returns:
-        All requested files, written now or before, once all processes have finished.
+        All requested files, each once, written now or before, once all processes have finished.
 
     Raises:
         ValueError: if the model, a class, a prompt, a seed or the length does not exist or does not fit, or the folder
-            holds videos made in another way.
+            holds videos made in another way, or does not record how they were made.
+        FloatingPointError: if the model or its options give numbers that are not finite; nothing of them is written.
     """
     numbers = parse_seeds(seeds)
     if batch_size < 1:
@@ -129,12 +128,17 @@ def generate(
         "fps": config["fps"],
     }
     check_generation(out, settings)
+    texts = {job.path: job.prompt for job in jobs}
+    check_files(out, texts)
     options = recipe.prepare(pipeline)
     team = team or Processes()
     # Batches never depend on what exists or on the number of processes, so files are identical to the bit.
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
     todo = team.share([batch for batch in batches if not all(job.path.exists() for job in batch)])
     team.wait()  # until all processes have looked for existing files
+    if team.is_first:
+        record_prompts(out, texts)
+    team.wait()
     progress = Progress("image" if images else "video", sum(map(len, todo)), active=team.is_first)
     # A batch is written while the next one is sampled.
     with ThreadPoolExecutor(max_workers=1) as writer:
@@ -187,43 +191,33 @@ def _plan_jobs(
         names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
         asked = [classes] if isinstance(classes, str) else classes
         labels = parse_classes([normal_name(text) for text in asked], [normal_name(name) for name in names])
-        return [Job(out / names[label] / f"{seed}{suffix}", seed, label) for label in labels for seed in seeds]
+        folders = class_folders(names)
+        return _distinct(
+            Job(inside(out, f"{folders[label]}/{seed}{suffix}"), seed, label) for label in labels for seed in seeds
+        )
     asked = classes if isinstance(classes, str) else ",".join(classes)
     if asked != ALL:
         raise ValueError(f"classes is {asked!r}, but this model has none")
     if not config["text_dim"]:
-        return [Job(out / f"{seed}{suffix}", seed) for seed in seeds]
-    rows: list[tuple[str, str]] = [(f"{_slug(prompt)}/", prompt) for prompt in prompts]
+        return _distinct(Job(out / f"{seed}{suffix}", seed) for seed in seeds)
+    rows: list[tuple[str, str]] = [(f"{prompt_folder(prompt)}/", prompt) for prompt in prompts]
     if prompt_table is not None:
-        for file, texts in read_captions(prompt_table).items():
-            stem = Path(file).with_suffix("").as_posix()
-            if Path(stem).is_absolute() or ".." in Path(stem).parts:
-                raise ValueError(f"{prompt_table}: file is {file!r}, but must be inside the folder of samples")
-            rows += [(f"{stem}-" if len(texts) == 1 else f"{stem}-{i}-", text) for i, text in enumerate(texts)]
+        captions = read_captions(prompt_table)
+        for file in captions:
+            inside(out, file)  # else an error that names the file, not the name made of it
+        rows += table_prefixes(captions)
     if not rows:
         raise ValueError("this model has texts: give --prompt, or a table with --prompts")
-    return [Job(out / f"{name}{seed}{suffix}", seed, prompt=text) for name, text in rows for seed in seeds]
+    return _distinct(
+        Job(inside(out, f"{name}{seed}{suffix}"), seed, prompt=text) for name, text in rows for seed in seeds
+    )
 
 
-def _slug(prompt: str) -> str:
-    """Makes the name of a folder from the words of a prompt."""
-    return "-".join(re.findall(r"\w+", prompt.lower()))[:80] or "no-prompt"
-
-
-def check_generation(out: Path, settings: dict[str, Any]) -> None:
-    """Checks that the videos in a folder were made in the same way.
-
-    Raises:
-        ValueError: for the first setting that differs.
-    """
-    before = read_generation(out)
-    for key in {**settings, **(before or {})}:
-        if before is not None and before.get(key) != settings.get(key):
-            raise ValueError(
-                f"{out}: holds videos made with {key}={before.get(key)}, not {settings.get(key)}; use another folder"
-            )
-
-
-def write_generation(out: Path, settings: dict[str, Any]) -> None:
-    """Records how the videos in a folder are made, in its `generation.json`."""
-    write_text(out / GENERATION, json.dumps(settings, indent=1))
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Each job once; no two of them may have one file, on any file system."""
+    owners: dict[str, Job] = {}
+    for job in jobs:
+        other = owners.setdefault(folded(job.path.as_posix()), job)
+        if other != job:
+            raise ValueError(f"{other.path} and {job.path} would be one file for two videos; sample them apart")
+    return list(owners.values())

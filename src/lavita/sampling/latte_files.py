@@ -27,16 +27,18 @@ from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import make_pipeline
 
 
-def latte_config(state: Tensors, num_heads: int | None = None) -> dict[str, Any]:
+def latte_config(state: Tensors, num_heads: int | None = None, sample_size: int | None = None) -> dict[str, Any]:
     """Infers the fields of our constructor from the tensors of a Latte file.
 
     Args:
         state: tensors by name.
         num_heads: number of attention heads, which no tensor shows; by default that of the published size of the same
             width.
+        sample_size: side of the latents; only needed by files without `pos_embed`, which has a place for each patch.
 
     Raises:
-        ValueError: if the tensors are not Latte's, or `num_heads` is missing and no published size has their width.
+        ValueError: if the tensors are not Latte's, `num_heads` is missing and no published size has their width, or
+            `sample_size` is missing or does not agree with them.
     """
     config = config_of_file("state", state)
     if "temp_embed" not in state:
@@ -47,12 +49,22 @@ def latte_config(state: Tensors, num_heads: int | None = None) -> dict[str, Any]
     if num_heads is None:
         known = ", ".join(str(size[0]) for size in SIZES.values())
         raise ValueError(f"hidden_size is {width}, not that of a known size ({known}): num_heads must be given")
+    if "pos_embed" in state:
+        stored = isqrt(state["pos_embed"].shape[1]) * config["patch_size"]
+        if sample_size not in (None, stored):
+            raise ValueError(f"sample_size is {sample_size}, but its pos_embed has places for {stored}")
+        sample_size = stored
+    if sample_size is None:
+        raise ValueError(
+            "has no pos_embed, so sample_size must be given, the side of the latents: 32 for 256 pixels with Stable "
+            "Diffusion's autoencoder"
+        )
     table = state.get(LABEL_TABLE)
     return {
         **config,
         "num_heads": num_heads,
         "num_frames": state["temp_embed"].shape[1],
-        "sample_size": isqrt(state["pos_embed"].shape[1]) * config["patch_size"],
+        "sample_size": sample_size,
         "num_classes": 0 if table is None else table.shape[0] - 1,
     }
 
@@ -66,6 +78,7 @@ def convert_latte(
     class_names: list[str] | None = None,
     frame_interval: int = 3,
     fps: float = 8.0,
+    sample_size: int | None = None,
 ) -> LoadReport:
     """Converts a Latte file to a pipeline.
 
@@ -78,6 +91,7 @@ def convert_latte(
         class_names: names of the classes, in the order of their labels.
         frame_interval: frame interval of the training clips.
         fps: frames per second of generated videos.
+        sample_size: see `latte_config`.
 
     Returns:
         What became of each tensor.
@@ -94,7 +108,7 @@ def convert_latte(
     if source.kind != "video":
         raise ValueError(f"{file}: holds an image model, not Latte; to train from it, use train.init_from={file}")
     try:
-        config = latte_config(source.tensors, num_heads)
+        config = latte_config(source.tensors, num_heads, sample_size)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     autoencoder = load_autoencoder(autoencoder_source(vae, 256))

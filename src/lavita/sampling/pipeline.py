@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,21 @@ from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
 from lavita.core.text import normal_name
 from lavita.models.adapters import Adapters
-from lavita.models.autoencoder import AutoencoderKL, decode
+from lavita.models.autoencoder import AutoencoderKL, check_autoencoder, decode
 from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.finite import check_finite
+from lavita.models.hub import cannot_load, hub_options
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.schedulers import Scheduler, denoise_step, make_scheduler, set_timesteps, uses_learned_variance
+from lavita.sampling.schedulers import (
+    SCHEDULER_CLASSES,
+    Scheduler,
+    denoise_step,
+    make_scheduler,
+    set_timesteps,
+    uses_learned_variance,
+)
 
 logger = get_logger(__name__)
 
@@ -67,6 +76,21 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError(f"the transformer predicts {predicted}, but the scheduler expects {taken}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self._text_encoder: TextEncoder | None = None
+
+    @classmethod
+    def load_config(cls, *args: Any, **options: Any) -> Any:
+        """Reads a folder's `model_index.json`; see `diffusers.ConfigMixin.load_config`.
+
+        The file names the classes of the parts and the modules to import them from. Here the names only have to be
+        right, and decide nothing.
+
+        Raises:
+            ValueError: for other classes, or Python files in the folder, which diffusers would run.
+        """
+        found = super().load_config(*args, **options)
+        folder = Path(str(args[0] if args else options.get("pretrained_model_name_or_path")))
+        _check_parts(folder, found[0] if isinstance(found, tuple) else found)
+        return found
 
     def use_sampler(self, sampler: str, spacing: Spacing = "trailing") -> None:
         """Replaces the scheduler by another that fits the model; see `make_scheduler` for names and errors."""
@@ -118,6 +142,7 @@ class LavitaPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: if an argument does not fit the model, or arguments do not fit together.
+            FloatingPointError: if the result is not finite.
         """
         config = self.transformer.config
         device = self.transformer.device
@@ -162,6 +187,11 @@ class LavitaPipeline(DiffusionPipeline):
                     prediction = torch.cat([prediction, variance], dim=2)
                 state = denoise_step(self.scheduler, prediction.transpose(1, 2), timestep, state, generator)
         latents = state.transpose(1, 2)
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(
+                f"the latents are not finite after {num_inference_steps} steps with guidance_scale {guidance_scale:g}: "
+                "the weights are not those of a trained model, or numbers became too large for the precision"
+            )
         result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
         return LavitaPipelineOutput(frames=result)
 
@@ -259,6 +289,25 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}; allowed: uint8, latent")
 
 
+def _check_parts(folder: Path, config: dict[str, Any]) -> None:
+    """Checks the classes in a `model_index.json`, and sets the modules that they are imported from."""
+    allowed = {"transformer": ("LavitaTransformer3DModel",), "vae": ("AutoencoderKL",), "scheduler": SCHEDULER_CLASSES}
+    if code := [file for part in allowed for file in sorted((folder / part).glob("*.py"))]:
+        raise ValueError(f"{code[0]}: is code, which no part of a pipeline needs and which is never run; remove it")
+    name = config.get("_class_name")
+    if name != LavitaPipeline.__name__:
+        raise ValueError(f"model_index.json names the class {name!r}; allowed: {LavitaPipeline.__name__}")
+    for part, value in config.items():
+        if part not in allowed:
+            if isinstance(value, (list, tuple)):
+                raise ValueError(f"model_index.json names the part {part!r}; allowed: {', '.join(allowed)}")
+            continue
+        if not isinstance(value, (list, tuple)) or len(value) != 2 or value[1] not in allowed[part]:
+            raise ValueError(f"model_index.json: {part} is {value!r}; allowed: {', '.join(allowed[part])}")
+        module = LavitaTransformer3DModel.__module__ if part == "transformer" else "diffusers"
+        config[part] = [module, value[1]]
+
+
 def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> LavitaPipeline:
     """Loads a pipeline in float32, for inference.
 
@@ -267,7 +316,7 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
         device: device to load it to.
 
     Raises:
-        ValueError: if there is no complete pipeline.
+        ValueError: if there is no complete pipeline, it holds code, or its weights are not finite.
     """
     folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").exists():
@@ -275,13 +324,13 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
     if not folder.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
         raise ValueError(f"{source}: no such folder; a model is a pipeline's folder or a hub id")
     disable_progress_bar()
+    options = hub_options(str(source))
     try:
-        pipeline = LavitaPipeline.from_pretrained(str(source))
-    except OSError as error:
-        raise ValueError(f"{source}: cannot load a pipeline ({' '.join(str(error).split())[:200]})") from error
-    for name, parameter in pipeline.transformer.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{source}: its transformer's weights lack {name}")
+        pipeline = LavitaPipeline.from_pretrained(str(source), **options)
+    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
+        raise cannot_load(str(source), "a pipeline", error, options) from error
+    check_finite(f"{source}: transformer", pipeline.transformer.state_dict())
+    check_autoencoder(f"{source}: vae", pipeline.vae)
     pipeline.transformer.float().requires_grad_(False)
     pipeline.vae.float()
     return pipeline.to(device)

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import low_precision, store_linear_weights
 from lavita.models.compilation import compile_blocks
+from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.sampling.denoiser import Guidance
 from lavita.sampling.int8 import quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.step_cache import check_cache
@@ -42,8 +44,13 @@ class Recipe:
         """Checks the fields that need no model.
 
         Raises:
-            ValueError: for an unknown name, or a cache that does not work with compiled blocks.
+            ValueError: for an unknown name, a guidance that cannot be, or a cache that does not work with compiled
+                blocks.
         """
+        Guidance(
+            DEFAULT_GUIDANCE if self.guidance_scale is None else self.guidance_scale,
+            (0, NUM_TIMESTEPS) if self.guidance_interval is None else self.guidance_interval,
+        )
         if self.quantize not in (None, *get_args(Quantization)):
             raise ValueError(f"quantize is {self.quantize!r}; allowed: {', '.join(get_args(Quantization))}")
         if self.cache is not None:

@@ -15,6 +15,8 @@ from lavita.core.names import SamplerName, Spacing
 from lavita.models.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+SCHEDULER_CLASSES = ("DDPMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+"""Names of the classes that `make_scheduler` makes."""
 
 
 class SchedulerOutput(Protocol):

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lavita.core.files import remove_partial, replacing, write_text
+from lavita.core.files import inside, remove_partial, replacing, write_text
 from lavita.core.processes import Processes
 
 VERSION = 1
@@ -196,6 +196,8 @@ class _Reader(FileSystemReader):
             metadata = _IndexUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("not the index of a checkpoint")
+        for file in {info.relative_path for info in metadata.storage_data.values()}:
+            inside(Path(self.path), file, follow_links=True)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -205,12 +207,19 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         plain = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in _INDEX_MODULES or (module, name) in plain or is_dtype:
+        # Not all that these modules contain: a name may have dots, and `os.system` is in one of them.
+        if name in _INDEX_CLASSES.get(module, ()) or (module, name) in plain or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
 
 
-_INDEX_MODULES = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
+_INDEX_CLASSES: dict[str, set[str]] = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "StorageMeta", "MetadataIndex", "BytesStorageMetadata"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+}
 
 
 def _damage(path: Path, team: Processes) -> str | None:
@@ -222,7 +231,7 @@ def _damage(path: Path, team: Processes) -> str | None:
         if type(state["step"]) is not int or not isinstance(state["facts"], dict):
             return f"{STATE} has no number of steps, or no facts"
         for name, (size, checksum) in list(state["files"].items())[team.rank :: team.count]:
-            if (found := (path / name).stat().st_size) != size:
+            if (found := inside(path, name, follow_links=True).stat().st_size) != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
             if _size_and_checksum(path / name)[1] != checksum:
                 return f"{name} has changed"

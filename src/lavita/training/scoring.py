@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lavita.core.processes import Processes
@@ -90,12 +92,13 @@ class TrainingScorer:
                 (training or not) is restored.
 
         Returns:
-            `{name: distance, f"{name}_standard_error": its standard error}`.
+            `{name: distance, f"{name}_standard_error": its standard error}`; empty if samples are not finite.
 
         Raises:
             ValueError: for a model with texts.
         """
-        num_classes, features = pipeline.transformer.config["num_classes"], []
+        num_classes = pipeline.transformer.config["num_classes"]
+        features: list[npt.NDArray[np.float32] | None] = []
         if pipeline.transformer.config["text_dim"]:
             raise ValueError("a model with texts cannot be scored during training: it has no prompts to be scored on")
         pipeline.set_progress_bar_config(disable=True)
@@ -104,16 +107,25 @@ class TrainingScorer:
         starts = list(range(0, self.options.num_clips, BATCH_SIZE))
         for first in self._team.share(starts):
             seeds = range(first, min(first + BATCH_SIZE, self.options.num_clips))
-            frames = pipeline(
-                class_labels=[seed % num_classes for seed in seeds] if num_classes else None,
-                num_videos=len(seeds),
-                num_inference_steps=self.options.steps,
-                guidance_scale=self.options.guidance_scale if num_classes else 1.0,
-                generator=[generator(seed, "sample") for seed in seeds],
-            ).frames
+            try:
+                frames = pipeline(
+                    class_labels=[seed % num_classes for seed in seeds] if num_classes else None,
+                    num_videos=len(seeds),
+                    num_inference_steps=self.options.steps,
+                    guidance_scale=self.options.guidance_scale if num_classes else 1.0,
+                    generator=[generator(seed, "sample") for seed in seeds],
+                ).frames
+            except FloatingPointError as error:  # of a young model, or in fp16: no reason to end the run
+                print(f"no score: {error}", file=sys.stderr)
+                features.append(None)
+                continue
             output = self._network.run(torch.from_numpy(np.asarray(frames))).float().cpu().numpy()
             features.append(self._extractor.read(output))
         pipeline.transformer.train(training)
-        score = kernel_score(self._real, np.concatenate(self._team.collect(features)), self._videos)
+        collected = self._team.collect(features)
+        finite = [part for part in collected if part is not None]
+        if len(finite) < len(collected):
+            return {}
+        score = kernel_score(self._real, np.concatenate(finite), self._videos)
         name = score_name(FEATURE_METRICS["kernel-video"], self._extractor)
         return {name: score.value, f"{name}_standard_error": score.standard_error}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from lavita.core.processes import Processes, whole
 from lavita.core.seeds import generator
 from lavita.models.adapters import adapter_scale, merge_state
+from lavita.models.autoencoder import downsampling
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.batches import BatchMaker
@@ -61,14 +63,20 @@ def write_samples(
     parts = [range(first, min(num_samples, first + size)) for first in range(0, num_samples, size)]
     own: list[npt.NDArray[np.uint8]] = []
     for part in team.share(parts):
-        frames = pipeline(
-            class_labels=[i % len(names) for i in part] if names else None,
-            prompt_embeds=None if embeds is None else embeds[part.start : part.stop],
-            num_videos=len(part),
-            num_inference_steps=SAMPLE_STEPS,
-            generator=[generator(seed, "sample") for seed in part],
-            precision=settings.precision,
-        ).frames
+        try:
+            frames = pipeline(
+                class_labels=[i % len(names) for i in part] if names else None,
+                prompt_embeds=None if embeds is None else embeds[part.start : part.stop],
+                num_videos=len(part),
+                num_inference_steps=SAMPLE_STEPS,
+                generator=[generator(seed, "sample") for seed in part],
+                precision=settings.precision,
+            ).frames
+        except FloatingPointError as error:  # of a young model, or in fp16: no reason to end the run
+            print(f"step {step:,}: samples {part.start} to {part.stop - 1} are black: {error}", file=sys.stderr)
+            config, side = pipeline.transformer.config, downsampling(pipeline.vae)
+            side *= config["sample_size"]
+            frames = np.zeros((len(part), config["num_frames"], side, side, 3), np.uint8)
         own.append(np.asarray(frames))
     sheet = folder / f"step-{step:08d}.png"
     videos = [video for batch in team.collect(own) for video in batch]

@@ -99,8 +99,7 @@ def _loop(config: RunConfig, run: Run, team: Processes, stop: list[int]) -> None
             if due(settings.sample_every):
                 sheet = write_samples(run_dir / "samples", pipeline, run.batches, settings, state.step, team)
                 run.trackers.image(state.step, sheet)
-            if run.scorer is not None and due(settings.score_every):
-                scores = run.scorer(pipeline)
+            if run.scorer is not None and due(settings.score_every) and (scores := run.scorer(pipeline)):
                 run.scores.write(step=state.step, **scores)
                 run.trackers.log(state.step, scores, "score")
             if saving:

@@ -65,6 +65,8 @@ MOST_PIXELS = 2**27
 """Most pixels of a frame, 16384 x 8192: a file that claims more is refused before memory is taken for it."""
 GENERATION = "generation.json"
 """File beside generated videos that says how they were made."""
+PROMPTS = "prompts.jsonl"
+"""File beside generated videos that says from which prompts they were made."""
 Frames = npt.NDArray[np.uint8]
 """Pixels: uint8 RGB, `(F, H, W, 3)` for a clip, `(H, W, 3)` for a frame."""
 PathLike = str | os.PathLike[str]

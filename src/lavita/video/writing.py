@@ -22,7 +22,7 @@ _SCALING = 0x4 | 0x4000 | 0x40000
 
 
 def write_video(path: PathLike, frames: Frames, fps: float) -> None:
-    """Writes a video file, whole or not at all.
+    """Writes a video file, whole or not at all; equal frames give equal files, whatever the number of cores.
 
     MP4 is H.264 at a visually clean quality; an odd height or width is made even, as 4:2:0 colour needs, by
     repeating the last row or column. GIF has 256 colours per frame. MKV is FFV1, which is lossless and which browsers
@@ -62,7 +62,10 @@ def _encode(path: Path, suffix: str, frames: Frames, rate: Fraction) -> None:
         if is_mp4:
             to_even = ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0))
             frames = np.pad(frames, to_even, "edge")
-            stream.options = {"crf": "12"}
+            # Equal frames must give equal files. x264 computes macroblock trees with approximate numbers, differently
+            # on each kind of processor and with AVX-512 even from run to run; threads would divide a frame into slices.
+            stream.options = {"crf": "14", "mbtree": "0"}
+            stream.codec_context.thread_count = 1
             # Tagged, because players guess the matrix of untagged files from their size.
             stream.codec_context.colorspace, stream.codec_context.color_range = 6, ColorRange.MPEG
         stream.pix_fmt = pixel_format

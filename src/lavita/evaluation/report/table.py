@@ -92,7 +92,7 @@ def number(value: float | None) -> str:
 def _print_classes(scores: Mapping[str, Any], console: Console) -> None:
     recognised, moved, protocol = scores.get("accuracy"), scores.get("motion"), scores["protocol"]
     table = Table(
-        title=f"{protocol['generated']} against {protocol['real']}",
+        title=escape(f"{protocol['generated']} against {protocol['real']}"),
         caption=f"clips of {protocol['num_frames']} frames at interval {protocol['frame_interval']}",
     )
     table.add_column("class")
@@ -103,7 +103,7 @@ def _print_classes(scores: Mapping[str, Any], console: Console) -> None:
         for heading in ("motion\nreal / gen.", "ratio", "within\n2x"):
             table.add_column(heading, justify="right")
     for name in protocol["classes"]:
-        cells = [name]
+        cells = [escape(name)]
         if recognised:
             cells += _accuracy_cells(
                 recognised["per_class_num_clips"][name],

@@ -18,6 +18,8 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.utils.logging import disable_progress_bar
 
+from lavita.models.finite import check_finite
+from lavita.models.hub import cannot_load, hub_options
 from lavita.models.packaged import model_source
 from lavita.models.transformer import LavitaTransformer3DModel
 
@@ -84,13 +86,17 @@ def open_source(source: str, weights: Weights | None) -> Source:
 def _read_folder(source: str) -> Source:
     """Reads a model in diffusers' layout, or a pipeline's `transformer`: a folder, or a hub id."""
     config: dict[str, Any] = {}
+    options = hub_options(source)
+    problem: Exception | None = None
     subfolder: str | None = None
     for subfolder in ("transformer", None):
         try:
-            config = LavitaTransformer3DModel.load_config(source, subfolder=subfolder)
+            config = LavitaTransformer3DModel.load_config(source, subfolder=subfolder, **options)
             break
-        except OSError:
-            continue
+        except OSError as error:
+            problem = error
+    if not config and problem is not None and options:
+        raise cannot_load(source, "a model", problem, options) from problem
     if not config:
         raise ValueError(f"{source}: holds no model (no config.json in it or in its folder `transformer`)")
     name = config.get("_class_name")
@@ -103,13 +109,15 @@ def _read_folder(source: str) -> Source:
     disable_progress_bar()
     try:
         model, loading = (DiTTransformer2DModel if is_dit else LavitaTransformer3DModel).from_pretrained(
-            source, subfolder=subfolder, output_loading_info=True
+            source, subfolder=subfolder, output_loading_info=True, **options
         )
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
-        raise ValueError(f"{source}: cannot load its weights ({' '.join(str(error).split())[:200]})") from error
+        raise cannot_load(source, "its weights", error, options) from error
     # Early versions of diffusers stored this fixed table.
     unknown = set(loading["unexpected_keys"]) - ({"pos_embed.pos_embed"} if is_dit else set())
-    _check_names(source, loading["missing_keys"], unknown)
+    missing = set(loading["missing_keys"]) - {"pos_embed", "temp_embed"}  # fixed tables, which the model has computed
+    _check_names(source, missing, unknown)
+    check_finite(source, model.state_dict())
     model.float()
     if is_dit:
         return _from_diffusers(source, model)
@@ -203,7 +211,12 @@ def read_file(file: str, weights: Weights | None) -> Source:
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"{name}: {key!r} is a {type(value).__name__}, not a tensor")
-        tensors[key.removeprefix("module.")] = value
+        # DDP and torch.compile put these before the names of what they wrap.
+        plain = key.replace("_orig_mod.", "").removeprefix("module.")
+        if plain in tensors:
+            raise ValueError(f"{name}: has {plain} twice, once as {key}")
+        tensors[plain] = value
+    check_finite(name, tensors)
     config = config_of_file(name, tensors)
     return Source(name, "video" if "temp_embed" in tensors else "image", tensors, config)
 
@@ -223,7 +236,7 @@ def config_of_file(name: str, state: Tensors) -> dict[str, Any]:
     layers += [f"blocks.{number}.{layer}" for number in range(len(numbers)) for layer in BLOCK_LAYERS]
     needed = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     if "temp_embed" in state:
-        needed |= {"temp_embed", "pos_embed"}
+        needed |= {"temp_embed"}
     _check_names(name, needed - state.keys(), state.keys() - needed - {"pos_embed", LABEL_TABLE})
     width, channels, patch = projection.shape[:3]
     out_channels = state["final_layer.linear.weight"].shape[0] / patch**2

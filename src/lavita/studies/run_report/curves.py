@@ -211,7 +211,7 @@ class _Panel:
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasSVG(figure)
         self.axes: Axes = figure.subplots()
-        self.axes.set_title(self.title, fontsize=10, loc="left")
+        self.axes.set_title(self.title, fontsize=10, loc="left", parse_math=False)
         self.axes.spines[["top", "right"]].set_visible(False)
         self.axes.grid(alpha=0.25, linewidth=0.6)
         self.axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

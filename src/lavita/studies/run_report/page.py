@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lavita.core.config import ConfigError
-from lavita.core.files import write_text
+from lavita.core.files import inside, write_text
 from lavita.core.web_page import page, video
 from lavita.studies.run_report.charts import ALARMING_EVENTS, make_charts
 from lavita.studies.run_report.curves import SMOOTHED_FROM, colour_of, smooth
@@ -224,6 +224,9 @@ def _spread(samples: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
 def _copy(file: Path, out: Path, index: int, step: int | None) -> str:
     """Copies a file into `files/`, and returns its path relative to the page."""
     name = file.name if step is None else f"step-{step:08d}-{file.name}"
+    # A link out of the run's folder, which may be somebody else's, could put any file on the page.
+    depth = 0 if step is None else 1
+    inside(file.parents[depth], file.relative_to(file.parents[depth]).as_posix())
     target = Path("files") / f"run-{index}" / name
     (out / target).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, out / target)

@@ -1,0 +1,94 @@
+"""The records in a folder of samples: how its videos are made, and from which prompts.
+
+`generation.json` holds the settings that all videos share. `prompts.jsonl` has a line with `file` and `caption` for
+each video of a prompt: it is a table of captions, too. A file that is there is kept only if these records say that it
+is the video that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lavita.core.files import write_text
+from lavita.core.text import printable
+from lavita.data.catalog import read_generation
+from lavita.video.formats import GENERATION, PROMPTS
+
+
+def check_generation(out: Path, settings: Mapping[str, Any]) -> None:
+    """Checks that the videos in a folder were made in the same way.
+
+    Raises:
+        ValueError: for the first setting that differs.
+    """
+    before = read_generation(out)
+    for key in {**settings, **(before or {})}:
+        if before is not None and before.get(key) != settings.get(key):
+            raise ValueError(
+                f"{out}: holds videos made with {key}={before.get(key)}, not {settings.get(key)}; use another folder"
+            )
+
+
+def write_generation(out: Path, settings: Mapping[str, Any]) -> None:
+    """Records how the videos in a folder are made, in its `generation.json`."""
+    write_text(out / GENERATION, json.dumps(settings, indent=1))
+
+
+def check_files(out: Path, prompts: Mapping[Path, str | None]) -> None:
+    """Checks that the files that are there already are the ones that are asked for.
+
+    Args:
+        out: the folder, whose `generation.json` has been checked.
+        prompts: the files that are asked for, with their prompts; None without texts.
+
+    Raises:
+        ValueError: for the first file that is not recorded, or is recorded with another prompt.
+    """
+    existing = [path for path in prompts if path.exists()]
+    if existing and read_generation(out) is None:
+        raise ValueError(f"{existing[0]}: is there, but no {out / GENERATION} says how it was made; use another folder")
+    recorded = _read_prompts(out)
+    for path in existing:
+        prompt = prompts[path]
+        found = recorded.get(path.relative_to(out).as_posix())
+        if prompt is not None and found != prompt:
+            made = f"was made from the prompt {found!r}" if found is not None else f"is not recorded in {PROMPTS}"
+            raise ValueError(f"{path}: {made}, but {prompt!r} was asked for; use another folder")
+
+
+def record_prompts(out: Path, prompts: Mapping[Path, str | None]) -> None:
+    """Adds the prompts of files that are about to be written to `prompts.jsonl`; those recorded already stay."""
+    recorded = _read_prompts(out)
+    lines = []
+    for path, prompt in prompts.items():
+        name = path.relative_to(out).as_posix()
+        if prompt is not None and recorded.get(name) != prompt:
+            row = {"file": name, "caption": prompt}
+            # Escaped only if UTF-8 cannot hold it: a table is for people, too.
+            lines.append(json.dumps(row, ensure_ascii=prompt != printable(prompt)) + "\n")
+    if not lines:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    # Appended, not rewritten: commands with other seeds or prompts may be writing to the same folder.
+    with (out / PROMPTS).open("ab") as stream:
+        # A line break first, in case a command was killed in the middle of a line.
+        stream.write(("\n" if stream.tell() else "").encode() + "".join(lines).encode())
+
+
+def _read_prompts(out: Path) -> dict[str, str]:
+    """The prompt of each recorded file; a line that was cut off records nothing."""
+    prompts = {}
+    try:
+        lines = (out / PROMPTS).read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            prompts[row["file"]] = row["caption"]
+        except (ValueError, TypeError, KeyError):
+            continue
+    return prompts
