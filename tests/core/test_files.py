@@ -211,3 +211,12 @@ def test_hashed_names_differ_where_texts_do() -> None:
     assert len({folded(hashed_name(text)) for text in texts}) == len(texts)
     assert hashed_name("A dog!").startswith("a-dog--")
     assert hashed_name("A dog!") == hashed_name("A dog!")
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "null.json").symlink_to("/dev/null")
+    for name in ("pipe.json", "null.json"):
+        with pytest.raises(FileExistsError, match=f"is neither a file nor a folder.*{name}"):
+            write_text(tmp_path / name, "{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["null.json", "pipe.json"]

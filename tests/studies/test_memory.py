@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeTransformer, Run
+from conftest import MakeTransformer, Run, SavePipeline
 
 from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.gradient_checkpointing import checkpoint_blocks
@@ -222,3 +222,13 @@ def test_a_bad_option_is_one_line(options: str, message: str, run: Run) -> None:
     code, _, error = run("info", "tiny/8", *options.split())
     assert code == 2
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_fields_of_an_autoencoder_that_describe_none(
+    save_pipeline: SavePipeline, make_transformer: MakeTransformer, run: Run
+) -> None:
+    folder = Path(save_pipeline(make_transformer()))
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "block_out_channels": "none"}))
+    code, _, errors = run("info", folder)
+    assert code == 2 and errors.startswith("error: vae/config.json describes no autoencoder (TypeError: ")

@@ -99,7 +99,7 @@ def _outputs(words: tuple[str, ...], arguments: list[str]) -> tuple[str, ...]:
     if words == ("convert",) or words == ("data", "arcade"):
         named += arguments
     named += [word.partition("=")[2] for word in arguments if word.lstrip("-").startswith(OUTPUT_WORDS)]
-    inputs = ("in/null", "in/pipe", "in/a", "in/b", "pipeline")
+    inputs = ("in/null", "in/pipe", "in/a", "in/b")
     clean = [os.path.normpath(name) for name in named if name and not name.startswith(inputs)]
     return ("out", "runs", *(name for name in clean if name != "."))
 

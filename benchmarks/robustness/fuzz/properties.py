@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.robustness.fuzz.running import MOST_MEMORY, Outcome
+from lavita.core.text import one_line
 
 FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+)(?:,)? in (\S+)', re.MULTILINE)
 LONGEST_MESSAGE = 2100
@@ -192,6 +193,7 @@ def _names_something(message: str, outcome: Outcome) -> bool:
         for argument in outcome.case.arguments
         for word in re.split(r"[=/,]", argument)
     ]
+    words += [one_line(word) for word in words]  # as `lavita` prints control characters
     return any(word and re.search(rf"(?<!\w){re.escape(word)}", message) for word in words)
 
 

@@ -5,6 +5,7 @@ A kill, a crash or a full disk leaves the old file or the new one, never a part.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,10 +36,15 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             folder only if it is empty.
         durable: wait until a file is on the disk (`fsync`), so that a power failure cannot undo the replacement.
 
+    Raises:
+        FileExistsError: if `path` is a device, a pipe or a socket.
+
     Yields:
         A path with the same suffix that no other process uses. It is removed if the block raises.
     """
     path = _on_disk(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # with enough rights, /dev/null could be replaced
+        raise FileExistsError(errno.EEXIST, "is neither a file nor a folder, and is not replaced", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}{_MARK}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:

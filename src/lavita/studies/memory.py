@@ -174,12 +174,16 @@ def sampling_memory(
         autoencoder: fields of the `AutoencoderKL`; by default those of Stable Diffusion's.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: for sizes that do not fit together, or fields that describe no autoencoder.
     """
     setting = Setting(precision=precision)
     samples = batch_size * (2 if guidance else 1)
     with meta_model(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
-        vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
+        try:
+            vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
+        except Exception as error:  # diffusers checks no fields
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"vae/config.json describes no autoencoder ({type(error).__name__}: {why})") from error
         store_linear_weights(model.eval().blocks, PRECISIONS[precision])
         live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
         live.name(AUTOENCODER, (*vae.parameters(), *vae.buffers()))
