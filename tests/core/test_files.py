@@ -12,6 +12,7 @@ import pytest
 
 from lavita.core import files
 from lavita.core.files import (
+    check_outside,
     folded,
     hashed_name,
     inside,
@@ -220,3 +221,13 @@ def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match=f"is neither a file nor a folder.*{name}"):
             write_text(tmp_path / name, "{}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["null.json", "pipe.json"]
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    check_outside("out", tmp_path / "loop", tmp_path / "videos")
+    with pytest.raises(ValueError, match=r"out is .*loop, inside"):
+        check_outside("out", tmp_path / "loop", tmp_path)
+    assert inside(tmp_path, "loop/a.mp4") == tmp_path / "loop" / "a.mp4"
+    with pytest.raises(OSError):
+        write_text(inside(tmp_path, "loop/a.txt"), "a")

@@ -213,8 +213,9 @@ def test_the_command_prints_the_parts(run: Run) -> None:
     [
         ("--optimizer sgd", "optimizer is 'sgd'; allowed: adamw, muon"),
         ("--precision int8", "precision is 'int8'; allowed: fp32, bf16, fp16"),
-        ("--accumulation 0", "accumulation is 0, but must be at least 1"),
-        ("--processes 0", "processes is 0, but must be at least 1"),
+        ("--accumulation 0", "accumulation is 0, but must be in 1..65536"),
+        ("--processes 0", "processes is 0, but must be in 1..65536"),
+        ("--accumulation 7004275592969907720", "accumulation is 7004275592969907720, but must be in 1..65536"),
         ("--sharded", "sharded is set, but processes is 1"),
     ],
 )

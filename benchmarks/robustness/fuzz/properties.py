@@ -193,6 +193,7 @@ def _names_something(message: str, outcome: Outcome) -> bool:
         for argument in outcome.case.arguments
         for word in re.split(r"[=/,]", argument)
     ]
+    words += outcome.case.arguments
     words += [one_line(word) for word in words]  # as `lavita` prints control characters
     return any(word and re.search(rf"(?<!\w){re.escape(word)}", message) for word in words)
 

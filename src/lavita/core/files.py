@@ -80,7 +80,7 @@ def inside(folder: Path, name: str, follow_links: bool = False) -> Path:
     leaves = ".." in parts or "\0" in name or not parts[0] or parts[0].endswith(":")
     if leaves or (folder / name) == folder:
         raise ValueError(f"{folder}: the name {name!r} does not stay inside the folder")
-    if not follow_links and not (folder / name).resolve().is_relative_to(folder.resolve()):
+    if not follow_links and not _resolved(folder / name).is_relative_to(_resolved(folder)):
         raise ValueError(f"{folder}: the name {name!r} leads out of the folder, through a link")
     return folder / name
 
@@ -157,9 +157,14 @@ def check_outside(field: str, out: Path, *read: Path | None) -> None:
         ValueError: if `out` is one of these folders or inside one, by any path.
     """
     for folder in read:
-        if folder is not None and (target := folder.resolve()) in (resolved := out.resolve(), *resolved.parents):
+        if folder is not None and (target := _resolved(folder)) in (resolved := _resolved(out), *resolved.parents):
             where = "the folder" if target == resolved else f"inside {folder}, the folder"
             raise ValueError(f"{field} is {out}, {where} of the videos that are read; write outside of it")
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links; `Path.resolve` raises for links in a circle up to Python 3.12."""
+    return Path(os.path.realpath(path))
 
 
 def sync(path: Path) -> None:

@@ -52,6 +52,10 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+MOST = 2**16
+"""Most micro-batches and processes that memory is predicted for."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a model is trained, as far as it matters for memory."""
@@ -74,8 +78,8 @@ class Setting:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         for name in ("accumulation", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be in 1..{MOST}")
         if self.sharded and self.processes == 1:
             raise ValueError("sharded is set, but processes is 1: there is nothing to shard over")
 
