@@ -178,7 +178,7 @@ def study(
         raise ValueError("the study pretraining needs --weights, and only that one takes it")
     if protocol and real is None:
         raise ValueError(f"protocol is {protocol}, but has no effect without --real")
-    if not all(part.strip().isdigit() for part in steps.split(",")):
+    if not all(part.strip().isdecimal() for part in steps.split(",")):
         raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
     arms = STUDIES[name] if weights is None else pretraining_arms(weights)
     points = tuple(int(part) for part in steps.split(","))
