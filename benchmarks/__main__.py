@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -222,6 +223,46 @@ def crash(
     from benchmarks.robustness.crash import run_crashes
 
     sys.exit(run_crashes(data, out, kills, steps, seed, autoencoder, resolution))
+
+
+@app.command()
+def fuzz(
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of inputs, comma-separated. Default: all.", show_default=False)
+    ] = "",
+    count: Annotated[int, typer.Option(min=1, help="Inputs of each kind.")] = 100,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seed of the first input of each kind.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Inputs that run at a time.")] = 2,
+    folder: Annotated[Path, typer.Option(help="Folder for material, cases and the log.")] = Path("runs/fuzz"),
+    out: Annotated[
+        Path | None, typer.Option(help="Markdown file to write the result to, with a JSON file.", show_default=False)
+    ] = None,
+    only: Annotated[
+        str,
+        typer.Option(help="Run one input, as KIND:SEED, print everything, and keep its folder.", show_default=False),
+    ] = "",
+) -> None:
+    """Try bad inputs on every command.
+
+    Damaged files, odd folders, tables, configurations, options, pipelines and checkpoints, each from a seed. A stopped
+    campaign goes on where it was; the exit code is 1 if a property is violated.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # threads do not survive a fork
+        os.environ[name] = "1"
+    from benchmarks.robustness.fuzz.campaign import KINDS, open_fuzzer, replay, run_campaign
+    from benchmarks.robustness.fuzz.report import print_summary, write_report
+
+    chosen = kinds.split(",") if kinds else list(KINDS)
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise ValueError(f"kinds has {unknown[0]!r}; allowed: {', '.join(KINDS)}")
+    fuzzer = open_fuzzer(folder)
+    if only:
+        sys.exit(replay(fuzzer, only))
+    results = run_campaign(fuzzer, dict.fromkeys(chosen, count), first_seed, workers)
+    if out is not None:
+        write_report(results, out, " ".join(["python -m benchmarks", *sys.argv[1:]]))
+    print_summary(results)
+    sys.exit(int(any(result.faults for result in results)))
 
 
 @app.command()

@@ -167,6 +167,7 @@ def test_stopping_leaves_nothing(small: None, tmp_path: Path, monkeypatch: pytes
         ("forward --out file", "out is file, which is not a folder"),
         ("recipes --out runs --recipes slow", "recipes has 'slow'; allowed: ddpm250"),
         ("recipes --out runs", "data is not given, but --quality needs it"),
+        ("fuzz --kinds files,colours", "kinds has 'colours'; allowed: files, folders, tables"),
     ],
 )
 def test_bad_values_are_one_line(bench: Bench, tmp_path: Path, arguments: str, message: str) -> None:
@@ -190,6 +191,7 @@ def test_help_lists_the_commands(bench: Bench) -> None:
         "evaluation-speed",
         "recipes",
         "crash",
+        "fuzz",
         "mutants",
     )
     listed = printed.partition("Commands:")[2].splitlines()

@@ -204,6 +204,13 @@ def test_a_divergence_is_one_line_too(run: Run, world: Path) -> None:
     assert "Traceback" not in err
 
 
+def test_a_name_cannot_command_the_terminal(run: Run, world: Path) -> None:
+    code, _, errors = run("data", "inspect", "\x1b[31mred\nerror: two lines")
+    assert code == 2 and errors.startswith("error: \\x1b[31mred error: two lines: ") and errors.count("\n") == 1
+    code, _, errors = run("config", " ")
+    assert code == 2 and errors == "error: ' ': no such file\n"
+
+
 def test_the_installed_command_answers_bad_input_at_once(tmp_path: Path) -> None:
     result = lavita("train", "--config", tmp_path / "none.yaml")
     assert result.returncode == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,6 +96,24 @@ def test_loading_leaves_the_values_alone() -> None:
     values = {"train": {"steps": 5}}
     load_config(RunConfig, values, ["train.steps=6", "train.seed=1"])
     assert values == {"train": {"steps": 5}}
+
+
+def test_values_of_any_size_make_a_short_message(tmp_path: Path) -> None:
+    names = "abcdefghi"
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{name}: &{name} [{', '.join(['*' + before] * 9)}]" for before, name in pairwise(names)]
+    bomb = write(tmp_path / "bomb.yaml", "data: {path: &p [{" + ", ".join(lines) + "}]}")
+    with pytest.raises(ConfigError, match=r"data\.path is \[\{'a': \['x', ") as caught:
+        load_config(RunConfig, read_yaml(bomb))
+    assert len(str(caught.value)) < 5000
+    with pytest.raises(ConfigError, match=r"autoencoder is \['xxx.*\.\.\."):
+        load_config(RunConfig, {"autoencoder": ["x" * 10**6]})
+
+
+def test_a_value_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", "train: &a {b: *a}")
+    with pytest.raises(ConfigError, match=r"a\.yaml: a value contains itself"):
+        load_config(RunConfig, read_yaml(file), source=str(file))
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4", ".1e-3"])

@@ -12,6 +12,7 @@ import pytest
 
 from lavita.core import files
 from lavita.core.files import (
+    check_outside,
     folded,
     hashed_name,
     inside,
@@ -211,3 +212,22 @@ def test_hashed_names_differ_where_texts_do() -> None:
     assert len({folded(hashed_name(text)) for text in texts}) == len(texts)
     assert hashed_name("A dog!").startswith("a-dog--")
     assert hashed_name("A dog!") == hashed_name("A dog!")
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "null.json").symlink_to("/dev/null")
+    for name in ("pipe.json", "null.json"):
+        with pytest.raises(FileExistsError, match=f"is neither a file nor a folder.*{name}"):
+            write_text(tmp_path / name, "{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["null.json", "pipe.json"]
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    check_outside("out", tmp_path / "loop", tmp_path / "videos")
+    with pytest.raises(ValueError, match=r"out is .*loop, inside"):
+        check_outside("out", tmp_path / "loop", tmp_path)
+    assert inside(tmp_path, "loop/a.mp4") == tmp_path / "loop" / "a.mp4"
+    with pytest.raises(OSError):
+        write_text(inside(tmp_path, "loop/a.txt"), "a")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lavita.core.text import by_normal_name, normal_name, print_any_text, printable
+from lavita.core.text import by_normal_name, normal_name, one_line, print_any_text, printable
 
 BYTES = "café".encode().decode("ascii", "surrogateescape")  # as Python reads the name under an ASCII locale
 NOT_UTF8 = b"\xff.mp4".decode("utf-8", "surrogateescape")
@@ -53,3 +53,23 @@ def test_every_text_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     print_any_text()
     print("café", NOT_UTF8)
     assert stream.getvalue() == rb"caf\xe9 \udcff.mp4" + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\nb\t c", "a b c"),
+        ("in/\x1b[31mred\x1b[0m.mp4", "in/\\x1b[31mred\\x1b[0m.mp4"),
+        ("bell\x07 null\0 next\x85line", "bell\\x07 null\\x00 next line"),
+        ("\u202egnp.4pm", "\\u202egnp.4pm"),
+        ("日本語 é 🎞\ufe0f \u200d", "日本語 é 🎞\ufe0f \u200d"),
+    ],
+)
+def test_a_message_is_one_line_that_a_terminal_only_shows(text: str, line: str) -> None:
+    assert one_line(text) == line
+
+
+def test_a_long_message_keeps_both_ends() -> None:
+    line = one_line("begin " + "x" * 10_000 + " end")
+    assert len(line) == 2000 and line.startswith("begin x") and line.endswith("x end") and "x ... x" in line
+    assert one_line("x" * 2000) == "x" * 2000

@@ -289,7 +289,12 @@ def test_names_in_a_manifest_stay_below_their_folder(field: str, name: str, made
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", '{"version": 2}', '{"version": 2, "videos": [3]}', '{"version": 2, "videos": 1}']
+    "content",
+    [
+        *("[]", "[" * 100_000, '{"version": 2}', '{"version": 2, "videos": [3]}', '{"version": 2, "videos": 1}'),
+        '{"version": 2, "videos": [], "broken": 0}',
+        '{"version": 2, "videos": [{"name": "a.mp4", "shard": 3}], "broken": []}',
+    ],
 )
 def test_a_manifest_of_another_form_is_damaged(content: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(content)

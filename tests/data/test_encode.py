@@ -295,7 +295,7 @@ def test_a_cache_of_other_settings_is_not_mixed(
 
 def test_a_cache_of_an_older_version_is_not_mixed(videos: Path, tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "videos": []}))
-    with pytest.raises(ValueError, match="holds a cache with version=1, not 2; use another folder"):
+    with pytest.raises(ValueError, match="holds a cache of version 1, this is 2; encode again, into another folder"):
         encode_all(videos, tmp_path, tiny_vae)
 
 

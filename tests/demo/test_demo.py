@@ -129,4 +129,4 @@ def test_a_command_that_fails_says_so(capfd: pytest.CaptureFixture[str]) -> None
     with pytest.raises(CommandFailed) as failed:
         run_command(["train", "--config", "no-such-file.yaml"])
     assert failed.value.code == 2
-    assert "no-such-file.yaml: no such file" in capfd.readouterr().err
+    assert capfd.readouterr().err == "error: no-such-file.yaml: no such file\n"

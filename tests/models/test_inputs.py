@@ -110,6 +110,15 @@ def test_conditions_that_do_not_fit_are_refused(
         ({"num_heads": 3}, "hidden_size is 32, but must be a multiple of 4 and of num_heads"),
         ({"hidden_size": 30}, "hidden_size is 30"),
         ({"num_classes": 2, "class_names": ["a"]}, "class_names has 1 names, but num_classes is 2"),
+        # As a `config.json` from elsewhere may have them.
+        ({"sample_size": "8"}, "sample_size is '8', but must be a whole number"),
+        ({"num_blocks": 2.0}, "num_blocks is 2.0, but must be a whole number"),
+        ({"num_frames": True}, "num_frames is True, but must be a whole number"),
+        ({"num_heads": None}, "num_heads is None, but must be a whole number"),
+        ({"fps": "8"}, "fps is '8', but must be a number"),
+        ({"learn_sigma": 1}, "learn_sigma is 1, but must be true or false"),
+        ({"conditioning": ["s_adaln"]}, "conditioning is .*, but must be a text"),
+        ({"num_classes": 2, "class_names": "ab"}, "class_names is 'ab', but must be a list"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:

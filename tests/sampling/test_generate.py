@@ -45,7 +45,7 @@ def test_seeds(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1-2-3", "1,,2", "1.5", "3-1"])
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1-2-3", "1,,2", "1.5", "3-1", "0-99999999999", "²", "9" * 5000])
 def test_seeds_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=f"seeds is '{text}'"):
         parse_seeds(text)

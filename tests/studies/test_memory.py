@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeTransformer, Run
+from conftest import MakeTransformer, Run, SavePipeline
 
 from lavita.models.autoencoder import AutoencoderKL, decode
 from lavita.models.gradient_checkpointing import checkpoint_blocks
@@ -221,8 +221,9 @@ def test_the_command_prints_the_parts(run: Run) -> None:
     [
         ("--optimizer sgd", "optimizer is 'sgd'; allowed: adamw, muon"),
         ("--precision int8", "precision is 'int8'; allowed: fp32, bf16, fp16"),
-        ("--accumulation 0", "accumulation is 0, but must be at least 1"),
-        ("--processes 0", "processes is 0, but must be at least 1"),
+        ("--accumulation 0", "accumulation is 0, but must be in 1..65536"),
+        ("--processes 0", "processes is 0, but must be in 1..65536"),
+        ("--accumulation 7004275592969907720", "accumulation is 7004275592969907720, but must be in 1..65536"),
         ("--sharded", "sharded is set, but processes is 1"),
     ],
 )
@@ -230,3 +231,13 @@ def test_a_bad_option_is_one_line(options: str, message: str, run: Run) -> None:
     code, _, error = run("info", "tiny/8", *options.split())
     assert code == 2
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_fields_of_an_autoencoder_that_describe_none(
+    save_pipeline: SavePipeline, make_transformer: MakeTransformer, run: Run
+) -> None:
+    folder = Path(save_pipeline(make_transformer()))
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "block_out_channels": "none"}))
+    code, _, errors = run("info", folder)
+    assert code == 2 and errors.startswith("error: vae/config.json describes no autoencoder (TypeError: ")

@@ -58,7 +58,12 @@ def another_version(path: Path) -> None:
     (path / "state.json").write_text(json.dumps({**state, "version": 99}))
 
 
-DAMAGES = (truncate, flip_a_bit, lose_the_index, cut_the_state, another_version)
+def state_of_other_types(path: Path) -> None:
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "step": None, "facts": []}))
+
+
+DAMAGES = (truncate, flip_a_bit, lose_the_index, cut_the_state, another_version, state_of_other_types)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -265,6 +270,21 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureF
     write_index(save(tmp_path, 1), pickle.dumps(content))
     with pytest.raises(ValueError, match="none of its 1 checkpoints"):
         load_last_checkpoint(tmp_path)
+    assert "the trap" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Trap()), b"", b"no tensors"], ids=["code", "empty", "text"])
+def test_tensors_that_pass_the_checksum_and_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    path = save(tmp_path, 1)
+    (file,) = path.glob("*.distcp")
+    file.write_bytes(content)
+    state = json.loads((path / "state.json").read_text())
+    state["files"][file.name] = checkpoint._size_and_checksum(file)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"step-00000001: its tensors cannot be read \("):
+        last(tmp_path).read_all()
     assert "the trap" not in capsys.readouterr().out
 
 

@@ -13,13 +13,13 @@ from lavita.training.run_folder import Metrics, Stopped
 
 @pytest.mark.parametrize("resume_step", [0, 3, 4])
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint(tmp_path: Path, resume_step: int) -> None:
-    """That of the checkpoint's own step too, which is not done again; and no line that a kill has cut off."""
+    """That of the checkpoint's own step too, which is not done again; and no line that is damaged or cut off."""
     file = tmp_path / "metrics.jsonl"
     with Metrics(file, 0) as metrics:
         for step in range(1, 5):
             metrics.write(step=step, loss=1.0)
     with file.open("a", encoding="utf-8") as stream:
-        stream.write('{"step": 1, "lo')
+        stream.write('3\n{"step": []}\n{"loss": 1.0}\n{"step": 1, "lo')
     with Metrics(file, resume_step, active=False) as metrics:
         metrics.write(step=9)
     with Metrics(file, resume_step) as metrics:

@@ -17,7 +17,7 @@ from lavita.cli import studies as studies
 from lavita.cli import config as config
 
 # isort: on
-from lavita.core.text import print_any_text
+from lavita.core.text import one_line, print_any_text
 
 __all__ = ["app", "main"]
 
@@ -29,5 +29,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)

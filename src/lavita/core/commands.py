@@ -29,5 +29,6 @@ def run_command(arguments: Sequence[str]) -> None:
     finally:
         signal.signal(signal.SIGINT, previous)
     if code:
-        print("stopped; run the same command again to continue from here", file=sys.stderr)
+        if code != 2:  # bad input, which the command has named
+            print("stopped; run the same command again to continue from here", file=sys.stderr)
         raise CommandFailed(code)

@@ -6,6 +6,7 @@ An unknown key is an error at every level. The resolved configuration of a run i
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -115,7 +116,10 @@ def load_config(
         ConfigError: for an unknown key, or a value that does not fit.
     """
     merged: dict[str, Any] = {}
-    merge(merged, values)
+    try:
+        merge(merged, values)
+    except RecursionError as error:  # an anchor of YAML can be part of itself
+        raise ConfigError(f"{source or cls.__name__}: a value contains itself, or is nested too deeply") from error
     for override in overrides:
         key, value = _parse(override)
         nested: dict[str, Any] = {}
@@ -148,7 +152,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = read_text(Path(file))
     except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file") from error
+        raise ConfigError(f"{str(file).strip() or repr(str(file))}: no such file") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({error})") from error
     except ValueError as error:
@@ -248,4 +252,9 @@ def _first_error(cls: type[StrictConfig], error: ValidationError, source: str) -
     if first["type"] == "missing":
         return f"{where}{field!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}{field or cls.__name__} is {first['input']!r}: {message}" if field else f"{where}{message}"
+    return f"{where}{field} is {_SHOWN.repr(first['input'])}: {message}" if field else f"{where}{message}"
+
+
+# A few anchors of YAML can make a value of gigabytes.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict, _SHOWN.maxstring, _SHOWN.maxother = 4, 10, 10, 200, 200

@@ -5,6 +5,7 @@ A kill, a crash or a full disk leaves the old file or the new one, never a part.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,10 +36,15 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             folder only if it is empty.
         durable: wait until a file is on the disk (`fsync`), so that a power failure cannot undo the replacement.
 
+    Raises:
+        FileExistsError: if `path` is a device, a pipe or a socket.
+
     Yields:
         A path with the same suffix that no other process uses. It is removed if the block raises.
     """
     path = _on_disk(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # with enough rights, /dev/null could be replaced
+        raise FileExistsError(errno.EEXIST, "is neither a file nor a folder, and is not replaced", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}{_MARK}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -74,7 +80,7 @@ def inside(folder: Path, name: str, follow_links: bool = False) -> Path:
     leaves = ".." in parts or "\0" in name or not parts[0] or parts[0].endswith(":")
     if leaves or (folder / name) == folder:
         raise ValueError(f"{folder}: the name {name!r} does not stay inside the folder")
-    if not follow_links and not (folder / name).resolve().is_relative_to(folder.resolve()):
+    if not follow_links and not _resolved(folder / name).is_relative_to(_resolved(folder)):
         raise ValueError(f"{folder}: the name {name!r} leads out of the folder, through a link")
     return folder / name
 
@@ -151,9 +157,14 @@ def check_outside(field: str, out: Path, *read: Path | None) -> None:
         ValueError: if `out` is one of these folders or inside one, by any path.
     """
     for folder in read:
-        if folder is not None and (target := folder.resolve()) in (resolved := out.resolve(), *resolved.parents):
+        if folder is not None and (target := _resolved(folder)) in (resolved := _resolved(out), *resolved.parents):
             where = "the folder" if target == resolved else f"inside {folder}, the folder"
             raise ValueError(f"{field} is {out}, {where} of the videos that are read; write outside of it")
+
+
+def _resolved(path: Path) -> Path:
+    """The path without links; `Path.resolve` raises for links in a circle up to Python 3.12."""
+    return Path(os.path.realpath(path))
 
 
 def sync(path: Path) -> None:

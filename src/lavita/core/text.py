@@ -17,6 +17,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+"""Characters that make a terminal show what follows in another order."""
 
 
 def normal_name(name: str) -> str:
@@ -60,6 +62,23 @@ def printable(text: str) -> str:
         except UnicodeEncodeError:
             return text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    r"""A message as one line that a terminal only shows: what it would obey, as in the names of files, becomes `\x1b`.
+
+    Args:
+        text: any text.
+        most: number of characters; the middle of a longer text is left out.
+    """
+    line = " ".join(text.split())
+    line = "".join(
+        letter.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(letter) in ("Cc", "Zl", "Zp") or unicodedata.bidirectional(letter) in _DIRECTIONS
+        else letter
+        for letter in line
+    )
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 + 5 :]}"
 
 
 def text_encoding(file: Path) -> str:

@@ -19,6 +19,22 @@ CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
 TEMPORAL_POSITIONS = ("absolute", "rope")
 
 
+_FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
+    int: (
+        *("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_blocks", "num_heads"),
+        *("variant", "tube_size", "num_classes", "text_dim", "frame_interval"),
+    ),
+    float: ("mlp_ratio", "fps"),
+    bool: ("learn_sigma",),
+    str: ("patch_embedding", "conditioning", "temporal_position", "text_encoder", "prediction_type"),
+    list: ("class_names",),
+}
+"""The fields of the constructor; a `config.json` from elsewhere may hold anything."""
+_OPTIONAL = ("class_names", "text_encoder")
+_TYPES: dict[type, Any] = {float: (int, float), list: (list, tuple)}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+
+
 def frames_per_tube(config: Mapping[str, Any]) -> int:
     """S, the number of frames that become one token in time: 1 with the uniform patch embedding."""
     return int(config["tube_size"]) if config["patch_embedding"] == "compression" else 1
@@ -28,8 +44,16 @@ def check_fields(config: Mapping[str, Any]) -> None:
     """Checks the fields of the transformer's constructor.
 
     Raises:
-        ValueError: if one is out of range, or two do not fit together.
+        ValueError: if one is of another type or out of range, or two do not fit together.
     """
+    for field_type, names in _FIELDS_BY_TYPE.items():
+        for name in names:
+            value = config[name]
+            fits = isinstance(value, _TYPES.get(field_type, field_type))
+            if isinstance(value, bool) and field_type is not bool:  # which is a kind of int
+                fits = False
+            if not fits and not (value is None and name in _OPTIONAL):
+                raise ValueError(f"{name} is {value!r}, but must be {_TYPE_NAMES[field_type]}")
     for name in ("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_heads", "tube_size"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}, but must be at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,19 +29,24 @@ from lavita.sampling.recipes import RECIPES, Recipe
 from lavita.sampling.records import check_files, check_generation, record_prompts, write_generation
 from lavita.video.writing import write_video
 
+MOST_SEEDS = 10**6
+
 
 def parse_seeds(text: str) -> list[int]:
     """Parses seeds such as `0-3`, `1,5,9` or `0-3,9`, in the order given.
 
     Raises:
-        ValueError: for another text, or an empty range.
+        ValueError: for another text, an empty range, or more than `MOST_SEEDS`.
     """
     seeds: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
+        if match is None:
             raise ValueError(f"seeds is {text!r}; allowed: numbers and ranges such as 0-7 or 1,5,9")
-        seeds.extend(range(int(first), int(last or first) + 1))
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(seeds) + len(numbers) > MOST_SEEDS:
+            raise ValueError(f"seeds is {text!r}; at most {MOST_SEEDS:,} seeds are allowed")
+        seeds.extend(numbers)
     if not seeds:
         raise ValueError(f"seeds is {text!r}, an empty range")
     return seeds

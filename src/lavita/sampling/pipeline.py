@@ -43,6 +43,8 @@ from lavita.sampling.schedulers import (
 )
 
 logger = get_logger(__name__)
+MOST_FRAMES = 2**16
+"""Longest video that is sampled at once; more would be taken for a slip of the pen."""
 
 
 @dataclass
@@ -277,8 +279,8 @@ class LavitaPipeline(DiffusionPipeline):
         output_type: str,
     ) -> None:
         trained, tube = self.transformer.config["num_frames"], self.transformer.tube_size
-        if frames < 1 or frames % tube:
-            allowed = f"a multiple of {tube}, a tube's frames" if tube > 1 else "at least 1"
+        if not 1 <= frames <= MOST_FRAMES or frames % tube:
+            allowed = f"in {tube}..{MOST_FRAMES}" + (f" and a multiple of {tube}, a tube's frames" if tube > 1 else "")
             raise ValueError(f"num_frames is {frames}, but must be {allowed}")
         if frames > trained:
             logger.warning(

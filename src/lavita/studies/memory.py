@@ -53,6 +53,10 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "muon")
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+MOST = 2**16
+"""Most micro-batches and processes that memory is predicted for."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a model is trained, as far as it matters for memory."""
@@ -77,8 +81,8 @@ class Setting:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
         for name in ("accumulation", "num_averages", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be in 1..{MOST}")
         if self.sharded and self.processes == 1:
             raise ValueError("sharded is set, but processes is 1: there is nothing to shard over")
 
@@ -177,12 +181,16 @@ def sampling_memory(
         autoencoder: fields of the `AutoencoderKL`; by default those of Stable Diffusion's.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        ValueError: for sizes that do not fit together, or fields that describe no autoencoder.
     """
     setting = Setting(precision=precision)
     samples = batch_size * (2 if guidance else 1)
     with meta_model(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
-        vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
+        try:
+            vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
+        except Exception as error:  # diffusers checks no fields
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"vae/config.json describes no autoencoder ({type(error).__name__}: {why})") from error
         store_linear_weights(model.eval().blocks, PRECISIONS[precision])
         live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
         live.name(AUTOENCODER, (*vae.parameters(), *vae.buffers()))

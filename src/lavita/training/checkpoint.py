@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -63,7 +64,7 @@ class Checkpoint:
         """Fills tensors, plain or sharded in any way, with the values saved under their names.
 
         Raises:
-            ValueError: if the checkpoint lacks one of the tensors or holds it in another shape.
+            ValueError: if the checkpoint lacks one of the tensors, holds it in another shape, or cannot be read.
         """
         for name, tensor in tensors.items():
             outline = self.outlines.get(name)
@@ -72,7 +73,12 @@ class Checkpoint:
                 raise ValueError(f"{self.folder}: {name} {found}, but must have {tuple(tensor.shape)}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(dict(tensors), storage_reader=_Reader(self.folder))
+            try:
+                load(dict(tensors), storage_reader=_Reader(self.folder))
+            except (Exception, CheckpointException) as error:  # many kinds, for files that someone has changed
+                cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+                why = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+                raise ValueError(f"{self.folder}: its tensors cannot be read ({why[:200]})") from error
 
     def read_all(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """The tensors whose names begin with `prefix`, by the rest of their names: unsharded, on the CPU."""
@@ -222,6 +228,8 @@ def _damage(path: Path, team: Processes) -> str | None:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["version"] != VERSION:
             return f"version {state['version']}, not {VERSION}"
+        if type(state["step"]) is not int or not isinstance(state["facts"], dict):
+            return f"{STATE} has no number of steps, or no facts"
         for name, (size, checksum) in list(state["files"].items())[team.rank :: team.count]:
             if (found := inside(path, name, follow_links=True).stat().st_size) != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
@@ -241,7 +249,7 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
             save(dict(tensors), storage_writer=FileSystemWriter(folder))
     except OSError:
         raise
-    except Exception as error:  # torch wraps the errors of the processes in kinds of its own
+    except (Exception, CheckpointException) as error:  # torch wraps the errors of the processes in kinds of its own
         raise _disk_error(error, folder) from error
 
 
@@ -301,7 +309,7 @@ def _raised_everywhere(team: Processes) -> Iterator[None]:
             raise found
 
 
-def _disk_error(error: Exception, partial: Path) -> OSError:
+def _disk_error(error: BaseException, partial: Path) -> OSError:
     """The operating system's error that caused another one, or an OSError that describes that one."""
     cause: BaseException | None = error
     while cause is not None:

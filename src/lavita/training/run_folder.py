@@ -79,7 +79,7 @@ class Metrics:
     """A file of JSON objects, one per line; a resumed run first drops the lines that it will write again."""
 
     def __init__(self, path: Path, resume_step: int, active: bool = True) -> None:
-        """Opens a file and drops its lines with a `step` above `resume_step`, and a last line that is cut off.
+        """Opens a file and drops its lines with a `step` above `resume_step`, and those that are damaged.
 
         Args:
             path: made if missing.
@@ -93,9 +93,10 @@ class Metrics:
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if record["step"] <= resume_step:
+            step = record.get("step") if isinstance(record, dict) else None
+            if isinstance(step, int) and step <= resume_step:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
         self._file = path.open("a", buffering=1, encoding="utf-8")

@@ -61,6 +61,8 @@ OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 els
 """Options of `av.open` for metadata that is not UTF-8, which PyAV replaces by itself from version 19 on."""
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Suffixes of image files, which are the frames of a frame folder."""
+MOST_PIXELS = 2**27
+"""Most pixels of a frame, 16384 x 8192: a file that claims more is refused before memory is taken for it."""
 GENERATION = "generation.json"
 """File beside generated videos that says how they were made."""
 PROMPTS = "prompts.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lavita.video.formats import (
     FRAME_SUFFIXES,
+    MOST_PIXELS,
     Frames,
     PathLike,
     VideoError,
@@ -62,10 +64,18 @@ def image_size(folder: PathLike, name: str) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _open_image(folder: PathLike, name: str) -> Iterator[Image.Image]:
+    path = os.path.join(folder, name)
     try:
-        with Image.open(os.path.join(folder, name)) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise VideoError(folder, f"frame {name} is not a file")
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                size = f"{image.width}x{image.height}"
+                raise VideoError(folder, f"frame {name} is {size}; more than {MOST_PIXELS:,} pixels are not read")
             yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except VideoError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow's own message has the whole path in it.
         reason = "it is no image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
         raise VideoError(folder, f"frame {name} cannot be read: {reason or error}") from error

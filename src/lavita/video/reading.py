@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import itertools
 import os
+import stat
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,8 +30,10 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from lavita.video.declared import needed_size
 from lavita.video.formats import (
     COMMON_SUFFIXES,
+    MOST_PIXELS,
     OPEN_OPTIONS,
     VIDEO_SUFFIXES,
     Frames,
@@ -47,6 +51,7 @@ from lavita.video.frame_folders import image_size, list_images, read_images
 # VP8 (hidden frames), MPEG-4 part 2 (packets that repeat a frame), GIF.
 _INDEXED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 _ONE_FRAME_PER_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "mjpeg", "prores", "ffv1"})
+_LIMITS = {"max_pixels": str(MOST_PIXELS)}  # FFmpeg's, before it makes room for a frame
 _NUM_VERIFIED = 4  # frames decoded to check that packets and frames agree
 
 
@@ -183,6 +188,8 @@ def _file_key(path: PathLike) -> tuple[str, int, int]:
         raise VideoError(path, f"cannot be found: {error.strerror}") from error
     if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
         raise VideoError(path, f"is not a frame folder and has none of the suffixes of videos ({COMMON_SUFFIXES}, ...)")
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(path, "is neither a file nor a folder")
     if not status.st_size:
         raise VideoError(path, "is an empty file")
     return os.fspath(path), status.st_mtime_ns, status.st_size
@@ -196,7 +203,7 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
     """
     try:
         # An absolute path, because FFmpeg takes the part before a colon in a relative one for a protocol.
-        with av.open(os.path.abspath(path), **OPEN_OPTIONS) as container:
+        with av.open(os.path.abspath(path), options=_LIMITS, **OPEN_OPTIONS) as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise VideoError(path, "has no video stream")
@@ -205,9 +212,12 @@ def _open(path: PathLike) -> Iterator[tuple[InputContainer, VideoStream]]:
                 raise VideoError(path, "has a video stream of an unknown codec")
             # Several videos are decoded in parallel; threads inside each decoder would only compete.
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = _LIMITS
+            _check_pixels(path, stream.width, stream.height)
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(path, f"cannot be decoded: {error.strerror}") from error
+        limit = f", or its frames have more than {MOST_PIXELS:,} pixels" if error.errno == errno.EINVAL else ""
+        raise VideoError(path, f"cannot be decoded: {error.strerror}{limit}") from error
 
 
 def _decode(path: PathLike) -> Generator[VideoFrame, None, None]:
@@ -228,11 +238,10 @@ def _decode(path: PathLike) -> Generator[VideoFrame, None, None]:
 
 @lru_cache(maxsize=16384)
 def _index(path: str, mtime_ns: int, size: int) -> _Index:
+    _check_size(path, size, needed_size(path))
     with _open(path) as (container, stream):
-        # Demuxing would ignore a missing end in silence.
         needed = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        if (needed := max(needed, _declared_size(path))) > size:
-            raise VideoError(path, f"is cut off: {size} of {needed} bytes are there")
+        _check_size(path, size, needed)
         packets: list[tuple[int | None, int | None, bool]] = []
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -263,24 +272,15 @@ def _count_decoded(path: str, mtime_ns: int, size: int) -> int:
     return sum(1 for _ in _decode(path))
 
 
-def _declared_size(path: str) -> int:
-    """Size in bytes that a Matroska, AVI or GIF file declares; 0 if it declares none, and for other files."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-        file.seek(-1, os.SEEK_END)
-        last, end = file.read(1), file.tell()
-    if head[:3] == b"GIF":
-        return end + (last not in b";\0")  # the last byte is a semicolon, which some writers pad
-    if head[:4] == b"RIFF":
-        size = int.from_bytes(head[4:8], "little")
-        return size + 8 if size < 0xFFFFFFFF else 0
-    at = head.find(b"\x18\x53\x80\x67") + 4  # the Matroska segment, then its size in a run of 7-bit groups
-    if head[:4] != b"\x1a\x45\xdf\xa3" or at < 8 or not head[at : at + 1].strip(b"\0"):
-        return 0
-    length = 9 - head[at].bit_length()
-    unknown = (1 << 7 * length) - 1
-    size = int.from_bytes(head[at : at + length], "big") & unknown
-    return at + length + size if size < unknown else 0
+def _check_size(path: str, size: int, needed: int) -> None:
+    """Raises a VideoError for a file that lacks its end, which demuxing would ignore in silence."""
+    if needed > size:
+        raise VideoError(path, f"is cut off: {size} of {needed} bytes are there")
+
+
+def _check_pixels(path: PathLike, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise VideoError(path, f"is {width}x{height}; frames of more than {MOST_PIXELS:,} pixels are not read")
 
 
 def _read_from_keyframe(path: PathLike, index: _Index, wanted: range) -> list[Frames] | None:

@@ -29,7 +29,7 @@ from lavita.core.text import normal_name
 from lavita.data.catalog import Catalog, Video
 from lavita.data.clips import center_crop_resize, mirror
 from lavita.data.content_hash import source_bytes, source_digest
-from lavita.data.latent_cache.manifest import MANIFEST, VERSION, write_manifest
+from lavita.data.latent_cache.manifest import MANIFEST, VERSION, read_manifest, write_manifest
 from lavita.data.latent_cache.shards import (
     ITEM,
     PREFIX,
@@ -192,9 +192,11 @@ def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[
     manifest: dict[str, Any] | None = None
     if (folder / MANIFEST).exists():
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            print(f"{folder / MANIFEST}: damaged; is written again", file=sys.stderr)
+            manifest = read_manifest(folder)
+        except ValueError as error:
+            if "damaged" not in str(error):
+                raise
+            print(f"{str(error).partition(';')[0]}; is written again", file=sys.stderr)
             (folder / MANIFEST).unlink()
     for other in [shard.settings for shard in shards.values()] + ([manifest] if manifest else []):
         for key, value in settings.items():

@@ -21,21 +21,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: if the folder holds no finished cache of this version, or a name in its manifest leads out of it.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest.get("version")
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: holds no finished latent cache (no {MANIFEST}); run `lavita encode`") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST}: damaged; run `lavita encode` again") from error
-    if version != VERSION:
-        raise ValueError(f"{folder}: holds a cache of version {version}, this is {VERSION}; encode again")
-    try:
-        names = {name for row in manifest["videos"] for name in (row["name"], row["shard"])}
-        for name in names:
-            inside(folder, name, follow_links=True)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / MANIFEST}: damaged; run `lavita encode` again") from error
-    return manifest
+    if isinstance(manifest, dict) and (version := manifest.get("version")) != VERSION:
+        raise ValueError(
+            f"{folder}: holds a cache of version {version}, this is {VERSION}; encode again, into another folder"
+        )
+    if not _is_whole(manifest):
+        raise ValueError(f"{folder / MANIFEST}: damaged; run `lavita encode` again")
+    for name in {name for row in manifest["videos"] for name in (row["name"], row["shard"])}:
+        inside(folder, name, follow_links=True)
+    return dict(manifest)
+
+
+def _is_whole(manifest: Any) -> bool:
+    """Whether a manifest has the fields that `encode.encode_dataset` writes, in their types."""
+    if not isinstance(manifest, dict):
+        return False
+    lists = [manifest.get(key) for key in ("videos", "broken")]
+    texts, numbers = ("name", "shard", "source_sha256"), ("num_frames", "source_bytes")
+    return all(isinstance(each, list) for each in lists) and all(
+        isinstance(row, dict)
+        and all(isinstance(row.get(key), str) for key in texts)
+        and all(type(row.get(key)) is int for key in numbers)
+        and type(row.get("fps")) in (int, float)
+        and (row.get("class") is None or isinstance(row["class"], str))
+        for row in manifest["videos"]
+    )
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ConfigError: if a folder is missing, is not a run, or is given twice.
     """
-    resolved = [folder.resolve() for folder in folders]
+    resolved = [Path(os.path.realpath(folder)) for folder in folders]
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
             raise ConfigError(f"{folders[index]}: is given twice")
