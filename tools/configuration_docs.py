@@ -24,7 +24,8 @@ hand are errors. YAML is read as version 1.2 has it: only `true` and `false` are
 folder called 2024 is `'2024'`.
 
 `lavita config` prints the same reference as commented YAML, ready to be edited: the defaults, a
-packaged configuration (`lavita config demo`), or those of a run (`lavita config runs/mine`).
+recipe (`lavita config --recipe modern`), a packaged configuration (`lavita config demo`), or those
+of a run (`lavita config runs/mine`).
 
 ## Training a model: `lavita train`
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from lavita.core.config import ConfigError, StrictConfig, check_given_once, load_config, read_yaml, save_config
+from lavita.cli.options import find_recipe
+from lavita.core.config import ConfigError, StrictConfig, check_given_once, load_config, merge, read_yaml, save_config
 from lavita.core.config_reference import commented_yaml
+from lavita.core.names import TrainingRecipe
 from lavita.training.checkpoint import Keep, save_checkpoint
 from lavita.training.config import AutoencoderConfig, RunConfig
 from lavita.training.run_folder import check_resumable
@@ -278,8 +280,30 @@ def test_every_shipped_configuration_loads(file: Path) -> None:
     assert len(commands) == 1 and file.stem in commands[0], "the header names the command that runs it"
 
 
+@pytest.mark.parametrize("recipe", get_args(TrainingRecipe))
+def test_every_recipe_loads_and_says_how_to_run_it(recipe: TrainingRecipe) -> None:
+    file = find_recipe(recipe)
+    assert load_config(RunConfig, read_yaml(file), source=str(file))
+    assert f"# Command: lavita train --recipe {recipe} " in file.read_text()
+    assert sorted(get_args(TrainingRecipe)) == sorted(path.stem for path in file.parent.glob("*.yaml"))
+
+
+def test_the_papers_recipe_is_the_default_and_the_modern_one_another() -> None:
+    paper, modern = (load_config(RunConfig, read_yaml(find_recipe(name))) for name in ("paper", "modern"))
+    assert paper == RunConfig()
+    assert (modern.model.prediction_type, modern.model.learn_sigma) == ("flow", False)
+    assert (modern.train.timestep_sampling, modern.train.timestep_shift) == ("logit_normal", "auto")
+    assert modern.data.normalize_latents and modern.train.optimizer == "muon"
+
+
 def test_configurations_are_shipped() -> None:
     assert CONFIGS
+
+
+def test_merging_keeps_what_is_not_named() -> None:
+    values: dict[str, Any] = {"a": {"x": 1, "y": 2}, "b": 3, "c": {"z": 4}}
+    merge(values, {"a": {"y": 5, "w": {"v": 6}}, "b": {"u": 7}, "c": 8})
+    assert values == {"a": {"x": 1, "y": 5, "w": {"v": 6}}, "b": {"u": 7}, "c": 8}
 
 
 # --- fields

@@ -51,3 +51,7 @@ def test_long_lists_end_with_the_number_of_the_rest(found: Inspection) -> None:
     rest = list(sizes.values())[NUM_SHOWN:]
     assert f"3 more {sum(rest)}" in text
     assert f"broken {NUM_SHOWN + 7}, listed below" in text and "and 7 more, all in --json" in text
+
+
+def test_names_with_brackets_are_printed_as_they_are(found: Inspection) -> None:
+    assert "[/x] 3" in printed(replace(found, classes={"[/x]": 3, "[red]": 2}))

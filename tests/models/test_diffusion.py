@@ -173,6 +173,31 @@ def test_a_velocity_has_the_bound_of_the_noise_that_it_stands_for(timestep: int)
     )
 
 
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_their_formula(gamma: float) -> None:
+    timesteps = torch.arange(1000)
+    snr = ALPHA_BAR / (1 - ALPHA_BAR)
+    capped = np.minimum(snr, gamma)
+    by_noise = GaussianDiffusion().min_snr_weights(timesteps, gamma)
+    by_velocity = GaussianDiffusion("v_prediction").min_snr_weights(timesteps, gamma)
+    np.testing.assert_allclose(by_noise, capped / snr, rtol=1e-6)
+    np.testing.assert_allclose(by_velocity, capped / (snr + 1), rtol=1e-6)
+    assert by_noise.dtype == torch.float32 and by_noise.max() == 1 and by_velocity.max() < 1
+    # Both weight an error of z_0 by the capped ratio: that of the noise is its sqrt(SNR)-fold, and that of the velocity
+    # its sqrt(SNR + 1)-fold.
+    latents, noise, error = torch.randn(3, 1000, 1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    for diffusion, weights in ((GaussianDiffusion(), by_noise), (GaussianDiffusion("v_prediction"), by_velocity)):
+        noisy = diffusion.q_sample(latents, timesteps, noise)
+        signal, sigma = (torch.from_numpy(np.sqrt(x)).float().view(-1, 1, 1, 1, 1) for x in (ALPHA_BAR, 1 - ALPHA_BAR))
+        start = latents + error
+        predicted = (noisy - signal * start) / sigma
+        if diffusion.prediction_type == "v_prediction":
+            predicted = signal * predicted - sigma * start
+        losses = diffusion.losses(predicted, latents, timesteps, noise)
+        expected = capped * error.square().mean((1, 2, 3, 4)).numpy()
+        np.testing.assert_allclose(weights * losses.mse, expected, rtol=2e-2, atol=1e-6)
+
+
 def test_an_unknown_prediction_is_refused() -> None:
     with pytest.raises(ValueError, match="prediction_type is 'x0'; allowed: epsilon, v_prediction"):
         GaussianDiffusion("x0")

@@ -157,7 +157,7 @@ def test_generate_refuses_what_does_not_exist(tmp_path: Path, model_folder: str)
         ({"classes": "3"}, "class is '3'"),
         ({"classes": ""}, "class is ''"),
         ({"seeds": "x"}, "seeds is 'x'"),
-        ({"recipe": Recipe(sampler="euler")}, "sampler is 'euler'"),
+        ({"recipe": Recipe(sampler="lms")}, "sampler is 'lms'"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"num_frames": 2, "images": True}, "num_frames is 2, but an image has 1"),
         ({"prompts": ["a"]}, "a prompt was given, but this model has no texts"),

@@ -15,7 +15,7 @@ from sampling.sampled import largest_error, sample, seeded
 
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline, save_pipeline
-from lavita.sampling.schedulers import SAMPLERS, make_scheduler, uses_learned_variance
+from lavita.sampling.schedulers import DIFFUSION_SAMPLERS, make_scheduler, uses_learned_variance
 
 # ---- what a video depends on
 
@@ -180,7 +180,7 @@ def test_a_scheduler_of_another_prediction_is_refused(
     with pytest.raises(ValueError, match="the transformer predicts v_prediction, but the scheduler expects epsilon"):
         LavitaPipeline(transformer, tiny_vae, make_scheduler("unipc"))
     pipeline = make_pipeline(transformer, tiny_vae)
-    for sampler in SAMPLERS:
+    for sampler in DIFFUSION_SAMPLERS:
         pipeline.use_sampler(sampler)
         assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
         assert not uses_learned_variance(pipeline.scheduler)

@@ -131,6 +131,14 @@ def test_gradients_stay_between_micro_batches(make_transformer: MakeTransformer)
     assert many.total - two.total == 3 * 4 * latents  # clips and noise of this step and the next
 
 
+def test_each_average_takes_the_memory_of_the_weights(make_transformer: MakeTransformer) -> None:
+    model = make_transformer()
+    one, three = (training_memory(model.config, 2, setting=Setting(num_averages=n)) for n in (1, 3))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert one.parts[AVERAGE] == weights
+    assert three.parts == {**one.parts, AVERAGE: 3 * weights}
+
+
 # --- processes
 
 

@@ -122,6 +122,7 @@ class Key:
 
 
 VALIDATED = ("data.validation={held_out}", "train.validate_every=2", "train.validation_clips=2")
+FLOW = ("model.prediction_type=flow", "model.learn_sigma=false")
 INIT = ("train.init_from={pipeline}",)
 TEXTS = ("data.captions={captions}", "data.class_folders=false", "model.text_encoder={clip}")
 IMAGES = ("data.num_images=1", "data.images={images}")
@@ -138,6 +139,7 @@ KEYS: dict[str, Key] = {
     "data.resolution": Key("32"),
     "data.horizontal_flip": Key("false"),
     "data.latent_cache": Key("{cache}", threads),
+    "data.normalize_latents": Key("true"),
     "data.workers": Key("5", threads),
     "data.captions": Key("{captions}", also=("data.class_folders=false",), only_with=("model.text_encoder={clip}",)),
     "data.num_images": Key("1"),
@@ -160,6 +162,10 @@ KEYS: dict[str, Key] = {
     "model.class_dropout": Key("0.9", weights),
     "model.learn_sigma": Key("false"),
     "model.prediction_type": Key("v_prediction"),
+    "train.timestep_sampling": Key("logit_normal", losses, FLOW),
+    "train.timestep_shift": Key("3", losses, FLOW),
+    "train.loss_weighting": Key("min_snr", losses, ("model.prediction_type=v_prediction",)),
+    "train.min_snr_gamma": Key("0.01", losses, ("train.loss_weighting=min_snr",)),
     "train.init_from": Key("{pipeline}"),
     "train.init_weights": Key("model", weights, ("train.init_from={published}", "train.init_weights=ema")),
     "train.freeze": Key("spatial", weights, INIT),
@@ -177,6 +183,7 @@ KEYS: dict[str, Key] = {
     "train.weight_decay": Key("0.5", weights),
     "train.clip_grad_norm": Key("1e-3", weights),
     "train.ema_decay": Key("0.01", weights),
+    "train.power_ema": Key("[0.05,0.1]", files),
     "train.gradient_checkpointing": Key("true", passes),
     "train.compile": Key("true", compiled),
     "train.precision": Key("bf16"),

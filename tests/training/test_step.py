@@ -14,13 +14,14 @@ import torch
 from conftest import MakeTransformer
 from torch import nn
 
-from lavita.core.config import load_config
+from lavita.core.config import ConfigError, load_config
+from lavita.models.diffusion import GaussianDiffusion
 from lavita.training.batches import Batch, random_batch
 from lavita.training.checkpoint import Keep, load_last_checkpoint, save_checkpoint
-from lavita.training.config import TrainConfig
+from lavita.training.config import RunConfig, TrainConfig
 from lavita.training.stability import ENOUGH, LossScale
 from lavita.training.state import TrainState
-from lavita.training.step import learning_rate, train_step
+from lavita.training.step import compute_gradients, learning_rate, train_step
 
 CPU = torch.device("cpu")
 MakeState = Callable[..., TrainState]
@@ -51,6 +52,40 @@ def assert_untouched(state: TrainState, before: dict[str, torch.Tensor]) -> None
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert all(parameter.grad is None for parameter in state.parameters), "the gradients are gone"
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_the_error_and_not_the_bound(
+    prediction_type: str, learn_sigma: bool, make_state: MakeState
+) -> None:
+    fields: dict[str, Any] = {"prediction_type": prediction_type, "learn_sigma": learn_sigma}
+    settings = make_settings(loss_weighting="min_snr", min_snr_gamma=2.0)
+    state, plain = make_state(settings, **fields), make_state(make_settings(), **fields)
+    batch = random_batch(state.model.config, 4)
+    with torch.no_grad():
+        noisy = state.diffusion.q_sample(batch.latents, batch.timesteps, batch.noise)
+        output = state.model(noisy, batch.timesteps).sample
+        losses = state.diffusion.losses(output, batch.latents, batch.timesteps, batch.noise)
+    alphas_cumprod = GaussianDiffusion().alphas_cumprod
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = (snr.clamp(max=2) / (snr + (prediction_type == "v_prediction")))[batch.timesteps]
+    expected = weights.float() * losses.mse + losses.vlb
+    torch.testing.assert_close(compute_gradients(state, batch, settings), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compute_gradients(plain, batch, make_settings()), losses.total, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, losses.total)
+
+
+def test_min_snr_is_refused_for_a_flow(make_state: MakeState) -> None:
+    settings = make_settings(loss_weighting="min_snr")
+    state = make_state(settings, prediction_type="flow", learn_sigma=False)
+    with pytest.raises(ValueError, match="loss_weighting is min_snr, but has no effect with prediction_type=flow"):
+        train_step(state, random_batch(state.model.config, 4), settings)
+    flow = ("model.prediction_type=flow", "model.learn_sigma=false", "train.loss_weighting=min_snr")
+    with pytest.raises(ConfigError, match=r"loss_weighting is min_snr, but is for model\.prediction_type=epsilon"):
+        load_config(RunConfig, {}, flow)
+    with pytest.raises(ConfigError, match="min_snr_gamma is 1, but has no effect with loss_weighting=uniform"):
+        load_config(TrainConfig, {"min_snr_gamma": 1})
 
 
 def test_a_step_equals_one_written_out_in_float64(make_state: MakeState) -> None:

@@ -37,6 +37,13 @@ from lavita.training.train import train
 from lavita.video.reading import probe, read_clip
 from lavita.video.writing import write_video
 
+FLOW = (
+    "model.prediction_type=flow",
+    "model.learn_sigma=false",
+    "train.timestep_sampling=logit_normal",
+    "train.timestep_shift=2",
+)
+
 
 def metrics_of(config: RunConfig, *dropped: str) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in dropped} for line in lines_of(config)]
@@ -153,11 +160,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: MakeConfig) -> Non
 # --- resuming
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("changes", [(), ("train.optimizer=muon",), FLOW], ids=["paper", "muon", "flow"])
 def test_resuming_equals_an_uninterrupted_run(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
 ) -> None:
-    slow_start = ["train.log_every=3", "train.warmup_steps=3", f"train.optimizer={optimizer}"]
+    slow_start = ["train.log_every=3", "train.warmup_steps=3", *changes]
     whole = make_config("whole", "train.checkpoint_every=2", *slow_start)
     train(whole)
     assert [file.name for file in list_checkpoints(whole.run_dir / "checkpoints")] == [

@@ -25,6 +25,7 @@ from lavita.data.clips import ClipDraw, ClipSampler, read_pixels
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.models.autoencoder import AutoencoderKL, encode
 from lavita.models.diffusion import GaussianDiffusion, Losses
+from lavita.models.flow import make_objective
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.config import RunConfig
 from lavita.training.validation import Validation
@@ -63,7 +64,7 @@ def make_validation(folders: Path, tiny_vae: AutoencoderKL) -> MakeValidation:
     return make
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
 def test_it_is_the_objective_on_held_out_clips(
     prediction_type: str,
     folders: Path,
@@ -73,8 +74,9 @@ def test_it_is_the_objective_on_held_out_clips(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Compared with a loop over single clips and timesteps, with the noise and timesteps that the model was given."""
-    model = make_transformer(num_classes=3, class_names=["boxing", "enduro", "pong"], prediction_type=prediction_type)
-    diffusion = GaussianDiffusion(prediction_type)
+    names, learn_sigma = ["boxing", "enduro", "pong"], prediction_type != "flow"
+    model = make_transformer(num_classes=3, class_names=names, prediction_type=prediction_type, learn_sigma=learn_sigma)
+    diffusion = make_objective(prediction_type)
     seen: list[tuple[torch.Tensor, ...]] = []
     objective = diffusion.losses
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lavita.cli.options import app, find_config
+from lavita.cli.options import TrainingRecipeOption, app, find_config, find_recipe
 
 if TYPE_CHECKING:
     from lavita.core.config import StrictConfig
@@ -29,12 +29,13 @@ def show_config(
         Kind | None,
         typer.Option(help="What is configured. Default: what SOURCE holds, or train.", show_default=False),
     ] = None,
+    recipe: TrainingRecipeOption = None,
 ) -> None:
     """Print a full configuration as commented YAML: every field, what it does, its allowed values, its default.
 
     The output can be saved and passed to `lavita train --config FILE`.
     """
-    from lavita.core.config import ConfigError, check_given_once, load_config, read_yaml
+    from lavita.core.config import ConfigError, check_given_once, load_config, merge, read_yaml
     from lavita.core.config_reference import commented_yaml, fields_of
 
     sources = [word for word in words or [] if "=" not in word]
@@ -43,7 +44,8 @@ def show_config(
     if len(sources) > 1:
         raise ConfigError(f"give one SOURCE, not {len(sources)}: {', '.join(sources)}")
     file = find_config(sources[0]) if sources else None
-    values = read_yaml(file) if file else {}
+    values: dict[str, Any] = {} if recipe is None else read_yaml(find_recipe(recipe))
+    merge(values, read_yaml(file) if file else {})
     cls = _class_of(kind) if kind else _guess(values)
     required = [field.name for field in fields_of(cls) if field.required]
     if missing := [name for name in required if name not in values and not _is_set(name, overrides)]:

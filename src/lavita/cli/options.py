@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lavita.core.names import DataSetName
+from lavita.core.names import DataSetName, TrainingRecipe
 
 
 class Group(TyperGroup):
@@ -78,6 +78,20 @@ ConfigFile = Annotated[
     str | None,
     typer.Option("--config", help="YAML file, or the name of a packaged one: demo", show_default=False),
 ]
+TrainingRecipeOption = Annotated[
+    TrainingRecipe | None,
+    typer.Option(
+        "--recipe",
+        help="Objective, optimizer and latents to start from; everything else that you set wins. paper: the paper's "
+        "noise prediction, as by default; modern: a rectified flow",
+        show_default=False,
+    ),
+]
+
+
+def find_recipe(recipe: TrainingRecipe) -> Path:
+    """The YAML file of a recipe of training."""
+    return Path(str(files("lavita") / "configs" / "recipes" / f"{recipe}.yaml"))
 
 
 def find_config(source: str) -> Path:

@@ -42,7 +42,12 @@ def sample(
         ),
     ] = "default",
     sampler: Annotated[
-        SamplerName | None, typer.Option(help="Sampler; ddpm is the paper's. default: unipc", show_default=False)
+        SamplerName | None,
+        typer.Option(
+            help="Sampler; ddpm is the paper's; euler and heun are for flows only, ddim and ddpm for others. "
+            "default: unipc",
+            show_default=False,
+        ),
     ] = None,
     steps: Annotated[
         int | None,

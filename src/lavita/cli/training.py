@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lavita.cli.options import ConfigFile, Overrides, app, autoencoder_app
+from lavita.cli.options import (
+    ConfigFile,
+    Overrides,
+    TrainingRecipeOption,
+    app,
+    autoencoder_app,
+    find_recipe,
+)
+from lavita.core.names import TrainingRecipe
 
 if TYPE_CHECKING:
     from lavita.training.config import AutoencoderConfig, RunConfig
@@ -66,6 +74,7 @@ def train(
     config: ConfigFile = None,
     data: Annotated[Path | None, typer.Option(help="Folder of videos.", show_default=False)] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
+    recipe: TrainingRecipeOption = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -85,7 +94,7 @@ def train(
         chosen["data"] = {"path": str(data)}
     if run_dir:
         chosen["run_dir"] = str(run_dir)
-    settings: RunConfig = _load(RunConfig, config, overrides, chosen)
+    settings: RunConfig = _load(RunConfig, config, overrides, chosen, recipe)
     if dry_run:
         from lavita.studies.dry_run import dry_run as rehearse
         from lavita.studies.dry_run import print_dry_run
@@ -95,6 +104,28 @@ def train(
     from lavita.training.train import train as run
 
     _train(run, settings)
+
+
+@app.command()
+def average(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that was trained with train.power_ema=[0.05,0.1].")],
+    sigma_rel: Annotated[
+        float, typer.Option(help="Length of the average, as a share of the steps before its end: 0.01 to 0.28.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pipeline.")],
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Step at which the average ends. default: the last snapshot's", show_default=False),
+    ] = None,
+) -> None:
+    """Average the weights of a finished run over another length, and write the pipeline of it (post-hoc EMA)."""
+    from lavita.training.power_ema import write_reconstruction
+
+    found = write_reconstruction(run, sigma_rel, out, step)
+    print(
+        f"{out}: average of relative length {sigma_rel:g} up to step {found.step:,}, from {found.num_snapshots} "
+        f"snapshots, whose profiles approach it within {found.error:.1%}"
+    )
 
 
 def _train(run: Callable[[Any], Path], settings: Any) -> None:
@@ -109,21 +140,25 @@ def _train(run: Callable[[Any], Path], settings: Any) -> None:
         raise typer.Exit(stopped.exit_code) from stopped
 
 
-def _load(cls: Any, config: str | None, overrides: list[str] | None, chosen: dict[str, Any]) -> Any:
-    """The options of a command win over its configuration file, `a.b=c` over both."""
-    from lavita.core.config import ConfigError, check_given_once, load_config, read_yaml
+def _load(
+    cls: Any,
+    config: str | None,
+    overrides: list[str] | None,
+    chosen: dict[str, Any],
+    recipe: TrainingRecipe | None = None,
+) -> Any:
+    """The configuration file wins over the recipe, the options of a command over the file, `a.b=c` over all."""
+    from lavita.core.config import ConfigError, check_given_once, load_config, merge, read_yaml
 
     words = overrides or []
     check_given_once(words)
     if config is None and not chosen and not words:
         raise ConfigError("nothing to train on: give --config FILE or --data DIR")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {} if recipe is None else read_yaml(find_recipe(recipe))
     file = None
     if config is not None:
         packaged = Path(str(files("lavita") / "configs" / f"{config}.yaml"))
         file = packaged if "/" not in config and packaged.exists() else Path(config)
-        values = read_yaml(file)
-    for key, value in chosen.items():
-        both = isinstance(value, dict) and isinstance(values.get(key), dict)
-        values[key] = {**values[key], **value} if both else value
+        merge(values, read_yaml(file))
+    merge(values, chosen)
     return load_config(cls, values, words, source=str(file) if file else "")

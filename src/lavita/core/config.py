@@ -37,11 +37,12 @@ class StrictConfig(BaseModel):
     def _type_is_not_changed(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses texts and `true` as numbers, which pydantic would convert, and says how a number becomes a text."""
         assert info.field_name is not None
-        types = _scalar_types(cls.model_fields[info.field_name].annotation)
+        annotation = cls.model_fields[info.field_name].annotation
+        types, words = _scalar_types(annotation), _words(annotation)
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if types & {int, float}:
-                if isinstance(item, str) and not types & {str, Path}:
-                    raise ValueError("must be a number, without quotes or leading zeros")
+                if isinstance(item, str) and not types & {str, Path} and item not in words:
+                    raise ValueError(", or ".join(["must be a number, without quotes or leading zeros", *words]))
                 if isinstance(item, bool) and bool not in types:
                     raise ValueError("must be a number")
             elif types & {str, Path} and isinstance(item, (int, float)):
@@ -116,7 +117,7 @@ def load_config(
     """
     merged: dict[str, Any] = {}
     try:
-        _merge(merged, values)
+        merge(merged, values)
     except RecursionError as error:  # an anchor of YAML can be part of itself
         raise ConfigError(f"{source or cls.__name__}: a value contains itself, or is nested too deeply") from error
     for override in overrides:
@@ -127,7 +128,7 @@ def load_config(
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[last] = value
-        _merge(merged, nested)
+        merge(merged, nested)
     try:
         return cls.model_validate(merged)
     except ValidationError as error:
@@ -184,6 +185,13 @@ def _scalar_types(annotation: Any) -> set[type]:
     return {annotation}
 
 
+def _words(annotation: Any) -> list[str]:
+    """The texts that a field may have by name, such as `auto` in place of a number."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [word for part in get_args(annotation) for word in _words(part)]
+
+
 def _parse(override: str) -> tuple[str, Any]:
     """The dotted name and the value of an override."""
     key, separator, text = override.partition("=")
@@ -206,19 +214,34 @@ def _leaves(key: str, value: Any) -> Iterator[str]:
         yield key
 
 
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Sets nested fields, one by one, in nested fields: those that `values` does not name stay.
+
+    Args:
+        into: changed in place.
+        values: the fields that win.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             inner = into.get(key)
             into[key] = inner = inner if isinstance(inner, dict) else {}
-            _merge(inner, value)
+            merge(inner, value)
         else:
             into[key] = value
 
 
+def _place(cls: Any, location: Sequence[int | str]) -> Iterator[int | str]:
+    """The fields and positions in a location of pydantic's, without the types that it tried for a field of several."""
+    for part in location:
+        is_section = isinstance(cls, type) and issubclass(cls, StrictConfig)
+        if is_section or isinstance(part, int):
+            yield part
+        cls = cls.model_fields[part].annotation if is_section and part in cls.model_fields else None
+
+
 def _first_error(cls: type[StrictConfig], error: ValidationError, source: str) -> str:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(map(str, _place(cls, first["loc"])))
     where = f"{source}: " if source else ""
     if first["type"] == "extra_forbidden":
         section: Any = cls

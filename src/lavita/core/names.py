@@ -9,7 +9,7 @@ from typing import Literal
 
 DataSetName = Literal["folder", "faceforensics", "sky_timelapse", "ucf101", "taichi_hd"]
 """Layouts of data sets (`data.datasets`): any folder of videos, or one of the paper's data sets."""
-SamplerName = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm"]
+SamplerName = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm", "euler", "heun"]
 """Samplers (`sampling.schedulers`)."""
 Spacing = Literal["trailing", "karras"]
 """Spacings of a sampler's steps (`sampling.schedulers`)."""
@@ -17,5 +17,7 @@ CacheName = Literal["pab", "fastercache", "taylorseer"]
 """Step caches (`sampling.step_cache`)."""
 RecipeName = Literal["default", "paper", "fast"]
 """Sampling recipes (`sampling.recipes`)."""
+TrainingRecipe = Literal["paper", "modern"]
+"""Recipes of training: the files of `configs/recipes`."""
 VideoFormat = Literal["mp4", "gif", "mkv"]
 """Formats of written videos (`video.writing`); each is the suffix of its files."""

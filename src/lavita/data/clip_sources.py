@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,11 +26,15 @@ from lavita.data.content_hash import source_bytes
 from lavita.data.datasets import list_dataset, open_dataset
 from lavita.data.latent_cache.manifest import MANIFEST, read_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
+from lavita.data.latent_cache.statistics import cache_statistics, spread_frames
 from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
 from lavita.models.fingerprint import fingerprint
-from lavita.video.formats import Frames, VideoInfo
+from lavita.models.latent_statistics import LatentMoments, LatentStatistics
+from lavita.video.formats import Frames, VideoError, VideoInfo
 from lavita.video.tree import find_videos
 
+MEASURED_FRAMES = 128
+"""Frames whose latents are measured without a cache: each of them has to be decoded and encoded."""
 LatentClip = tuple[torch.Tensor, torch.Tensor]
 """Mean and standard deviation of the latents of a clip, each float32 (F, C, h, w)."""
 
@@ -49,6 +54,10 @@ class ClipSource(Protocol):
 
     def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
         """Reads the latents of several clips, in order."""
+        ...
+
+    def statistics(self) -> LatentStatistics:
+        """Mean and standard deviation of each channel of the latents."""
         ...
 
 
@@ -99,6 +108,18 @@ class VideoSource:
         latents = (encode(self.vae, pixels, self.precision) for pixels in parallel_map(decode, draws, self.workers))
         # Rounded as in the cache, so that both sources give the same numbers.
         return [(mean.half().float(), std.half().float()) for mean, std in latents]
+
+    def statistics(self) -> LatentStatistics:
+        """Measures `MEASURED_FRAMES` frames that are spread evenly over the videos; unreadable ones are left out.
+
+        Raises:
+            ValueError: if none of them can be read.
+        """
+        moments, videos = LatentMoments(), self.catalog.videos
+        for number, frame in spread_frames([video.info.num_frames for video in videos], MEASURED_FRAMES):
+            with suppress(VideoError):
+                moments.add(*self.read(ClipDraw(videos[number], frame, False), 1, 1))
+        return moments.statistics()
 
 
 class CacheSource:
@@ -256,6 +277,13 @@ class CacheSource:
     def read_many(self, draws: Sequence[ClipDraw], num_frames: int, frame_interval: int) -> list[LatentClip]:
         """Reads the latents of several clips; ValueError if a file is damaged."""
         return [self.read(draw, num_frames, frame_interval) for draw in draws]
+
+    def statistics(self) -> LatentStatistics:
+        """The statistics in the manifest, or for a cache from before they were recorded there, measured now."""
+        if (recorded := LatentStatistics.of(self.manifest)) is not None:
+            return recorded
+        rows = self.manifest["videos"]
+        return cache_statistics(rows, {file: read_shard(self.folder / file) for file in {row["shard"] for row in rows}})
 
 
 def _class_of(row: dict[str, Any], folder: Path) -> str:

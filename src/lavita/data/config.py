@@ -58,6 +58,10 @@ class DataConfig(StrictConfig):
     latent_cache: Path | None = None
     """Folder that `lavita encode` has written, from which latents are read. Default: none; videos are decoded and
     encoded in every step."""
+    normalize_latents: bool = False
+    """Normalise the latents to mean 0 and variance 1 in each channel. The statistics are those of `latent_cache`, or of
+    some frames of the videos; they are saved with the model, and sampling undoes them. Fine-tuning keeps those of
+    `train.init_from`."""
     workers: int | None = Field(None, ge=1)
     """Threads that decode videos or image files. Default: one per core, at most 8."""
     captions: Path | None = None

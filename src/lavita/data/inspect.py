@@ -366,7 +366,7 @@ def _histogram(heading: str, counts: Mapping[str, int]) -> Table:
     table.add_column("")
     most = max(counts.values(), default=1)
     for name, count in list(counts.items())[:NUM_SHOWN]:
-        table.add_row(name, f"{count:,}", "█" * max(1, round(30 * count / most)))
+        table.add_row(escape(name), f"{count:,}", "█" * max(1, round(30 * count / most)))
     if len(counts) > NUM_SHOWN:
         table.add_row(f"{len(counts) - NUM_SHOWN} more", f"{sum(list(counts.values())[NUM_SHOWN:]):,}", "")
     return table

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lavita.core.files import write_json
@@ -76,7 +77,7 @@ def show_quality(quality: dict[str, dict[str, Any]], out: Path | None = None) ->
     for folder, groups in quality.items():
         for group, row in groups.items():
             numbers = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("psnr", "moving_psnr"))
-            table.add_row(folder, group, *numbers, str(row["frames"]))
+            table.add_row(escape(folder), escape(group), *numbers, str(row["frames"]))
     Console().print(table)
     if out is not None:
         write_json(out, quality)

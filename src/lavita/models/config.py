@@ -35,12 +35,15 @@ class ModelConfig(StrictConfig):
     """Probability that a clip is trained without its label or caption, as classifier-free guidance needs."""
     learn_sigma: bool = True
     """Predict the variance in addition to the noise."""
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the model predicts: `epsilon`, the noise, as in the paper; or `v_prediction`, the velocity, with which it
-    learns colours and layout in far fewer steps."""
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
+    """What the model predicts: `epsilon`, the noise, as in the paper; `v_prediction`, the velocity, with which it
+    learns colours and layout in far fewer steps; or `flow`, the velocity of a rectified flow, along straight lines from
+    noise to data, which needs `learn_sigma=false`."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> ModelConfig:
         if self.tube_size is not None and self.patch_embedding == "uniform":
             raise ValueError(f"tube_size is {self.tube_size}, but has no effect with patch_embedding=uniform")
+        if self.prediction_type == "flow" and self.learn_sigma:
+            raise ValueError("learn_sigma is true, but must be false with prediction_type=flow: a flow has no variance")
         return self

@@ -112,6 +112,23 @@ class GaussianDiffusion:
         vlb = self.vlb_term(predicted_noise, variance, latents, timesteps, noise)
         return Losses(mse + vlb, mse, vlb)
 
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Weights of the squared error that count no noise level of z_0 more than `gamma` (Hang et al. 2023, Sec. 3.4).
+
+        In terms of z_0 the error is weighted by min(SNR, gamma), with SNR = alpha-bar / (1 - alpha-bar). For the error
+        of the noise that is min(SNR, gamma) / SNR, for that of the velocity min(SNR, gamma) / (SNR + 1).
+
+        Args:
+            timesteps: int64 (B,) in 0..T-1.
+            gamma: above 0; 5 in the paper.
+
+        Returns:
+            float32 (B,).
+        """
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        table = snr.clamp(max=gamma) / (snr + 1 if self.prediction_type == "v_prediction" else snr)
+        return table.float().to(timesteps.device)[timesteps]
+
     def vlb_term(
         self,
         predicted_noise: torch.Tensor,

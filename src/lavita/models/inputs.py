@@ -83,6 +83,18 @@ def check_fields(config: Mapping[str, Any]) -> None:
     ):
         if config[name] not in allowed:
             raise ValueError(f"{name} is {config[name]!r}; allowed: {', '.join(allowed)}")
+    if config["prediction_type"] == "flow" and config["learn_sigma"]:
+        raise ValueError("learn_sigma is true, but must be false with prediction_type flow: a flow has no variance")
+    if config["flow_shift"] is not None and (config["prediction_type"] != "flow" or config["flow_shift"] <= 0):
+        raise ValueError(f"flow_shift is {config['flow_shift']}, but must be above 0, and None for a model of no flow")
+    statistics = [config["latent_mean"], config["latent_std"]]
+    if statistics != [None, None]:
+        channels = config["in_channels"]
+        if any(values is None or len(values) != channels for values in statistics) or min(statistics[1]) <= 0:
+            raise ValueError(
+                f"latent_mean is {statistics[0]} and latent_std {statistics[1]}, but latent_mean and latent_std are "
+                f"lists of one number for each of the {channels} channels, and deviations are above 0"
+            )
     if num_classes and text_dim:
         raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but a model has classes or texts")
     if config["num_blocks"] > MOST_BLOCKS:

@@ -42,7 +42,7 @@ class TransformerOutput(BaseOutput):
     """Output of the model."""
 
     sample: torch.Tensor
-    """(B, F, 2C, H, W) with `learn_sigma`: predicted noise (or velocity, by the configuration's `prediction_type`),
+    """(B, F, 2C, H, W) with `learn_sigma`: predicted noise (or a velocity, by the configuration's `prediction_type`),
     then predicted variance; else (B, F, C, H, W)."""
 
 
@@ -78,13 +78,16 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         text_encoder: str | None = None,
         learn_sigma: bool = True,
         prediction_type: str = "epsilon",
+        flow_shift: float | None = None,
+        latent_mean: list[float] | None = None,
+        latent_std: list[float] | None = None,
         frame_interval: int = 1,
         fps: float = 8.0,
     ) -> None:
         """Builds the model; at initialisation its output is exactly zero.
 
-        `class_names`, `text_encoder`, `prediction_type`, `frame_interval` and `fps` are facts about the weights: they
-        change nothing in the forward pass, but sampling needs them.
+        `class_names`, `text_encoder`, `prediction_type`, `flow_shift`, `latent_mean`, `latent_std`, `frame_interval`
+        and `fps` are facts about the weights: they change nothing in the forward pass, but sampling needs them.
 
         Args:
             sample_size: H = W of the latents.
@@ -108,7 +111,13 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             text_dim: width of the pooled text embeddings of a text-conditional model (Sec. 4.4); 0 for none.
             text_encoder: path or hub id of the encoder of the text embeddings.
             learn_sigma: predict the variance, too.
-            prediction_type: what the weights predict: `epsilon` or `v_prediction` (see `diffusion`).
+            prediction_type: what the weights predict: `epsilon` or `v_prediction` (see `diffusion`), or `flow` (see
+                `flow`), without `learn_sigma`.
+            flow_shift: shift of the timesteps that a flow was trained at, and should be sampled at (see
+                `flow.shift_time`); None is 1.
+            latent_mean: mean of each channel of the scaled latents, which was subtracted in training (see
+                `latent_statistics`); None if the model takes scaled latents as they are.
+            latent_std: standard deviation of each channel, by which they were divided; together with `latent_mean`.
             frame_interval: frame interval of the training clips.
             fps: frames per second of a generated video: the data's divided by `frame_interval`.
 
@@ -223,7 +232,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
 
         Args:
             latents: noisy latents (B, F, C, H, W).
-            timesteps: (B,) or a scalar, in 0..999.
+            timesteps: (B,) or a scalar, in 0..999; for a flow floats in 0..1000.
             class_labels: for a model with classes, in 0..num_classes, where the last means "no label": (B,), or with
                 `num_images` (B, 1 + I), the video's label and each image's own.
             text_embeds: for a model with texts, pooled embeddings (B, text_dim) or (B, 1 + I, text_dim).

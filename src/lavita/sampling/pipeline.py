@@ -26,6 +26,7 @@ from lavita.models.autoencoder import AutoencoderKL, check_autoencoder, decode
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
+from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
@@ -33,7 +34,10 @@ from lavita.sampling.schedulers import (
     SCHEDULER_CLASSES,
     Scheduler,
     denoise_step,
+    initial_scale,
     make_scheduler,
+    model_input,
+    prediction_of,
     set_timesteps,
     uses_learned_variance,
 )
@@ -73,7 +77,7 @@ class LavitaPipeline(DiffusionPipeline):
         channels, expected = transformer.config["in_channels"], vae.config["latent_channels"]
         if channels != expected:
             raise ValueError(f"the transformer has {channels} latent channels, but the autoencoder has {expected}")
-        predicted, taken = transformer.config["prediction_type"], scheduler.config["prediction_type"]
+        predicted, taken = transformer.config["prediction_type"], prediction_of(scheduler)
         if predicted != taken:
             raise ValueError(f"the transformer predicts {predicted}, but the scheduler expects {taken}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -96,8 +100,7 @@ class LavitaPipeline(DiffusionPipeline):
 
     def use_sampler(self, sampler: str, spacing: Spacing = "trailing") -> None:
         """Replaces the scheduler by another that fits the model; see `make_scheduler` for names and errors."""
-        config = self.transformer.config
-        self.scheduler = make_scheduler(sampler, config["learn_sigma"], config["prediction_type"], spacing)
+        self.scheduler = _scheduler_for(self.transformer, sampler, spacing)
 
     @torch.no_grad()
     def __call__(
@@ -131,14 +134,15 @@ class LavitaPipeline(DiffusionPipeline):
             num_videos: number of videos of an unconditional model; 1 by default.
             num_frames: F; by default the length of the training clips. Positions of longer clips are interpolated
                 (see `embeddings.frame_positions`), with a warning.
-            num_inference_steps: steps; each is one evaluation of the network, on twice the batch with guidance.
+            num_inference_steps: steps; each is one evaluation of the network (with the sampler `heun` two, except for
+                the last step), on twice the batch with guidance.
             guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
             guidance_interval: lowest and highest timestep with guidance; by default all (see `denoiser.Guidance`).
             use_temporal: False leaves the temporal modules out: every frame is an image of its own (A.4).
             generator: one for all videos, or one per video, so that a video depends on its own generator only. CPU
                 generators give the same noise on every device.
             latents: initial noise (B, F, C, h, w), instead of noise from the generator.
-            output_type: `uint8` frames, or scaled `latent`s.
+            output_type: `uint8` frames, or scaled `latent`s, not normalised.
             precision: see `core.precision.autocast`.
             cache: step cache that reuses parts of earlier evaluations (see `StepCache`); by default none.
 
@@ -180,10 +184,10 @@ class LavitaPipeline(DiffusionPipeline):
             self.transformer, timesteps, label_tensor, text_tensor, guidance, use_temporal, precision, cache
         )
         learned_variance = uses_learned_variance(self.scheduler)
-        state = latents.to(device).transpose(1, 2) * self.scheduler.init_noise_sigma  # (B, C, F, h, w)
+        state = latents.to(device).transpose(1, 2) * initial_scale(self.scheduler)  # (B, C, F, h, w)
         with denoiser.loop():
             for index, timestep in enumerate(self.progress_bar(timesteps)):
-                scaled = self.scheduler.scale_model_input(state, timestep).transpose(1, 2)  # (B, F, C, h, w)
+                scaled = model_input(self.scheduler, state, timestep).transpose(1, 2)  # (B, F, C, h, w)
                 prediction, variance = denoiser(index, scaled)
                 if learned_variance:
                     prediction = torch.cat([prediction, variance], dim=2)
@@ -194,6 +198,8 @@ class LavitaPipeline(DiffusionPipeline):
                 f"the latents are not finite after {num_inference_steps} steps with guidance_scale {guidance_scale:g}: "
                 "the weights are not those of a trained model, or numbers became too large for the precision"
             )
+        if (statistics := LatentStatistics.of(config)) is not None:
+            latents = statistics.denormalize(latents)
         result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
         return LavitaPipelineOutput(frames=result)
 
@@ -340,10 +346,14 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
 
 def make_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL) -> LavitaPipeline:
     """Makes the pipeline of a model, with UniPC as its sampler."""
-    scheduler = make_scheduler("unipc", model.config["learn_sigma"], model.config["prediction_type"])
-    pipeline = LavitaPipeline(model, vae, scheduler)
+    pipeline = LavitaPipeline(model, vae, _scheduler_for(model, "unipc"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _scheduler_for(model: LavitaTransformer3DModel, sampler: str, spacing: Spacing = "trailing") -> Scheduler:
+    config = model.config
+    return make_scheduler(sampler, config["learn_sigma"], config["prediction_type"], spacing, config["flow_shift"])
 
 
 def save_pipeline(pipeline: LavitaPipeline, folder: Path, adapters: Adapters | None = None) -> None:

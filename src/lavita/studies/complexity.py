@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -191,7 +192,8 @@ def print_complexity(name: str, cost: Complexity, console: Console | None = None
     """
     console = console or Console()
     config = cost.config
-    table = Table(title=f"{name}: variant {config['variant']}, {config['num_blocks']} blocks", title_justify="left")
+    title = escape(f"{name}: variant {config['variant']}, {config['num_blocks']} blocks")
+    table = Table(title=title, title_justify="left")
     for heading in ("part", "parameters, M", "share", "MACs, G", "share"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for label, part in cost.parts.items():

@@ -26,9 +26,11 @@ from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import RunConfig
 from lavita.training.data_record import check_contents
 from lavita.training.finetune import read_fresh, trained_parameters
+from lavita.training.normalization import latent_statistics
 from lavita.training.run_folder import RESUMABLE, check_resumable
 from lavita.training.setup import build_model, build_state, check_batch_size, check_resolution
 from lavita.training.step import train_step
+from lavita.training.timesteps import Timesteps
 from lavita.training.validation import HeldOut
 
 STEPS = 2
@@ -90,10 +92,11 @@ def dry_run(config: RunConfig) -> DryRun:
     device = pick_device(settings.device)
     vae = load_autoencoder(autoencoder_source(config.autoencoder, data.resolution), device)
     check_resolution(config, vae)
-    batches = BatchMaker(data, settings, vae, config.model.class_dropout)
+    batches = BatchMaker(data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae))
     check_contents(config.run_dir, batches.contents())
     if batches.captions is not None:
         batches.embed_captions(lambda texts: _stand_in_embeddings(texts, config, device))
+    batches.statistics = latent_statistics(config, batches.source)
     held_out = None
     if data.validation is not None:
         held_out = HeldOut.open(data, settings.precision, vae, batches.source.catalog)
@@ -101,7 +104,13 @@ def dry_run(config: RunConfig) -> DryRun:
     with torch.device("meta"):
         outline = build_model(config, vae, batches)
     precision = _precision_name(low_precision(device, settings.precision))
-    setting = Setting(settings.optimizer, settings.gradient_checkpointing, precision, settings.accumulation)
+    setting = Setting(
+        settings.optimizer,
+        settings.gradient_checkpointing,
+        precision,
+        settings.accumulation,
+        num_averages=1 + len(settings.power_ema),
+    )
     micro = settings.batch_size // settings.accumulation
     memory = training_memory(outline.config, micro, num_images=data.num_images, setting=setting)
     free = available_memory(device)

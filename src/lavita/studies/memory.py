@@ -43,6 +43,7 @@ from lavita.studies.live_storages import (
 )
 from lavita.training.batches import Batch
 from lavita.training.config import TrainConfig
+from lavita.training.power_ema import PowerEMA
 from lavita.training.state import TrainState
 from lavita.training.step import train_step, update
 
@@ -68,6 +69,8 @@ class Setting:
     processes: int = 1
     sharded: bool = False
     """Shard the model over the processes (FSDP2) instead of copying it to each (DDP)."""
+    num_averages: int = 1
+    """Averages of the weights: `train.ema_decay` keeps one, and each length of `train.power_ema` another."""
 
     def __post_init__(self) -> None:
         """Refuses what training would refuse; ValueError names the field."""
@@ -77,7 +80,7 @@ class Setting:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        for name in ("accumulation", "processes"):
+        for name in ("accumulation", "num_averages", "processes"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be in 1..{MOST}")
         if self.sharded and self.processes == 1:
@@ -292,6 +295,7 @@ def _rehearse_training(
     )
     checkpoint_blocks(model, setting.gradient_checkpointing)
     state = TrainState.build(model, settings, torch.device("cpu"))
+    state.power = [PowerEMA(model, 0.1) for _ in range(setting.num_averages - 1)]
     for parameter in state.parameters:
         parameter.grad = torch.zeros_like(parameter)
     update(state, torch.zeros(len(inputs["latents"])), settings)
@@ -309,7 +313,7 @@ def _rehearse_training(
     micro = len(batch.latents) // micro_batches
     waiting += [torch.zeros_like(batch.latents[:micro]) for _ in range(4 * (setting.accumulation - micro_batches))]
     live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
-    live.name(AVERAGE, state.ema.weights.values())
+    live.name(AVERAGE, (tensor for average in (state.ema, *state.power) for tensor in average.weights.values()))
     live.name(OPTIMIZER, (leaf for optimizer in state.optimizers for leaf in tensors_in(optimizer.state_dict())))
     live.name(BATCH, (*tensors_in(inputs), batch.noise, *waiting))
 

@@ -20,8 +20,10 @@ from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.latent_statistics import LatentStatistics
 from lavita.training.config import TrainConfig
 from lavita.training.data_record import Contents, video_facts
+from lavita.training.timesteps import Timesteps
 from lavita.video.formats import VideoError
 
 MOST_ATTEMPTS = 20
@@ -37,7 +39,7 @@ class Batch:
     noise: torch.Tensor
     """Standard normal, like `latents`."""
     timesteps: torch.Tensor
-    """int64 (B,) in 0..T-1."""
+    """int64 (B,) in 0..T-1, or for a flow float32 (B,) in 0..T."""
     class_labels: torch.Tensor | None
     """int64 (B,) or, with images, (B, 1 + I); a dropped label is the null class. None without classes."""
     text_embeds: torch.Tensor | None
@@ -102,7 +104,14 @@ def random_batch(
 class BatchMaker:
     """Reads the clips of a step and draws all that is random in it."""
 
-    def __init__(self, data: DataConfig, settings: TrainConfig, vae: AutoencoderKL, class_dropout: float) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        settings: TrainConfig,
+        vae: AutoencoderKL,
+        class_dropout: float,
+        timesteps: Timesteps | None = None,
+    ) -> None:
         """Opens the videos or the cache, the images, and the tables of captions.
 
         Args:
@@ -110,6 +119,7 @@ class BatchMaker:
             settings: batch size, seed, and the precision of the autoencoder.
             vae: the autoencoder of the run.
             class_dropout: probability of dropping a clip's label or caption.
+            timesteps: the distribution of the timesteps; by default all integers alike.
 
         Raises:
             ValueError: if data, configuration and autoencoder do not fit together.
@@ -118,6 +128,9 @@ class BatchMaker:
         self.seed, self.batch_size, self.broken = seed, settings.batch_size, data.broken
         self._unreadable: set[Path] = set()
         self.num_images, self.dropout = data.num_images, class_dropout
+        self.timesteps = timesteps or Timesteps()
+        self.statistics: LatentStatistics | None = None
+        """The statistics that latents are normalised with, once they are known; None leaves latents as they are."""
         self.source = open_videos(data, vae, settings.precision)
         tables: list[tuple[Mapping[str, tuple[str, ...]], Catalog]] = []
         if data.captions is not None:
@@ -189,9 +202,10 @@ class BatchMaker:
             parts = [clip_latents[row], *image_latents[row * count : (row + 1) * count]]
             mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (F + I, C, h, w)
             random = generator(self.seed, "step", step, index)
-            latents.append(mean + std * torch.randn(mean.shape, generator=random))
+            sampled = mean + std * torch.randn(mean.shape, generator=random)
+            latents.append(sampled if self.statistics is None else self.statistics.normalize(sampled))
             noises.append(torch.randn(mean.shape, generator=random))
-            timesteps.append(torch.randint(0, NUM_TIMESTEPS, (), generator=random))
+            timesteps.append(self.timesteps.draw(random))
             drops.append(torch.rand(1 + count, generator=random) < self.dropout)
         batch = Batch(torch.stack(latents), torch.stack(noises), torch.stack(timesteps), None, None, count, clips)
         if not self.class_names and self.captions is None:

@@ -12,6 +12,10 @@ from lavita.data.config import DataConfig
 from lavita.models.config import DEFAULT_TUBE_SIZE, ModelConfig
 
 VALIDATION_CLIPS = 64
+MIN_SNR_GAMMA = 5.0
+LEAST_LENGTH, MOST_LENGTH = 0.01, 0.28
+"""Relative lengths of averages that can be tracked and reconstructed; a mean over the whole run has 0.289."""
+TimestepSampling = Literal["uniform", "logit_normal"]
 
 
 class TrainConfig(StrictConfig):
@@ -57,8 +61,24 @@ class TrainConfig(StrictConfig):
     """Decoupled weight decay."""
     clip_grad_norm: float = Field(1.0, gt=0)
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """Distribution of the timesteps of a flow: `uniform`; or `logit_normal`, which has most of them between data and
+    noise, where the velocity is hardest to predict (Esser et al. 2024). Needs `model.prediction_type=flow`."""
+    timestep_shift: PositiveFloat | Literal["auto"] = 1.0
+    """Shift of the timesteps of a flow, in training and sampling: 1 for none, more for more noise. `auto`: the square
+    root of the number of latent positions of a clip over 1,024, at least 1. Needs `model.prediction_type=flow`."""
+    loss_weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weights of the timesteps in the loss of noise or velocity. `uniform`: all have the same, as in the paper;
+    `min_snr`: timesteps with little noise, which tell the least about a clip, count less (Hang et al. 2023). Validation
+    is not weighted."""
+    min_snr_gamma: float = Field(MIN_SNR_GAMMA, gt=0)
+    """Largest weight of a timestep in terms of the clean latents, with `loss_weighting=min_snr`."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights; it is lower during the first steps (`ema.decay_at`)."""
+    power_ema: list[float] = Field(default_factory=list)
+    """Relative lengths of further averages, which are stored in `averages/` with each checkpoint and kept for good:
+    with `[0.05, 0.1]`, `lavita average` makes the average of any length after training (Karras et al. 2024). Each takes
+    as much memory as the weights. Default: none."""
     gradient_checkpointing: Literal[True, False, "cheap"] = False
     """`true`: keep only the inputs of the blocks and recompute the rest in the backward pass, which gives the same
     gradients with less memory and takes about a third longer. `cheap`: also keep the matrix products and recompute only
@@ -111,6 +131,10 @@ class TrainConfig(StrictConfig):
             raise ValueError(f"trackers is {self.trackers}, but each may be named once")
         if self.validation_clips != VALIDATION_CLIPS and not self.validate_every:
             raise ValueError(f"validation_clips is {self.validation_clips}, but has no effect with validate_every=0")
+        if self.min_snr_gamma != MIN_SNR_GAMMA and self.loss_weighting != "min_snr":
+            raise ValueError(
+                f"min_snr_gamma is {self.min_snr_gamma:g}, but has no effect with loss_weighting={self.loss_weighting}"
+            )
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, but must divide batch_size ({self.batch_size})")
         if self.compile and self.gradient_checkpointing == "cheap":
@@ -124,6 +148,12 @@ class TrainConfig(StrictConfig):
                 f"keep_best is set, but validate_every is {self.validate_every}: it must divide checkpoint_every "
                 f"({self.checkpoint_every}), so that each checkpoint has its validation loss"
             )
+        if any(not LEAST_LENGTH <= length <= MOST_LENGTH for length in self.power_ema):
+            raise ValueError(f"power_ema is {self.power_ema}, but each must be in {LEAST_LENGTH:g} to {MOST_LENGTH:g}")
+        if len(set(self.power_ema)) < len(self.power_ema):
+            raise ValueError(f"power_ema is {self.power_ema}, but each may be given once")
+        if self.power_ema and self.lora_rank:
+            raise ValueError(f"power_ema is {self.power_ema}, but adapters have no such averages: set lora_rank=0")
         if self.init_weights is not None and self.init_from is None:
             raise ValueError("init_weights is set, but has no effect without init_from")
         for key in ("freeze", "lora_rank"):
@@ -167,6 +197,17 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"train.score_every is {self.train.score_every}, but needs data.dataset=folder: it compares with every "
                 "video in data.path"
+            )
+        for key in ("timestep_sampling", "timestep_shift"):
+            value = getattr(self.train, key)
+            if value != TrainConfig.model_fields[key].default and model.prediction_type != "flow":
+                raise ValueError(
+                    f"train.{key} is {value}, but has no effect with model.prediction_type={model.prediction_type}"
+                )
+        if self.train.loss_weighting == "min_snr" and model.prediction_type == "flow":
+            raise ValueError(
+                "train.loss_weighting is min_snr, but is for model.prediction_type=epsilon and v_prediction: a flow "
+                "weights its timesteps by train.timestep_sampling"
             )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")

@@ -24,4 +24,8 @@ class EMA:
     def update(self, step: int) -> None:
         """Moves the averages towards the weights after optimizer step `step` (from 1)."""
         current = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay_at(self.decay, step))
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - self.decay_of(step))
+
+    def decay_of(self, step: int) -> float:
+        """The decay at a step (from 1)."""
+        return decay_at(self.decay, step)

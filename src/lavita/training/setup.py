@@ -24,6 +24,7 @@ from lavita.models.autoencoder import AutoencoderKL, downsampling, latent_size, 
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
+from lavita.models.flow import FLOW
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.packaged import autoencoder_source
 from lavita.models.presets import preset_sizes
@@ -35,9 +36,11 @@ from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
 from lavita.training.config import RunConfig, TrainConfig
 from lavita.training.data_record import check_contents, write_contents
 from lavita.training.finetune import prepare, read_fresh, trained_parameters, write_fresh
+from lavita.training.normalization import latent_statistics
 from lavita.training.run_folder import RESUMABLE, Metrics, check_resumable
 from lavita.training.scoring import TrackingOptions, TrainingScorer
 from lavita.training.state import TrainState
+from lavita.training.timesteps import Timesteps
 from lavita.training.trackers import Trackers
 from lavita.training.validation import Validation
 
@@ -82,14 +85,16 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
     check_resolution(config, vae)
     texts = texts_folder(config.data.latent_cache, run_dir)
     encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
-    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout)
+    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae))
     contents = batches.contents()
     check_contents(run_dir, contents)
     if batches.captions is not None:
         batches.embed_captions(encoder)
+    batches.statistics = latent_statistics(config, batches.source, team)
     validation = None
     if config.data.validation is not None:
-        validation = Validation(config.data, settings, vae, batches.source.catalog, encoder, team)
+        training = batches.source.catalog
+        validation = Validation(config.data, settings, vae, training, encoder, team, batches.statistics)
     model = build_model(config, vae, batches).to(device)
     fresh = _initialize(model, config, team)
     state = build_state(model, settings, fresh, device, team)
@@ -157,6 +162,7 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
     """The freshly initialised model of a run, on the CPU; its configuration carries the facts about the data."""
     names, table = list(batches.class_names), batches.text_table
     rates = sorted(video.info.fps for video in batches.source.catalog.videos)
+    statistics = {} if batches.statistics is None else batches.statistics.fields()
     torch.manual_seed(config.train.seed)
     return LavitaTransformer3DModel.from_preset(
         config.model.preset,
@@ -167,6 +173,7 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
         temporal_position=config.model.temporal_position,
         learn_sigma=config.model.learn_sigma,
         prediction_type=config.model.prediction_type,
+        flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         sample_size=latent_size(vae, config.data.resolution),
         in_channels=vae.config["latent_channels"],
         num_frames=config.data.num_frames,
@@ -176,6 +183,7 @@ def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> L
         text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
         frame_interval=config.data.frame_interval,
         fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
+        **statistics,
     )
 
 

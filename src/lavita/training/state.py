@@ -10,13 +10,14 @@ from torch import nn
 
 from lavita.core.precision import low_precision
 from lavita.core.processes import Processes
-from lavita.models.diffusion import GaussianDiffusion
+from lavita.models.flow import Objective, make_objective
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.checkpoint import Checkpoint
 from lavita.training.config import TrainConfig
 from lavita.training.ema import EMA
 from lavita.training.optimizers import make_optimizers
 from lavita.training.parallel import ParallelModel
+from lavita.training.power_ema import PowerEMA
 from lavita.training.stability import LossScale, StepGuard
 
 
@@ -28,7 +29,7 @@ class TrainState:
     """In training mode; only the parameters that require gradients are trained. Sharded if `parallel` shards it."""
     parallel: ParallelModel
     """Calls the model; its gradients are means over all processes."""
-    diffusion: GaussianDiffusion
+    diffusion: Objective
     """The objective."""
     ema: EMA
     optimizers: list[torch.optim.Optimizer]
@@ -36,6 +37,8 @@ class TrainState:
     scale: LossScale
     step: int = 0
     """Optimizer steps done, skipped ones included."""
+    power: list[PowerEMA] = field(default_factory=list)
+    """Further averages, for `power_ema.reconstruct`."""
     losses: list[float] = field(default_factory=list)
     """Losses of the steps since the last line of the metrics."""
 
@@ -67,16 +70,24 @@ class TrainState:
         return cls(
             model=model,
             parallel=parallel,
-            diffusion=GaussianDiffusion(model.config["prediction_type"]),
+            diffusion=make_objective(model.config["prediction_type"]),
             ema=EMA(model, settings.ema_decay),
             optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
             guard=StepGuard(settings.spike_factor),
+            power=[PowerEMA(model, length) for length in settings.power_ema],
             scale=LossScale(low_precision(device, settings.precision) == torch.float16),
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint, see `training_tensors`."""
-        return training_tensors(self.model, self.ema, self.optimizers)
+        """The tensors of a checkpoint: `training_tensors`, and the further averages."""
+        return training_tensors(self.model, self.ema, self.optimizers) | self._power_tensors()
+
+    def _power_tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"power_ema.{average.sigma_rel:g}.{name}": tensor
+            for average in self.power
+            for name, tensor in average.weights.items()
+        }
 
     def facts(self) -> dict[str, Any]:
         """The other contents of a checkpoint, except for the step: values that JSON can hold."""
@@ -89,6 +100,7 @@ class TrainState:
             ValueError: if the checkpoint belongs to another model.
         """
         restore_training(checkpoint, self.model, self.ema, self.optimizers)
+        checkpoint.read(self._power_tensors())
         self.guard.restore(checkpoint.facts["guard"])
         self.scale.restore(checkpoint.facts["loss_scale"])
         self.step, self.losses = checkpoint.step, checkpoint.facts["losses"]

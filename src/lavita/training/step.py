@@ -8,6 +8,8 @@ import torch
 
 from lavita.core.precision import autocast
 from lavita.core.processes import Processes, sum_over, whole
+from lavita.models.diffusion import GaussianDiffusion
+from lavita.models.flow import Objective
 from lavita.training.batches import Batch
 from lavita.training.config import TrainConfig
 from lavita.training.optimizers import set_learning_rate
@@ -68,10 +70,32 @@ def compute_gradients(state: TrainState, batch: Batch, settings: TrainConfig) ->
                 output = state.parallel(
                     noisy, part.timesteps, part.class_labels, part.text_embeds, num_images=part.num_images
                 )
-            losses = state.diffusion.losses(output, part.latents, part.timesteps, part.noise).total
+            losses = training_losses(state.diffusion, output, part, settings)
             (losses.mean() * (state.scale.value / settings.accumulation)).backward()
         clip_losses.append(losses.detach())
     return torch.cat(clip_losses)
+
+
+def training_losses(objective: Objective, output: torch.Tensor, batch: Batch, settings: TrainConfig) -> torch.Tensor:
+    """The losses that are trained on, float32 (B,): with `settings.loss_weighting`, which validation does not have.
+
+    Args:
+        objective: the objective.
+        output: the model's output for the clips of the batch.
+        batch: the clips, on the device of the output.
+        settings: the weighting; the bound that trains a learned variance is not weighted.
+
+    Raises:
+        ValueError: for weights that the objective does not have.
+    """
+    losses = objective.losses(output, batch.latents, batch.timesteps, batch.noise)
+    if settings.loss_weighting == "uniform":
+        return losses.total
+    if not isinstance(objective, GaussianDiffusion):
+        raise ValueError(
+            f"loss_weighting is min_snr, but has no effect with prediction_type={objective.prediction_type}"
+        )
+    return objective.min_snr_weights(batch.timesteps, settings.min_snr_gamma) * losses.mse + losses.vlb
 
 
 def update(
@@ -104,6 +128,8 @@ def update(
     state.step += 1
     if taken:
         state.ema.update(state.step)
+    for average in state.power:
+        average.update(state.step)  # also after a step that was not taken: time passes for the weights that stay
     loss = sum_over(team, torch.tensor([own_loss], dtype=torch.float64)).item() / team.count
     if taken:
         state.losses.append(loss)

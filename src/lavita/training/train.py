@@ -16,6 +16,7 @@ from lavita.sampling.pipeline import make_pipeline, save_pipeline
 from lavita.training.batches import Batch
 from lavita.training.checkpoint import Keep, save_checkpoint
 from lavita.training.config import RunConfig
+from lavita.training.power_ema import save_snapshot
 from lavita.training.run_folder import Stopped, only_run, stop_requested
 from lavita.training.setup import Run, model_facts, open_run
 from lavita.training.snapshots import averaged_model, write_samples
@@ -30,8 +31,8 @@ def train(config: RunConfig) -> Path:
     """Trains a model, resuming from the run folder's last checkpoint, and writes `<run_dir>/pipeline`.
 
     Under `torchrun` the processes share each batch; they need one run folder that all of them see. It also holds
-    `config.yaml`, `videos.json`, `metrics.jsonl`, `events.jsonl`, `validation.jsonl`, `scores.jsonl`, `checkpoints/`
-    and `samples/`.
+    `config.yaml`, `videos.json`, `metrics.jsonl`, `events.jsonl`, `validation.jsonl`, `scores.jsonl`, `checkpoints/`,
+    `averages/` and `samples/`.
 
     Args:
         config: the run.
@@ -113,6 +114,8 @@ def _loop(config: RunConfig, run: Run, team: Processes, stop: list[int]) -> None
                     **state.facts(),
                     "validation_loss": validation_loss,
                 }
+                if state.power and due(settings.checkpoint_every):
+                    save_snapshot(run_dir, state.step, state.power, team)
                 save_checkpoint(run_dir / "checkpoints", state.step, state.tensors(), facts, keep, team)
             since, clips = time.monotonic(), 0
             if stopping:

@@ -19,7 +19,9 @@ from lavita.data.clip_sources import ClipSource, open_validation
 from lavita.data.clips import ClipSampler
 from lavita.data.config import DataConfig
 from lavita.models.autoencoder import AutoencoderKL
-from lavita.models.diffusion import NUM_TIMESTEPS, GaussianDiffusion
+from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.flow import Objective
+from lavita.models.latent_statistics import LatentStatistics
 from lavita.training.config import TrainConfig
 
 LEVELS = 10
@@ -75,6 +77,7 @@ class Validation:
         training: Catalog,
         embed: Callable[[Sequence[str]], torch.Tensor] | None = None,
         team: Processes | None = None,
+        statistics: LatentStatistics | None = None,
     ) -> None:
         """Chooses the clips and reads the latents of this process's share of them, once.
 
@@ -85,6 +88,7 @@ class Validation:
             training: the training videos, for their classes; none of them may be held out.
             embed: turns texts into embeddings, float32 (B, text_dim); needed with captions.
             team: the processes, which share the clips.
+            statistics: the statistics that the model's latents are normalised with, if they are.
 
         Raises:
             ValueError: if held-out and training videos, captions and autoencoder do not fit together.
@@ -99,10 +103,11 @@ class Validation:
         draws = [sampler.draw(0, index) for index in range(count)]
         self._own = self._team.share(range(count))
         clips = held_out.source.read_many([draws[index] for index in self._own], data.num_frames, data.frame_interval)
-        self._latents = [
+        sampled = (
             mean + std * torch.randn(mean.shape, generator=generator(seed, "validation", index))
             for index, (mean, std) in zip(self._own, clips, strict=True)
-        ]
+        )
+        self.latents = [clip if statistics is None else statistics.normalize(clip) for clip in sampled]
         """z_0 of each clip of this process, (F, C, h, w)."""
         self._labels: torch.Tensor | None = None
         self._embeds: torch.Tensor | None = None
@@ -118,7 +123,7 @@ class Validation:
 
     @torch.no_grad()
     def evaluate(
-        self, model: torch.nn.Module, diffusion: GaussianDiffusion, device: torch.device, precision: Precision
+        self, model: torch.nn.Module, diffusion: Objective, device: torch.device, precision: Precision
     ) -> dict[str, Any]:
         """The loss of a model; all processes of the team call this together.
 
@@ -139,8 +144,8 @@ class Validation:
         count = self._settings.validation_clips
         # Every process makes as many forward passes as the first one: the shards of a model take part in each.
         for turn in range(-(-count // self._team.count)):
-            rows = self._losses(min(turn, len(self._latents) - 1), model, diffusion, device, precision)
-            if turn < len(self._latents):
+            rows = self._losses(min(turn, len(self.latents) - 1), model, diffusion, device, precision)
+            if turn < len(self.latents):
                 values.append(rows)
         model.train(training)
         table = np.array(self._team.collect(values), dtype=np.float64)  # (clips, 2, LEVELS)
@@ -156,13 +161,13 @@ class Validation:
         self,
         index: int,
         model: torch.nn.Module,
-        diffusion: GaussianDiffusion,
+        diffusion: Objective,
         device: torch.device,
         precision: Precision,
     ) -> list[list[float]]:
         """The hybrid loss and L_simple of this process's `index`-th clip at each level."""
         random = generator(self._settings.seed, "validation", self._own[index], "noise")
-        clip = self._latents[index]
+        clip = self.latents[index]
         width = NUM_TIMESTEPS // LEVELS
         timesteps = torch.arange(LEVELS) * width + torch.randint(0, width, (LEVELS,), generator=random)
         noise = torch.randn((LEVELS, *clip.shape), generator=random)

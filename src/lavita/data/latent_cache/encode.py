@@ -42,6 +42,7 @@ from lavita.data.latent_cache.shards import (
     read_shard,
     write_shard,
 )
+from lavita.data.latent_cache.statistics import cache_statistics
 from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
 from lavita.models.fingerprint import fingerprint
 from lavita.video.formats import Frames, VideoError
@@ -163,7 +164,7 @@ def encode_dataset(
     rows = _manifest_rows(catalog, sources, shards)
     if not rows:
         raise ValueError(f"{catalog.root}: no video could be decoded; the first: {problems[0]}")
-    manifest = {**settings, "videos": rows, "broken": problems}
+    manifest = {**settings, **cache_statistics(rows, shards).fields(), "videos": rows, "broken": problems}
     write_manifest(folder, manifest)
     for file in shards.keys() - {row["shard"] for row in rows}:
         (folder / file).unlink()

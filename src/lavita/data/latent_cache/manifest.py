@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest of a finished cache: its settings, `videos` in the order of their data set, and `broken`.
 
+    Unless it was written before they were recorded, it also has the `LatentStatistics.fields`.
+
     Raises:
         ValueError: if the folder holds no finished cache of this version, or a name in its manifest leads out of it.
     """

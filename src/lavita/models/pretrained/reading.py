@@ -64,10 +64,9 @@ def open_source(source: str, weights: Weights | None) -> Source:
     """Reads the weights of a file, a folder, a hub id, or `builtin`; arguments and errors as in `initialize`."""
     source = model_source(source)
     path = Path(source)
-    is_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in (".pt", ".pth")
     if path.is_file():
         return read_file(source, weights)
-    if not path.exists() and not is_id:
+    if not path.exists() and not _is_hub_id(source):
         raise ValueError(f"{source}: no such file or folder; weights are a .pt file, a folder, a hub id, or `builtin`")
     if (path / "state.json").is_file() and path.parent.name == "checkpoints":
         raise ValueError(f"{source}: is a checkpoint of `lavita train`; give the folder of its run")
@@ -83,20 +82,50 @@ def open_source(source: str, weights: Weights | None) -> Source:
     return _read_folder(source)
 
 
-def _read_folder(source: str) -> Source:
-    """Reads a model in diffusers' layout, or a pipeline's `transformer`: a folder, or a hub id."""
-    config: dict[str, Any] = {}
-    options = hub_options(source)
+def read_config(source: str) -> dict[str, Any]:
+    """The configuration of pretrained weights, without reading these.
+
+    Args:
+        source: as for `open_source`.
+
+    Returns:
+        The fields of the constructor of its class; empty for a file, a folder without one, and a missing folder.
+
+    Raises:
+        ValueError: for a hub id, if the hub cannot be reached.
+    """
+    source = model_source(source)
+    if Path(source).is_file() or not (Path(source).exists() or _is_hub_id(source)):
+        return {}
+    if (Path(source) / "pipeline" / "transformer").is_dir():
+        source = str(Path(source) / "pipeline")
+    return _find_config(source, hub_options(source))[0]
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether a name can be that of a model of the hub."""
+    return (
+        source.count("/") == 1 and not source.startswith((".", "/", "~")) and Path(source).suffix not in (".pt", ".pth")
+    )
+
+
+def _find_config(source: str, options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The configuration of a model in diffusers' layout and the folder that it is in; empty if there is none."""
     problem: Exception | None = None
-    subfolder: str | None = None
     for subfolder in ("transformer", None):
         try:
-            config = LavitaTransformer3DModel.load_config(source, subfolder=subfolder, **options)
-            break
+            return dict(LavitaTransformer3DModel.load_config(source, subfolder=subfolder, **options)), subfolder
         except OSError as error:
             problem = error
-    if not config and problem is not None and options:
+    if problem is not None and options:
         raise cannot_load(source, "a model", problem, options) from problem
+    return {}, None
+
+
+def _read_folder(source: str) -> Source:
+    """Reads a model in diffusers' layout, or a pipeline's `transformer`: a folder, or a hub id."""
+    options = hub_options(source)
+    config, subfolder = _find_config(source, options)
     if not config:
         raise ValueError(f"{source}: holds no model (no config.json in it or in its folder `transformer`)")
     name = config.get("_class_name")
