@@ -111,6 +111,11 @@ def test_conditions_that_do_not_fit_are_refused(
         ({"hidden_size": 30}, "hidden_size is 30"),
         ({"num_classes": 2, "class_names": ["a"]}, "class_names has 1 names, but num_classes is 2"),
         # As a `config.json` from elsewhere may have them.
+        ({"sample_size": 2**31}, r"sample_size is 2147483648, but a table of 1152921504606846976 x hidden_size \(32\)"),
+        ({"num_frames": 2**40}, "num_frames is 1099511627776, but a table of"),
+        ({"num_classes": 2**40}, "num_classes is 1099511627776, but a table of"),
+        ({"hidden_size": 2**20}, "hidden_size is 1048576, but a table of"),
+        ({"num_blocks": 2**40}, "num_blocks is 1099511627776, but must be at most 4096"),
         ({"sample_size": "8"}, "sample_size is '8', but must be a whole number"),
         ({"num_blocks": 2.0}, "num_blocks is 2.0, but must be a whole number"),
         ({"num_frames": True}, "num_frames is True, but must be a whole number"),

@@ -233,6 +233,12 @@ def test_a_bad_option_is_one_line(options: str, message: str, run: Run) -> None:
     assert message in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("option", ["--batch-size", "--num-frames", "--num-images"])
+def test_numbers_that_are_out_of_reach(option: str, run: Run) -> None:
+    code, _, error = run("info", "tiny/8", option, str(2**63 - 1))
+    assert code == 2 and f"Invalid value for '{option}'" in error
+
+
 def test_fields_of_an_autoencoder_that_describe_none(
     save_pipeline: SavePipeline, make_transformer: MakeTransformer, run: Run
 ) -> None:

@@ -266,7 +266,10 @@ def test_damaged_and_repeated_lines(tmp_path: Path) -> None:
     (run / "validation.jsonl").write_text('{"step": 10, "lo')
     (run / "samples").mkdir()
     (run / "samples" / "step-00000040.png").write_bytes(b"\x89PNG half")
+    (run / "pipeline" / "transformer").mkdir(parents=True, exist_ok=True)
+    (run / "pipeline" / "transformer" / "a.safetensors").write_bytes(b"\xff" * 7 + b"\x7f{}")  # claims 2^63 bytes
     (parsed,) = read_runs([run])
+    assert parsed.parameters is None
     assert [row["step"] for row in parsed.metrics] == [1, 2, 3, 4, *range(6, 42)]
     assert np.isnan(parsed.metrics[-2]["loss"])
     assert parsed.damaged == ["metrics.jsonl: 2 damaged lines are ignored"]

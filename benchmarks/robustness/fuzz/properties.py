@@ -61,7 +61,7 @@ def no_crash(outcome: Outcome) -> str:
         return _last_line(outcome.errors)
     if outcome.code < 0:
         return f"killed by signal {-outcome.code}"
-    if outcome.code == 1 and "not finite" in _last_line(outcome.errors):
+    if outcome.code == 1 and re.match(r"error: .*\b(not finite|inf|nan)\b", _last_line(outcome.errors)):
         return ""
     return "" if outcome.code in (0, 2) else f"exit code {outcome.code}: {_last_line(outcome.errors)}"
 
@@ -186,7 +186,7 @@ def _last_line(text: str) -> str:
 
 
 def _names_something(message: str, outcome: Outcome) -> bool:
-    if re.search(r"[a-z]+[_.-][a-z]+|'[^']*'|\"[^\"]*\"|-[a-z]|/", message):
+    if re.search(r"[a-z]+[_.-][a-z]+|'[^']*'|\"[^\"]*\"|-[a-z0-9]|/", message):
         return True
     words = [
         word.strip(" -").removesuffix("s")

@@ -40,13 +40,15 @@ def info(
     ] = None,
     num_frames: Annotated[
         int | None,
-        typer.Option(min=1, help="Frames per clip. Default: 16, or what the folder says.", show_default=False),
+        typer.Option(
+            min=1, max=2**16, help="Frames per clip. Default: 16, or what the folder says.", show_default=False
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Clips per batch. Default: 1.", show_default=False)
+        int | None, typer.Option(min=1, max=2**16, help="Clips per batch. Default: 1.", show_default=False)
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(min=0, help="Images after each clip. Default: 0.", show_default=False)
+        int | None, typer.Option(min=0, max=2**16, help="Images after each clip. Default: 0.", show_default=False)
     ] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="Optimizer of the training: adamw or muon. Default: adamw.", show_default=False)

@@ -19,6 +19,8 @@ CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
 TEMPORAL_POSITIONS = ("absolute", "rope")
 
 
+MOST_BLOCKS, MOST_VALUES = 2**12, 2**31
+"""Limits that no real model comes near; a model is refused before memory is taken for what it claims."""
 _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     int: (
         *("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_blocks", "num_heads"),
@@ -95,7 +97,18 @@ def check_fields(config: Mapping[str, Any]) -> None:
             )
     if num_classes and text_dim:
         raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but a model has classes or texts")
+    if config["num_blocks"] > MOST_BLOCKS:
+        raise ValueError(f"num_blocks is {config['num_blocks']}, but must be at most {MOST_BLOCKS}")
     block_plan(config["variant"], config["num_blocks"])
+    for name, rows in (
+        *(("sample_size", (sample_size // patch_size) ** 2), ("num_frames", config["num_frames"])),
+        *(("num_classes", num_classes), ("text_dim", text_dim), ("hidden_size", hidden_size)),
+    ):
+        if rows * hidden_size > MOST_VALUES:
+            raise ValueError(
+                f"{name} is {config[name]}, but a table of {rows} x hidden_size ({hidden_size}) must have at most "
+                f"{MOST_VALUES} values"
+            )
     if config["variant"] == 4 and num_heads % 2:
         raise ValueError(f"num_heads is {num_heads}, but must be even for variant 4: half of them attend in time")
     if config["temporal_position"] == "rope" and hidden_size // num_heads % 2:

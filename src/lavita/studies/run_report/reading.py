@@ -233,8 +233,10 @@ def _count_parameters(folder: Path) -> int | None:
         try:
             with file.open("rb") as stream:
                 (size,) = struct.unpack("<Q", stream.read(8))
+                if size > os.fstat(stream.fileno()).st_size:
+                    return None
                 header = json.loads(stream.read(size))
-        except (OSError, struct.error, ValueError):
+            total += sum(math.prod(row["shape"]) for name, row in header.items() if name != "__metadata__")
+        except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        total += sum(math.prod(row["shape"]) for name, row in header.items() if name != "__metadata__")
     return total or None
