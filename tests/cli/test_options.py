@@ -41,7 +41,8 @@ def with_number(value: str) -> Iterator[tuple[str, list[str]]]:
         for parameter in inspect.signature(function).parameters.values():
             if parameter.default is parameter.empty:
                 is_option = isinstance(hints[parameter.name].__metadata__[0], OptionInfo)
-                needed += [f"--{parameter.name}", "x"] if is_option else ["x"]
+                option = f"--{parameter.name.replace('_', '-')}"
+                needed += [option, "x"] if is_option else ["x"]
         for name, hint in hints.items():
             if count := str(hint.__origin__ if hasattr(hint, "__metadata__") else hint).count("float"):
                 option = f"--{name.replace('_', '-')}"
