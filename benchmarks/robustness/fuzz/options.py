@@ -74,7 +74,7 @@ def build(rng: random.Random, folder: Path, material: Material) -> Case:
             arguments += given
     if words in NEVER_TO_THE_END:
         arguments += [rng.choice(["--steps", "--minutes", "--unknown", "--config"]), rng.choice(["x", "", "nan x"])]
-    if rng.random() < 0.05:
+    elif rng.random() < 0.05:
         arguments = rng.choice(
             [[], arguments[:-1], [*arguments, "--"], [*arguments, "--", "-x"], ["--help"], arguments * 2]
         )
