@@ -52,7 +52,9 @@ CASES: list[tuple[Callable[[Path], None], int, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("write", "num_videos", "num_classes", "left_out"), CASES, ids=lambda part: str(part)[10:30])
+@pytest.mark.parametrize(
+    ("write", "num_videos", "num_classes", "left_out"), CASES, ids=[case[0].__name__ for case in CASES]
+)
 def test_every_command_finds_the_same_videos(
     run: Run,
     make_config: MakeConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lavita.core import progress
-from lavita.core.progress import Progress, clock
+from lavita.core.progress import Progress, clock, say
 
 
 def test_the_time_left_is_that_of_the_rest_at_the_speed_so_far(
@@ -32,3 +32,12 @@ def test_the_time_left_is_that_of_the_rest_at_the_speed_so_far(
 )
 def test_durations(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_one_of_several_processes_says_a_thing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        say("3 videos are left out")
+    assert capsys.readouterr().err == "3 videos are left out\n"

@@ -1,7 +1,8 @@
-"""A progress line with an ETA."""
+"""A progress line with an ETA, and notes about the data, on stderr."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -44,6 +45,12 @@ class Progress:
         if not self._active:
             return
         print(f"\r{text.ljust(self._width)}" if self._live else text, file=sys.stderr, flush=True)
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr; of the processes that `torchrun` started, only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def clock(seconds: float) -> str:

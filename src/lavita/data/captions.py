@@ -6,12 +6,12 @@ import ast
 import json
 import math
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lavita.core.progress import say
 from lavita.core.seeds import numpy_generator
 from lavita.core.text import by_normal_name, normal_name
 from lavita.data.catalog import Catalog
@@ -124,20 +124,18 @@ def match_captions(
             f"{table.example or 'none'!r}, the folder holds {catalog.videos[0].name!r}"
         )
     if table.num_unused:
-        print(
+        say(
             f"{file}: {table.num_unused:,} of {table.num_rows:,} rows are about files that are not in {catalog.root}, "
             f"such as {table.example}",
-            file=sys.stderr,
         )
     if table.num_empty:
-        print(f"{file}: {table.num_empty:,} of {table.num_rows:,} rows have no caption", file=sys.stderr)
+        say(f"{file}: {table.num_empty:,} of {table.num_rows:,} rows have no caption")
     if without := [video.name for video in catalog.videos if video.name not in table.captions]:
         if broken == "error":
             raise ValueError(f"{file}: has no caption for {without[0]}, which is in {catalog.root}")
-        print(
+        say(
             f"skipped: {len(without):,} of {len(names):,} files in {catalog.root} have no caption in {file}, such as "
             f"{without[0]}",
-            file=sys.stderr,
         )
     return table.captions, catalog.only(table.captions)
 

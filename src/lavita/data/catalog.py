@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lavita.core.prefetch import parallel_map
+from lavita.core.progress import say
 from lavita.core.text import by_normal_name, normal_name
 from lavita.video.formats import COMMON_SUFFIXES, FRAME_SUFFIXES, GENERATION, VideoError, VideoInfo
 from lavita.video.reading import probe
@@ -92,10 +92,10 @@ def scan(
         raise ValueError(f"{root}: no such folder")
     tree = find_images(root) if images else find_videos(root)
     for note in tree.notes:
-        print(note, file=sys.stderr)
+        say(note)
     if class_folders and tree.empty_folders:
         count, example = len(tree.empty_folders), tree.empty_folders[0]
-        print(f"{root}: {count:,} folders hold no videos and are no classes, such as {example}", file=sys.stderr)
+        say(f"{root}: {count:,} folders hold no videos and are no classes, such as {example}")
     found = [(path, path.parent.name if class_folders and path.parent != root else None) for path in tree.videos]
     catalog = make_catalog(root, found, min_frames, broken, "image" if images else "video")
     for video in catalog.videos:
@@ -140,7 +140,7 @@ def make_catalog(
         if broken == "error":
             raise result
         problems.append(f"{path.relative_to(root).as_posix()}: {result.problem}")
-        print(f"skipped: {problems[-1]}", file=sys.stderr)
+        say(f"skipped: {problems[-1]}")
     if not videos:
         count = f"only {len(problems)} broken ones, the first: {problems[0]}" if problems else "none"
         suffixes = ", ".join(sorted(FRAME_SUFFIXES)) if kind == "image" else f"{COMMON_SUFFIXES}, ..."
@@ -149,7 +149,7 @@ def make_catalog(
     class_names = tuple(sorted({name for name in classes.values() if name is not None}))
     lost_classes = {name for name in class_of.values() if name is not None} - set(class_names)
     if note := unusable_note(root, len(videos), len(problems), lost_classes, kind):
-        print(note, file=sys.stderr)
+        say(note)
     index: dict[str | None, int] = {name: label for label, name in enumerate(class_names)}
     return Catalog(
         root,

@@ -7,7 +7,6 @@ that clips of any start and interval can be drawn from it.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from lavita.core.config import ConfigError
 from lavita.core.precision import Precision
 from lavita.core.prefetch import parallel_map
+from lavita.core.progress import say
 from lavita.core.text import by_normal_name, normal_name
 from lavita.data.catalog import Catalog, Video, scan, unusable_note
 from lavita.data.clips import ClipDraw, clip_span, read_pixels
@@ -155,7 +155,7 @@ class CacheSource:
         for row in self.manifest["videos"]:
             if row["num_frames"] < min_frames:
                 problems.append(f"{row['name']}: has {row['num_frames']} frames, but a clip needs {min_frames}")
-                print(f"skipped: {problems[-1]}", file=sys.stderr)
+                say(f"skipped: {problems[-1]}")
         if problems and broken == "error":
             raise ValueError(f"{folder}: {problems[0]}")
         lost_classes = set()
@@ -163,7 +163,7 @@ class CacheSource:
             short = [row for row in self.manifest["videos"] if row["num_frames"] < min_frames]
             lost_classes = {_class_of(row, folder) for row in short} - set(classes)
         if note := unusable_note(folder, len(rows), len(problems), lost_classes):
-            print(f"{note}; the first: {problems[0]}", file=sys.stderr)
+            say(f"{note}; the first: {problems[0]}")
         self._open_shards()
         self._num_bytes: dict[str, int] = {row["name"]: row["source_bytes"] for row in rows}
         size = self.manifest["resolution"]

@@ -7,7 +7,6 @@ docs/data.md shows the layouts.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from typing import Literal
 
 from lavita.core.config import ConfigError
 from lavita.core.names import DataSetName
+from lavita.core.progress import say
 from lavita.core.text import normal_name, read_text
 from lavita.data.catalog import Catalog, make_catalog, scan
 from lavita.data.config import SETS_WITH_CLASSES, SPLITS, check_split
@@ -135,7 +135,7 @@ def open_dataset(
         own = split or SPLITS[name][0]
         lines.append(f"{root}: {len(members):,} of {len(listing.members):,} videos are in split {own!r}")
     for line in lines:
-        print(line, file=sys.stderr)
+        say(line)
     catalog = make_catalog(
         root, [(member.path, member.class_name if use_classes else None) for member in members], min_frames, broken
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lavita.core.progress import say
 from lavita.data.catalog import Catalog, Video, make_catalog, probe_all, read_generation
 from lavita.data.content_hash import content_hash
 from lavita.video.formats import VideoError, VideoInfo
@@ -31,7 +31,7 @@ class VideoFolder:
             raise ValueError(f"{self.root}: no such folder")
         tree = find_videos(self.root)
         for note in tree.notes:
-            print(note, file=sys.stderr)
+            say(note)
         return dict(zip(tree.videos, probe_all(tree.videos), strict=True))
 
     def catalog(self, min_frames: int = 1, broken: Literal["skip", "error"] = "skip") -> Catalog:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+
+from lavita.core.progress import say
 
 ALL = "all"
 
@@ -30,7 +31,7 @@ def parse_classes(choices: Sequence[str], names: Sequence[str]) -> list[int]:
         if choice == ALL:
             labels += range(len(names))
             if ALL in names:
-                _say(f"class {ALL} is taken for every class; the one of that name is class {names.index(ALL)}")
+                say(f"class {ALL} is taken for every class; the one of that name is class {names.index(ALL)}")
         elif choice in names:
             labels.append(_by_name(choice, names))
         else:
@@ -51,11 +52,7 @@ def _find(word: str, names: Sequence[str]) -> int:
 def _by_name(word: str, names: Sequence[str]) -> int:
     label = names.index(word)
     if word.isdecimal() and int(word) != label and int(word) < len(names):
-        _say(f"class {word} is taken for the name, which is class {label}; class {int(word)} is {names[int(word)]!r}")
+        say(f"class {word} is taken for the name, which is class {label}; class {int(word)} is {names[int(word)]!r}")
     if "," in word and all(part.strip() in names for part in word.split(",")):
-        _say(f"class {word!r} is taken for one name, not for {word.count(',') + 1}")
+        say(f"class {word!r} is taken for one name, not for {word.count(',') + 1}")
     return label
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
