@@ -24,6 +24,7 @@ TINY: dict[tuple[str, ...], list[str]] = {
     ("evaluate",): ["--real", "in", "--generated", "in", "--metrics", "motion"],
     ("convert",): ["pipeline", "out/latte.pt"],
     ("info",): ["tiny/4"],
+    ("average",): ["run", "--sigma-rel", "0.1", "--out", "out"],
     ("report",): ["run", "--out", "out"],
     ("train",): ["--data", "in", "--run-dir", "out", "autoencoder=pipeline/vae", "--dry-run"],
     ("average",): ["run", "--sigma-rel", "0.1", "--out", "out"],
@@ -75,7 +76,7 @@ def build(rng: random.Random, folder: Path, material: Material) -> Case:
             arguments += given
     if words in NEVER_TO_THE_END:
         arguments += [rng.choice(["--steps", "--minutes", "--unknown", "--config"]), rng.choice(["x", "", "nan x"])]
-    if rng.random() < 0.05:
+    elif rng.random() < 0.05:
         arguments = rng.choice(
             [[], arguments[:-1], [*arguments, "--"], [*arguments, "--", "-x"], ["--help"], arguments * 2]
         )
@@ -89,7 +90,7 @@ def build(rng: random.Random, folder: Path, material: Material) -> Case:
         os.mknod(folder / "in" / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     if any("pipeline" in argument for argument in arguments):
         material.copy("pipeline", folder / "pipeline")
-    if words == ("report",):
+    if words in (("report",), ("average",)):
         material.copy("run", folder / "run")
     return Case((*words, *arguments), f"options {text_of_options}", writable=_outputs(words, arguments), seconds=60)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.robustness.fuzz.running import MOST_MEMORY, Outcome
-from lavita.core.text import one_line
+from lavita.core.text import one_line, printable
 
 FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+)(?:,)? in (\S+)', re.MULTILINE)
 LONGEST_MESSAGE = 2100
@@ -187,6 +187,11 @@ def _last_line(text: str) -> str:
 
 def _names_something(message: str, outcome: Outcome) -> bool:
     if re.search(r"[a-z]+[_.-][a-z]+|'[^']*'|\"[^\"]*\"|-[a-z0-9]|/", message):
+        return True
+    subject = message.partition(": ")[0]
+    as_stderr_shows = [word.encode("utf-8", "backslashreplace").decode("utf-8") for word in outcome.case.arguments]
+    shown = [one_line(word) for word in (*map(printable, outcome.case.arguments), *as_stderr_shows)]
+    if subject and any(subject in word for word in shown):
         return True
     words = [
         word.strip(" -").removesuffix("s")
