@@ -27,7 +27,6 @@ TINY: dict[tuple[str, ...], list[str]] = {
     ("average",): ["run", "--sigma-rel", "0.1", "--out", "out"],
     ("report",): ["run", "--out", "out"],
     ("train",): ["--data", "in", "--run-dir", "out", "autoencoder=pipeline/vae", "--dry-run"],
-    ("average",): ["run", "--sigma-rel", "0.1", "--out", "out"],
     ("autoencoder", "train"): ["--data", "in", "--run-dir", "out", "steps=1", "resolution=16", "batch_size=2"],
     ("autoencoder", "evaluate"): ["pipeline/vae", "--data", "in", "--resolution", "16"],
     ("config",): ["demo"],
