@@ -181,6 +181,7 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
     return open_fuzzer(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 def test_a_short_campaign(fuzzer: Fuzzer, capsys: pytest.CaptureFixture[str]) -> None:
     results = run_campaign(fuzzer, dict.fromkeys(KINDS, 6), first_seed=0, workers=2)
     assert len(results) == 6 * len(KINDS)

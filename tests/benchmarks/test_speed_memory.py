@@ -15,6 +15,7 @@ from lavita.core.processes import Processes
 TINY = Setup("tiny/2", num_frames=3, sample_size=8, batch_size=2, compiled=False)
 
 
+@pytest.mark.slow
 def test_peak_memory_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = replace(TINY, preset="mini/2", num_frames=8, sample_size=16)
     found = peaks.measure_peaks("forward", [forward.OURS], setup)[forward.OURS]

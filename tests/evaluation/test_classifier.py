@@ -82,6 +82,7 @@ def test_augmentation_favours_no_colour() -> None:
         assert contrast.mean(0).abs().max() < 0.03
 
 
+@pytest.mark.slow
 def test_classifier_is_blind_to_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hues = tuple(HUES)
     catalog = scan(write_set(tmp_path, hues, disk_of_a_hue, count=8, seed=0), class_folders=True)

@@ -57,6 +57,7 @@ def assert_alike(run: RunConfig, expected: RunConfig) -> None:
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_several_processes_train_as_one(make_config: MakeConfig, tmp_path: Path) -> None:
     common = ["train.log_every=1", "data.num_images=1", "train.clip_grad_norm=0.5", "train.warmup_steps=2"]
     watched = [*common, "train.sample_every=4", "train.num_samples=3", f"data.validation={tmp_path / 'heldout'}"]

@@ -124,6 +124,7 @@ def test_the_loss_scale_falls_on_overflow_and_rises_again() -> None:
     assert not LossScale(False).overflowed(math.nan) and LossScale(False).value == 1.0
 
 
+@pytest.mark.slow
 def test_fp16_trains_like_fp32_and_resumes_exactly(make_config: MakeConfig) -> None:
     fields = ("train.steps=4", "train.checkpoint_every=2", "data.num_images=1")
     full, half = make_config("full", *fields), make_config("half", *fields, "train.precision=fp16")
