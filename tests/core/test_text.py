@@ -1,13 +1,16 @@
-"""Names in several Unicode forms, and text that an encoding lacks."""
+"""Names in several Unicode forms, text that an encoding lacks, and files that can be read only once."""
 
 from __future__ import annotations
 
 import io
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from lavita.core.text import by_normal_name, normal_name, one_line, print_any_text, printable
+from lavita.core.text import by_normal_name, normal_name, one_line, print_any_text, printable, read_text
 
 BYTES = "café".encode().decode("ascii", "surrogateescape")  # as Python reads the name under an ASCII locale
 NOT_UTF8 = b"\xff.mp4".decode("utf-8", "surrogateescape")
@@ -73,3 +76,13 @@ def test_a_long_message_keeps_both_ends() -> None:
     line = one_line("begin " + "x" * 10_000 + " end")
     assert len(line) == 2000 and line.startswith("begin x") and line.endswith("x end") and "x ... x" in line
     assert one_line("x" * 2000) == "x" * 2000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    """As `lavita train --config <(command)` gives one."""
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as writer:
+        written = writer.submit((tmp_path / "pipe").write_bytes, b"a: 1\r\nb: 2\n")
+        assert read_text(tmp_path / "pipe") == "a: 1\nb: 2\n"
+        assert written.result() == 11

@@ -89,7 +89,10 @@ def text_encoding(file: Path) -> str:
         OSError: if it cannot be read.
     """
     with file.open("rb") as stream:
-        head = stream.read(4)
+        return _encoding_of(stream.read(4), file)
+
+
+def _encoding_of(head: bytes, file: Path) -> str:
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
@@ -105,10 +108,12 @@ def read_text(file: Path) -> str:
         ValueError: if it has another encoding; the message names the first bad line and byte.
         OSError: if it cannot be read.
     """
+    data = file.read_bytes()  # at once: a pipe, as of `--config <(command)`, can be opened only once
     try:
-        return file.read_text(encoding=text_encoding(file))
+        text = data.decode(_encoding_of(data[:4], file))
     except UnicodeError as error:
         raise undecodable(file, error) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def undecodable(file: Path, error: UnicodeError) -> ValueError:
