@@ -81,7 +81,7 @@ def threads(config: RunConfig) -> Any:
     return COUNTS["threads"]
 
 
-COUNTS: dict[str, int] = {}
+COUNTS = {"passes": 0, "threads": 0, "compiled": 0}
 
 
 @pytest.fixture(autouse=True)
