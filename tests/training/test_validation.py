@@ -64,6 +64,19 @@ def make_validation(folders: Path, tiny_vae: AutoencoderKL) -> MakeValidation:
     return make
 
 
+def record_inputs(diffusion: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
+    """A list that receives z_0, timestep and noise of each clip whose loss is computed."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    objective = diffusion.losses
+
+    def spy(output: torch.Tensor, *inputs: torch.Tensor) -> Losses:
+        seen.extend(zip(*inputs, strict=True))
+        return objective(output, *inputs)
+
+    monkeypatch.setattr(diffusion, "losses", spy)
+    return seen
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
 def test_it_is_the_objective_on_held_out_clips(
     prediction_type: str,
@@ -77,14 +90,7 @@ def test_it_is_the_objective_on_held_out_clips(
     names, learn_sigma = ["boxing", "enduro", "pong"], prediction_type != "flow"
     model = make_transformer(num_classes=3, class_names=names, prediction_type=prediction_type, learn_sigma=learn_sigma)
     diffusion = make_objective(prediction_type)
-    seen: list[tuple[torch.Tensor, ...]] = []
-    objective = diffusion.losses
-
-    def spy(output: torch.Tensor, *inputs: torch.Tensor) -> Losses:
-        seen.extend(zip(*inputs, strict=True))
-        return objective(output, *inputs)
-
-    monkeypatch.setattr(diffusion, "losses", spy)
+    seen = record_inputs(diffusion, monkeypatch)
     validation = make_validation()
     result = validation.evaluate(model, diffusion, CPU, "fp32")
     monkeypatch.undo()
@@ -127,14 +133,7 @@ def test_noise_and_timesteps_are_drawn_for_each_clip_and_level(
 ) -> None:
     """Timesteps are uniform within their level, and independent; no two clips share a sample or a noise."""
     diffusion, count = GaussianDiffusion(), 60
-    seen: list[tuple[torch.Tensor, ...]] = []
-    objective = diffusion.losses
-
-    def spy(output: torch.Tensor, *inputs: torch.Tensor) -> Losses:
-        seen.extend(zip(*inputs, strict=True))
-        return objective(output, *inputs)
-
-    monkeypatch.setattr(diffusion, "losses", spy)
+    seen = record_inputs(diffusion, monkeypatch)
     make_validation(f"train.validation_clips={count}").evaluate(Silent(), diffusion, CPU, "fp32")
     clips, timesteps, noises = (list(column) for column in zip(*seen, strict=True))
     places = torch.stack(timesteps).view(count, 10) - 100 * torch.arange(10)
