@@ -16,12 +16,12 @@ from rich.table import Table
 from lavita.core.files import write_json
 from lavita.data.catalog import scan
 from lavita.data.clips import center_crop_resize
-from lavita.models.autoencoder import Autoencoder, decode, encode
+from lavita.models.autoencoder import Autoencoder, decode, encode, pixel_frames, temporal_downsampling
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
 NUM_FRAMES = 16
-"""Number of frames that are scored, from the first one of each video on."""
+"""Number of frames that are scored, from the first one of each video on; less if an autoencoder cannot take it."""
 
 
 def reconstruction_quality(vae: Autoencoder, root: Path, resolution: int) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def reconstruction_quality(vae: Autoencoder, root: Path, resolution: int) -> dic
     errors: dict[str, list[tuple[float, int, float, int, int]]] = {}
     for video in scan(root).videos:
         real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), NUM_FRAMES))), resolution)
+        real = real[: pixel_frames(vae.config, 1 + (len(real) - 1) // temporal_downsampling(vae.config))]
         mean, _ = encode(vae, real)
         squared = (decode(vae, mean).astype(np.float64) - real) ** 2
         moving = _moving_pixels(real)

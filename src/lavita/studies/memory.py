@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lavita.core.precision import store_linear_weights
-from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, downsampling, frames_at_once, pieces
+from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, decoded
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
@@ -204,15 +204,9 @@ def sampling_memory(
             output = model(**inputs).sample.float()
         del output, inputs
         live.begin("decoder")
-        flat = state[0].flatten(0, 1)
-        frames: list[torch.Tensor] = []
         # The decoder's activations may overflow in fp16: it then computes in float32.
-        decoded: Precision = "fp32" if setting.precision == "fp16" else setting.precision
-        at_once = frames_at_once(flat.device, flat.shape[-1] * downsampling(vae))
-        for numbers in pieces(len(flat), at_once, flat.device):
-            with _autocast(decoded):
-                frames.append(_to_bytes(vae.decode(flat[numbers] / 1.0).sample))
-        torch.cat(frames)
+        lower: Precision = "fp32" if setting.precision == "fp16" else setting.precision
+        torch.cat(list(map(_to_bytes, decoded(vae, state[0], lambda: _autocast(lower)))))
     return live.peak
 
 

@@ -20,7 +20,7 @@ from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.text import normal_name
 from lavita.data.text_embeddings import embed_texts, texts_folder
-from lavita.models.autoencoder import Autoencoder, downsampling, latent_size, load_autoencoder
+from lavita.models.autoencoder import Autoencoder, downsampling, latent_frames, latent_size, load_autoencoder
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
@@ -176,7 +176,7 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
         flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         sample_size=latent_size(vae, config.data.resolution),
         in_channels=vae.config["latent_channels"],
-        num_frames=config.data.num_frames,
+        num_frames=latent_frames(vae.config, config.data.num_frames, "data.num_frames"),
         num_classes=len(names),
         class_names=names or None,
         text_dim=0 if table is None else table.shape[1],
