@@ -20,6 +20,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Autoen
 from lavita.core.precision import Precision, autocast, without_fp16
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
+from lavita.models.patch_autoencoder import PatchAutoencoder
+
+Autoencoder = AutoencoderKL | PatchAutoencoder
 
 # On a CPU so few pixels go through the network at once that their activations stay near the cache.
 PIXELS_AT_ONCE = 2**14
@@ -55,7 +58,7 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     return vae.float().eval().requires_grad_(False).to(device)
 
 
-def check_autoencoder(source: str, vae: AutoencoderKL) -> None:
+def check_autoencoder(source: str, vae: Autoencoder) -> None:
     """Checks that weights and scale are numbers that frames can be computed with; ValueError names what is not."""
     check_finite(source, vae.state_dict())
     scale, shift = _scale_and_shift(vae)
@@ -63,12 +66,14 @@ def check_autoencoder(source: str, vae: AutoencoderKL) -> None:
         raise ValueError(f"{source}: scaling_factor is {scale} and shift_factor {shift}, but must be finite, and not 0")
 
 
-def downsampling(vae: AutoencoderKL) -> int:
+def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
+    if isinstance(vae, PatchAutoencoder):
+        return int(vae.config["patch_size"])
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
-def latent_size(vae: AutoencoderKL, resolution: int) -> int:
+def latent_size(vae: Autoencoder, resolution: int) -> int:
     """Side of the latents of frames with the given side in pixels.
 
     Raises:
@@ -116,7 +121,7 @@ def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def encode(
-    vae: AutoencoderKL, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
+    vae: Autoencoder, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes frames to the mean and standard deviation of their scaled latents.
 
@@ -143,7 +148,7 @@ def encode(
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
+def decode(vae: Autoencoder, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
     """Decodes scaled latents (..., C, h, w) to frames, uint8 (..., H, W, 3).
 
     On a CPU a frame depends on its own latents alone, to the bit. `precision` is as in `encode`.
@@ -160,6 +165,6 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "au
     return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
 
 
-def _scale_and_shift(vae: AutoencoderKL) -> tuple[float, float]:
+def _scale_and_shift(vae: Autoencoder) -> tuple[float, float]:
     """Scale and shift of the latents: scaled = (latents - shift) * scale."""
     return float(vae.config["scaling_factor"]), float(vae.config["shift_factor"] or 0.0)
