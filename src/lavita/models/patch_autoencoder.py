@@ -24,7 +24,7 @@ FIRST_LOGVAR = -6.0
 """Logarithm of the posterior's variance before training; that of the latents is 0."""
 
 
-class PatchAutoencoder(ModelMixin, ConfigMixin):
+class LavitaPatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define config_name
     """A variational autoencoder on patches, with `AutoencoderKL`'s interface.
 
     Args:

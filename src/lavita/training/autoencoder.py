@@ -27,7 +27,7 @@ from lavita.data.catalog import Catalog, scan
 from lavita.data.content_hash import source_bytes
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
 from lavita.models.autoencoder import Autoencoder, AutoencoderKL, encode, load_autoencoder, to_pixels
-from lavita.models.patch_autoencoder import PatchAutoencoder
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.training.checkpoint import Keep, load_last_checkpoint, save_checkpoint
 from lavita.training.config import AutoencoderConfig
 from lavita.training.data_record import check_contents, video_facts, write_contents
@@ -215,7 +215,7 @@ def _train(config: AutoencoderConfig) -> Path:
     sources = [load_frames(catalog, config.resolution, memory, config.seed) for catalog in catalogs]
     torch.manual_seed(config.seed)
     vae: Autoencoder = build_autoencoder(config).to(device)  # type: ignore[arg-type]
-    if isinstance(vae, PatchAutoencoder):
+    if isinstance(vae, LavitaPatchAutoencoder):
         vae.set_principal_components(to_pixels(_draw_frames(sources, config), device))
     ema = EMA(vae, EMA_DECAY)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -289,7 +289,7 @@ def _optimize(
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """A randomly initialized autoencoder of a configuration."""
     if config.architecture == "patch":
-        return PatchAutoencoder(
+        return LavitaPatchAutoencoder(
             config.downsampling,
             config.latent_channels,
             config.width,
