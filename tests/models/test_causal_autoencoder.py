@@ -25,13 +25,20 @@ from lavita.models.autoencoder import (
 )
 from lavita.models.causal_autoencoder import FrameAutoencoder, LavitaCausalAutoencoder, inflate
 from lavita.models.fingerprint import fingerprint
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.models.pooled_autoencoder import LavitaPooledAutoencoder
 
 
 def make_frames_vae(kind: str, levels: int = 2) -> FrameAutoencoder:
-    """An autoencoder of frames with 4 latent channels; `kl`, `tiny` or `pooled`."""
+    """An autoencoder of frames with 4 latent channels; `kl`, `tiny`, `pooled` or `patch`."""
     if kind == "kl" and levels == 2:
         return make_tiny_vae()
+    if kind == "patch":
+        patch = LavitaPatchAutoencoder(2 ** (levels - 1), 4, 8, 1, 1).eval().requires_grad_(False)
+        random = torch.Generator().manual_seed(2)
+        for parameter in patch.parameters():  # half of them begin as 0
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+        return patch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         if kind == "kl":
@@ -65,7 +72,7 @@ def clips(count: int, frames: int, side: int = 16) -> torch.Tensor:
     return torch.rand(count, frames, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-KINDS = pytest.mark.parametrize("kind", ["kl", "tiny", "pooled"])
+KINDS = pytest.mark.parametrize("kind", ["kl", "tiny", "pooled", "patch"])
 FACTORS = pytest.mark.parametrize("factor", [2, 4])
 
 

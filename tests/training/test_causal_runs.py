@@ -30,12 +30,6 @@ COMMON = [
     *("autoencoder=causal", "data.resolution=16", "data.num_frames=5", "data.frame_interval=2"),
     *("model.preset=tiny/4", "train.steps=1"),
 ]
-    "autoencoder=causal",
-    "data.resolution=16",
-    "data.num_frames=5",
-    "data.frame_interval=2",
-    "model.preset=tiny/4",
-]
 
 
 @pytest.fixture

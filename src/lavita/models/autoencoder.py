@@ -34,9 +34,10 @@ from lavita.models.causal_autoencoder import (
 )
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.models.pooled_autoencoder import load_tiny_files, tiny_files
 
-Autoencoder = AutoencoderKL | AutoencoderTiny | LavitaCausalAutoencoder
+Autoencoder = AutoencoderKL | AutoencoderTiny | LavitaPatchAutoencoder | LavitaCausalAutoencoder
 """An autoencoder of any class that loads."""
 AUTOENCODERS: dict[str, type[Autoencoder]] = {
     **FRAME_AUTOENCODERS,
@@ -119,6 +120,8 @@ def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
     if isinstance(vae, LavitaCausalAutoencoder):
         vae = vae.network
+    if isinstance(vae, LavitaPatchAutoencoder):
+        return int(vae.config["patch_size"])
     tiny = isinstance(vae, AutoencoderTiny)
     return 2 ** (len(vae.config["encoder_block_out_channels" if tiny else "block_out_channels"]) - 1)
 

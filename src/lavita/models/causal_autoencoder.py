@@ -30,11 +30,12 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.models.pooled_autoencoder import LavitaPooledAutoencoder
 
-FrameAutoencoder = AutoencoderKL | AutoencoderTiny
+FrameAutoencoder = AutoencoderKL | AutoencoderTiny | LavitaPatchAutoencoder
 FRAME_AUTOENCODERS: dict[str, type[FrameAutoencoder]] = {
-    kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, LavitaPooledAutoencoder)
+    kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, LavitaPatchAutoencoder, LavitaPooledAutoencoder)
 }
 """Classes of autoencoders of frames, by the names that configurations hold."""
 FACTORS = (2, 4)
@@ -285,7 +286,12 @@ def _make_causal(network: FrameAutoencoder, factor: int) -> FrameAutoencoder:
             if isinstance(child, nn.Conv2d) and child.kernel_size != (1, 1):
                 parent._modules[name] = made.setdefault(child, CausalConv(child))
     for number in range(FACTORS.index(factor) + 1):
-        (_merge_tiny_frames if isinstance(network, AutoencoderTiny) else _merge_kl_frames)(network, number)
+        if isinstance(network, AutoencoderTiny):
+            _merge_tiny_frames(network, number)
+        elif isinstance(network, LavitaPatchAutoencoder):
+            _merge_patch_frames(network)
+        else:
+            _merge_kl_frames(network, number)
     return network
 
 
@@ -318,6 +324,16 @@ def _merge_tiny_frames(network: AutoencoderTiny, number: int) -> None:
     both.append(TemporalDownsample(both[0].out_channels))
     both = next(layer for layer in decoder if isinstance(layer, nn.Sequential))
     both.insert(0, TemporalUpsample(both[0].in_channels))
+
+
+def _merge_patch_frames(network: LavitaPatchAutoencoder) -> None:
+    # The linear map and the network beside it each merge what they compute, the latter before its last layer.
+    encoder, decoder = network.encoder, network.decoder
+    width, channels = network.config["width"], network.config["latent_channels"]
+    encoder.linear = nn.Sequential(encoder.linear, TemporalDownsample(channels))
+    encoder.blocks.append(TemporalDownsample(width))
+    decoder.linear = nn.Sequential(TemporalUpsample(channels), decoder.linear)
+    decoder.conv_in = nn.Sequential(decoder.conv_in, TemporalUpsample(width))
 
 
 def _check_levels(count: int) -> None:
