@@ -19,15 +19,11 @@ from tiny_data import paint, write_videos
 from lavita.core.config import ConfigError, load_config
 from lavita.data.catalog import scan
 from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder
-from lavita.training import autoencoder as module
-from lavita.training.autoencoder import (
-    autoencoder_loss,
-    draw_pairs,
-    learning_rate,
-    load_frames,
-    motion_weights,
-    train_autoencoder,
-)
+from lavita.training.autoencoder import train as module
+from lavita.training.autoencoder.frames import draw_pairs, load_frames
+from lavita.training.autoencoder.losses import autoencoder_losses, motion_weights
+from lavita.training.autoencoder.network import build_autoencoder
+from lavita.training.autoencoder.train import learning_rate, train_autoencoder
 from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import AutoencoderConfig
 
@@ -98,7 +94,7 @@ def test_the_loss_in_closed_form() -> None:
             return SimpleNamespace(sample=torch.tensor(output))
 
     config = load_config(AutoencoderConfig, {"data": ["x"], "kl_weight": 0.3, "edge_weight": 0.7, "motion_weight": 3})
-    loss, parts = autoencoder_loss(
+    losses = autoencoder_losses(
         cast(AutoencoderKL, Fake()),
         torch.tensor(pixels, dtype=torch.float32),
         torch.tensor(noise),
@@ -114,6 +110,7 @@ def test_the_loss_in_closed_form() -> None:
     weights = motion_weights(torch.tensor(pixels), 3.0).numpy()
     reconstruction = (weights * np.abs(output - pixels)).mean()
     edges = sum(np.abs(np.diff(output, axis=axis) - np.diff(pixels, axis=axis)).mean() for axis in (-1, -2))
+    loss, parts = losses.total, losses.parts
     assert parts["kl"] == pytest.approx(kl, rel=1e-5)
     assert parts["reconstruction"] == pytest.approx(reconstruction, rel=1e-5)
     assert loss.item() == pytest.approx(reconstruction + 0.7 * edges + 0.3 * kl, rel=1e-5)
@@ -275,6 +272,6 @@ def test_the_network_has_the_asked_for_shape(tmp_path: Path) -> None:
     config = make_config(tmp_path, "downsampling=8", "block_out_channels=null", "layers_per_block=2")
     assert config.widths == [32, 64, 128, 256]
     with torch.device("meta"):
-        vae = module.build_autoencoder(make_config(tmp_path, "downsampling=4", "block_out_channels=[8, 8, 16]"))
+        vae = build_autoencoder(make_config(tmp_path, "downsampling=4", "block_out_channels=[8, 8, 16]"))
     assert isinstance(vae, AutoencoderKL)
     assert vae.encode(torch.zeros(1, 3, 16, 16, device="meta")).latent_dist.mean.shape == (1, 2, 4, 4)

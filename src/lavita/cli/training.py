@@ -44,7 +44,7 @@ def autoencoder_train(
     if run_dir:
         chosen["run_dir"] = str(run_dir)
     settings: AutoencoderConfig = _load(AutoencoderConfig, config, overrides, chosen)
-    from lavita.training.autoencoder import train_autoencoder
+    from lavita.training.autoencoder.train import train_autoencoder
 
     _train(train_autoencoder, settings)
 

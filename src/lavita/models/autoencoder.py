@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +17,21 @@ import torch
 
 # mypy knows this class by its own module only: diffusers' lazy `__init__` hides it. Other modules import it from here.
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as AutoencoderTiny
 
 from lavita.core.precision import Precision, autocast, without_fp16
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+_CLASSES: dict[str, type[Autoencoder]] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 # On a CPU so few pixels go through the network at once that their activations stay near the cache.
 PIXELS_AT_ONCE = 2**14
 MOST_FRAMES_AT_ONCE = 16
 
 
-def load_autoencoder(source: str, device: torch.device | str = "cpu") -> AutoencoderKL:
+def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoencoder:
     """Loads an autoencoder in float32, for inference.
 
     Args:
@@ -46,7 +51,8 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     path = str(folder) if folder.exists() else source
     options = hub_options(path)
     try:
-        vae, report = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
+        cls = _class_of(AutoencoderKL.load_config(path, **options))
+        vae, report = cls.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
         raise cannot_load(source, "an autoencoder", error, options) from error
     if report["missing_keys"]:
@@ -55,7 +61,27 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     return vae.float().eval().requires_grad_(False).to(device)
 
 
-def check_autoencoder(source: str, vae: AutoencoderKL) -> None:
+def untrained_autoencoder(folder: Path) -> Autoencoder:
+    """An autoencoder of the structure in a folder's `config.json`, with random weights.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or of another class.
+    """
+    try:
+        config = AutoencoderKL.load_config(folder)
+        return _class_of(config).from_config(config)
+    except Exception as error:  # diffusers raises many kinds
+        raise cannot_load(str(folder), "an autoencoder", error, {}) from error
+
+
+def _class_of(config: dict[str, Any]) -> type[Autoencoder]:
+    name = config.get("_class_name", "AutoencoderKL")
+    if name not in _CLASSES:
+        raise ValueError(f"its class is {name}; allowed: {', '.join(_CLASSES)}")
+    return _CLASSES[name]
+
+
+def check_autoencoder(source: str, vae: Autoencoder) -> None:
     """Checks that weights and scale are numbers that frames can be computed with; ValueError names what is not."""
     check_finite(source, vae.state_dict())
     scale, shift = _scale_and_shift(vae)
@@ -63,12 +89,12 @@ def check_autoencoder(source: str, vae: AutoencoderKL) -> None:
         raise ValueError(f"{source}: scaling_factor is {scale} and shift_factor {shift}, but must be finite, and not 0")
 
 
-def downsampling(vae: AutoencoderKL) -> int:
+def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
-def latent_size(vae: AutoencoderKL, resolution: int) -> int:
+def latent_size(vae: Autoencoder, resolution: int) -> int:
     """Side of the latents of frames with the given side in pixels.
 
     Raises:
@@ -116,7 +142,7 @@ def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def encode(
-    vae: AutoencoderKL, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
+    vae: Autoencoder, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes frames to the mean and standard deviation of their scaled latents.
 
@@ -136,14 +162,17 @@ def encode(
     means, stds = [], []
     for indices in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
         with autocast(vae.device, precision):
-            posterior = vae.encode(to_pixels(frames[indices], vae.device)).latent_dist
-        means.append(((posterior.mean.float() - shift) * scale).cpu())
-        stds.append((posterior.std.float() * scale).cpu())
+            encoded = vae.encode(to_pixels(frames[indices], vae.device))
+        exact = isinstance(vae, AutoencoderTiny)
+        mean = encoded.latents if exact else encoded.latent_dist.mean
+        std = torch.zeros_like(mean) if exact else encoded.latent_dist.std
+        means.append(((mean.float() - shift) * scale).cpu())
+        stds.append((std.float() * scale).cpu())
     return torch.cat(means)[: len(frames)], torch.cat(stds)[: len(frames)]
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
+def decode(vae: Autoencoder, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
     """Decodes scaled latents (..., C, h, w) to frames, uint8 (..., H, W, 3).
 
     On a CPU a frame depends on its own latents alone, to the bit. `precision` is as in `encode`.
@@ -160,6 +189,6 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "au
     return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
 
 
-def _scale_and_shift(vae: AutoencoderKL) -> tuple[float, float]:
+def _scale_and_shift(vae: Autoencoder) -> tuple[float, float]:
     """Scale and shift of the latents: scaled = (latents - shift) * scale."""
     return float(vae.config["scaling_factor"]), float(vae.config["shift_factor"] or 0.0)

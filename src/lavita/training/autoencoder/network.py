@@ -1,0 +1,144 @@
+"""The autoencoder of a run: where its structure and first weights come from, and what of it is trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from lavita.core.config import ConfigError, load_config
+from lavita.models.autoencoder import (
+    Autoencoder,
+    AutoencoderKL,
+    AutoencoderTiny,
+    downsampling,
+    encode,
+    load_autoencoder,
+    untrained_autoencoder,
+)
+from lavita.models.packaged import autoencoder_source
+from lavita.training.autoencoder.frames import Frames, draw_pairs
+from lavita.training.checkpoint import list_checkpoints
+from lavita.training.config import AutoencoderConfig
+
+_INIT = "init"
+_STRUCTURE = (
+    "architecture",
+    "downsampling",
+    "latent_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "blocks_per_level",
+)
+
+
+def start_autoencoder(config: AutoencoderConfig) -> tuple[AutoencoderConfig, Autoencoder]:
+    """The autoencoder before the first step, in training mode, and the configuration with its structure.
+
+    With `init_from` the structure is that of the autoencoder named there. A run that is resumed does not read it again:
+    the weights are in the checkpoint, the structure in `<run_dir>/init`.
+
+    Raises:
+        ConfigError: if `init_from` has another structure than the configuration asks for.
+        ValueError: if `init_from` holds no autoencoder.
+    """
+    if config.init_from is None:
+        torch.manual_seed(config.seed)
+        return config, build_autoencoder(config)
+    begun = config.run_dir / _INIT
+    if list_checkpoints(config.run_dir / "checkpoints") and begun.is_dir():
+        vae = untrained_autoencoder(begun)
+    else:
+        vae = load_autoencoder(autoencoder_source(config.init_from, config.resolution))
+    config = _with_structure(config, vae)
+    vae.register_to_config(_name_or_path=None)  # where it was read from, which would be saved with the result
+    vae.train().requires_grad_(True)
+    if config.freeze == "encoder":
+        _freeze_encoder(config, vae)
+    return config, vae
+
+
+def record_start(config: AutoencoderConfig, vae: Autoencoder) -> None:
+    """Writes the structure of `init_from` to the run's folder, for when the run is resumed."""
+    if config.init_from is not None:
+        vae.save_config(config.run_dir / _INIT)
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """A randomly initialized autoencoder of a configuration."""
+    levels = len(config.widths)
+    if config.architecture == "tiny":
+        blocks = tuple(config.blocks)
+        return AutoencoderTiny(
+            encoder_block_out_channels=tuple(config.widths),
+            decoder_block_out_channels=tuple(reversed(config.widths)),
+            num_encoder_blocks=blocks,
+            num_decoder_blocks=tuple(reversed(blocks)),
+            latent_channels=config.latent_channels,
+        )
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.widths),
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=math.gcd(8, *config.widths),
+        mid_block_add_attention=False,
+        sample_size=config.resolution,
+    )
+
+
+def measure_scaling(vae: Autoencoder, sources: list[list[Frames]], config: AutoencoderConfig) -> None:
+    """Sets `scaling_factor` and `shift_factor` from the latents of at least 1,024 training frames."""
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    frames = [draw_pairs(sources, config, -1 - batch) for batch in range(math.ceil(1024 / config.batch_size))]
+    mean, std = encode(vae, np.concatenate(frames), config.precision)
+    mean64, std64 = mean.double(), std.double()
+    variance = mean64.var() + std64.square().mean()
+    vae.register_to_config(
+        scaling_factor=round(1.0 / variance.sqrt().item(), 5), shift_factor=round(mean64.mean().item(), 5)
+    )
+
+
+def _with_structure(config: AutoencoderConfig, vae: Autoencoder) -> AutoencoderConfig:
+    """The configuration with the structure of `init_from`; what was asked for by hand must agree with it."""
+    found: dict[str, Any] = {
+        "architecture": "tiny" if isinstance(vae, AutoencoderTiny) else "kl",
+        "downsampling": downsampling(vae),
+        "latent_channels": vae.config["latent_channels"],
+    }
+    if isinstance(vae, AutoencoderTiny):
+        found["block_out_channels"] = list(vae.config["encoder_block_out_channels"])
+        found["blocks_per_level"] = list(vae.config["num_encoder_blocks"])
+    else:
+        found["block_out_channels"] = list(vae.config["block_out_channels"])
+        found["layers_per_block"] = vae.config["layers_per_block"]
+    # A saved configuration names every key: what the architecture does not have is at its default there.
+    expected = {key: AutoencoderConfig.model_fields[key].default for key in _STRUCTURE} | found
+    for key in sorted(config.model_fields_set & expected.keys()):
+        asked = getattr(config, key)
+        if asked is not None and asked != expected[key]:
+            that = (
+                f"that of init_from={config.init_from} is {found[key]}"
+                if key in found
+                else (
+                    f"init_from={config.init_from} is of architecture={found['architecture']}, which has no such number"
+                )
+            )
+            raise ConfigError(f"{key} is {asked}, but {that}; leave it out")
+    values = config.model_dump(mode="json", exclude_unset=True)
+    return load_config(AutoencoderConfig, values | found, [], source=f"init_from={config.init_from}")
+
+
+def _freeze_encoder(config: AutoencoderConfig, vae: Autoencoder) -> None:
+    """Stops training what turns pixels into latents."""
+    parts = [vae.encoder, getattr(vae, "quant_conv", None)]
+    for name, weight in ((n, p) for part in parts if part is not None for n, p in part.named_parameters()):
+        weight.requires_grad_(False)
+        if config.save_dtype == "float16" and not torch.equal(weight.half().float(), weight):
+            raise ConfigError(
+                f"save_dtype is float16, but would change the frozen encoder of init_from={config.init_from} ({name}); "
+                "allowed with freeze=encoder: float32"
+            )
