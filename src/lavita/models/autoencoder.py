@@ -1,4 +1,6 @@
-"""The autoencoder between frames and latents: diffusers' `AutoencoderKL`, whose configuration has its scaling factor.
+"""The autoencoder between frames and latents: diffusers' `AutoencoderKL` or `AutoencoderTiny`.
+
+The configuration of each holds the scaling factor of its latents.
 
 Legend: N frames, H W pixels, C channels of the latents, h w latent size. Frames are uint8 (..., H, W, 3), latents
 float32 (..., C, h, w).
@@ -6,8 +8,9 @@ float32 (..., C, h, w).
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-# mypy knows this class by its own module only: diffusers' lazy `__init__` hides it. Other modules import it from here.
+# mypy knows these classes by their own modules only: diffusers' lazy `__init__` hides them. Import them from here.
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as AutoencoderTiny
 
@@ -24,7 +27,14 @@ from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
-_CLASSES: dict[str, type[Autoencoder]] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+"""An autoencoder of any class that loads."""
+AUTOENCODERS: dict[str, type[Autoencoder]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+"""The classes by the names that configurations hold."""
+
+# diffusers saves a field of AutoencoderTiny that it does not take back, and warns of it whenever one is loaded.
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: not record.getMessage().startswith("The config attributes {'block_out_channels': ")
+)
 
 # On a CPU so few pixels go through the network at once that their activations stay near the cache.
 PIXELS_AT_ONCE = 2**14
@@ -39,7 +49,8 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
         device: device to load it to.
 
     Raises:
-        ValueError: if the source holds no autoencoder, or its file lacks weights or has some that are not finite.
+        ValueError: if the source holds no autoencoder or one of another class than `AUTOENCODERS`, or its file lacks
+            weights or has some that are not finite.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists() and (folder / "vae").is_dir():
@@ -51,8 +62,8 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     path = str(folder) if folder.exists() else source
     options = hub_options(path)
     try:
-        cls = _class_of(AutoencoderKL.load_config(path, **options))
-        vae, report = cls.from_pretrained(path, output_loading_info=True, **options)
+        kind = autoencoder_class(AutoencoderKL.load_config(path, **options))
+        vae, report = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
         raise cannot_load(source, "an autoencoder", error, options) from error
     if report["missing_keys"]:
@@ -61,37 +72,33 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     return vae.float().eval().requires_grad_(False).to(device)
 
 
-def untrained_autoencoder(folder: Path) -> Autoencoder:
-    """An autoencoder of the structure in a folder's `config.json`, with random weights.
-
-    Raises:
-        ValueError: if the file is missing, damaged, or of another class.
-    """
-    try:
-        config = AutoencoderKL.load_config(folder)
-        return _class_of(config).from_config(config)
-    except Exception as error:  # diffusers raises many kinds
-        raise cannot_load(str(folder), "an autoencoder", error, {}) from error
-
-
-def _class_of(config: dict[str, Any]) -> type[Autoencoder]:
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in _CLASSES:
-        raise ValueError(f"its class is {name}; allowed: {', '.join(_CLASSES)}")
-    return _CLASSES[name]
+def autoencoder_class(config: Mapping[str, Any]) -> type[Autoencoder]:
+    """The class that a configuration names, `AutoencoderKL` if none; ValueError for one not in `AUTOENCODERS`."""
+    name = config.get("_class_name", AutoencoderKL.__name__)
+    if not isinstance(name, str) or name not in AUTOENCODERS:
+        raise ValueError(f"config.json names the class {name!r}; allowed: {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[name]
 
 
 def check_autoencoder(source: str, vae: Autoencoder) -> None:
-    """Checks that weights and scale are numbers that frames can be computed with; ValueError names what is not."""
+    """Checks that frames can be computed with weights, scale and levels; ValueError names what is wrong."""
     check_finite(source, vae.state_dict())
     scale, shift = _scale_and_shift(vae)
     if not (math.isfinite(scale) and scale and math.isfinite(shift)):
         raise ValueError(f"{source}: scaling_factor is {scale} and shift_factor {shift}, but must be finite, and not 0")
+    if isinstance(vae, AutoencoderTiny):
+        levels = len(vae.config["decoder_block_out_channels"]) - 1
+        if (enlarged := int(vae.config["upsampling_scaling_factor"]) ** levels) != downsampling(vae):
+            raise ValueError(
+                f"{source}: its encoder shrinks frames by {downsampling(vae)}, but its decoder enlarges latents by "
+                f"{enlarged}; both must be the same"
+            )
 
 
 def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+    tiny = isinstance(vae, AutoencoderTiny)
+    return 2 ** (len(vae.config["encoder_block_out_channels" if tiny else "block_out_channels"]) - 1)
 
 
 def latent_size(vae: Autoencoder, resolution: int) -> int:
@@ -140,6 +147,23 @@ def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
         yield [min(index, count - 1) for index in range(start, stop)]
 
 
+def posterior(vae: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes pixels to the mean and standard deviation of their latents, neither shifted nor scaled.
+
+    Args:
+        vae: the autoencoder.
+        pixels: floats (N, 3, H, W) in [-1, 1].
+
+    Returns:
+        Two tensors (N, C, h, w). An `AutoencoderTiny` gives latents, not a distribution: its deviation is 0.
+    """
+    if isinstance(vae, AutoencoderTiny):
+        latents = vae.encode(pixels).latents
+        return latents, torch.zeros_like(latents)
+    distribution = vae.encode(pixels).latent_dist
+    return distribution.mean, distribution.std
+
+
 @torch.no_grad()
 def encode(
     vae: Autoencoder, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
@@ -162,10 +186,7 @@ def encode(
     means, stds = [], []
     for indices in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
         with autocast(vae.device, precision):
-            encoded = vae.encode(to_pixels(frames[indices], vae.device))
-        exact = isinstance(vae, AutoencoderTiny)
-        mean = encoded.latents if exact else encoded.latent_dist.mean
-        std = torch.zeros_like(mean) if exact else encoded.latent_dist.std
+            mean, std = posterior(vae, to_pixels(frames[indices], vae.device))
         means.append(((mean.float() - shift) * scale).cpu())
         stds.append((std.float() * scale).cpu())
     return torch.cat(means)[: len(frames)], torch.cat(stds)[: len(frames)]

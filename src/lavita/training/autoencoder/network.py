@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from lavita.models.autoencoder import (
     Autoencoder,
     AutoencoderKL,
     AutoencoderTiny,
+    autoencoder_class,
     downsampling,
     encode,
     load_autoencoder,
-    untrained_autoencoder,
 )
 from lavita.models.packaged import autoencoder_source
 from lavita.training.autoencoder.frames import Frames, draw_pairs
@@ -49,7 +50,7 @@ def start_autoencoder(config: AutoencoderConfig) -> tuple[AutoencoderConfig, Aut
         return config, build_autoencoder(config)
     begun = config.run_dir / _INIT
     if list_checkpoints(config.run_dir / "checkpoints") and begun.is_dir():
-        vae = untrained_autoencoder(begun)
+        vae = _with_random_weights(begun)
     else:
         vae = load_autoencoder(autoencoder_source(config.init_from, config.resolution))
     config = _with_structure(config, vae)
@@ -100,6 +101,15 @@ def measure_scaling(vae: Autoencoder, sources: list[list[Frames]], config: Autoe
     vae.register_to_config(
         scaling_factor=round(1.0 / variance.sqrt().item(), 5), shift_factor=round(mean64.mean().item(), 5)
     )
+
+
+def _with_random_weights(folder: Path) -> Autoencoder:
+    """An autoencoder of the structure that `record_start` wrote; ValueError if that is damaged."""
+    try:
+        fields = AutoencoderKL.load_config(folder)
+        return autoencoder_class(fields).from_config(fields)
+    except Exception as error:  # diffusers raises many kinds
+        raise ValueError(f"{folder}: damaged, but needed to resume the run; use another run_dir") from error
 
 
 def _with_structure(config: AutoencoderConfig, vae: Autoencoder) -> AutoencoderConfig:
