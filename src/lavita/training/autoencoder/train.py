@@ -118,7 +118,8 @@ class AutoencoderRun:
         self, config: AutoencoderConfig, vae: Autoencoder, distance: FeatureDistance | None, device: torch.device
     ) -> None:
         """The state before the first step; `vae` moves to `device`."""
-        self.config, self.vae, self.distance, self.device = config, vae.to(device), distance, device
+        self.config, self.distance, self.device = config, distance, device
+        self.vae: Autoencoder = vae.to(device)  # type: ignore[arg-type]
         self.precision = without_fp16(device, config.precision)
         self.parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
         self.ema = EMA(vae, EMA_DECAY)
