@@ -33,3 +33,12 @@ TINY: dict[str, Any] = {
     "blocks_per_level": [1, 1, 2],
     "latent_channels": 3,
 }
+PATCH: dict[str, Any] = {
+    "architecture": "patch",
+    "downsampling": 4,
+    "latent_channels": 2,
+    "width": 8,
+    "num_encoder_blocks": 1,
+    "num_decoder_blocks": 2,
+}
+STRUCTURES = {"kl": KL, "tiny": TINY, "patch": PATCH}

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from autoencoder_runs import KL, TINY, tiny_run
+from autoencoder_runs import PATCH, STRUCTURES, TINY, tiny_run
 from run_folders import last_checkpoint
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError, read_yaml
-from lavita.models.autoencoder import AutoencoderTiny, decode, encode, load_autoencoder
+from lavita.data.catalog import scan
+from lavita.models.autoencoder import AutoencoderTiny, decode, encode, load_autoencoder, to_pixels
+from lavita.training.autoencoder.frames import draw_frames, load_frames
 from lavita.training.autoencoder.losses import autoencoder_losses
 from lavita.training.autoencoder.network import build_autoencoder
 from lavita.training.autoencoder.train import train_autoencoder
@@ -37,7 +39,7 @@ def trained(tmp_path: Path) -> dict[str, Path]:
     write_videos(tmp_path / "videos")
     return {
         name: train_autoencoder(tiny_run(tmp_path, name=name, steps=1, **structure))
-        for name, structure in {"kl": KL, "tiny": TINY}.items()
+        for name, structure in STRUCTURES.items()
     }
 
 
@@ -96,23 +98,51 @@ def test_training_lowers_the_loss_of_a_tiny_autoencoder(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"blocks_per_level": [1, 3, 3]}, "no effect with architecture=kl"),
+        ({"num_decoder_blocks": 2}, "num_decoder_blocks is 2, but has no effect with architecture=kl"),
+        ({"architecture": "patch", "block_out_channels": [8] * 3}, "no effect with architecture=patch"),
         ({"architecture": "tiny", "layers_per_block": 2}, "layers_per_block is 2, but has no effect"),
         ({"architecture": "tiny", "blocks_per_level": [1, 3]}, r"blocks_per_level has 2 numbers.*needs 3"),
         ({"architecture": "tiny", "block_out_channels": [8, 8, 16]}, "must be the same width at each resolution"),
         ({"freeze": "encoder"}, "needs init_from"),
         ({"freeze": "encoder", "init_from": "builtin", "kl_weight": 0.1}, "kl_weight is 0.1, but has no effect"),
     ],
-    ids=["kl-blocks", "tiny-layers", "number-of-blocks", "unequal-widths", "freeze", "freeze-kl-weight"],
+    ids=[
+        "kl-blocks",
+        "kl-decoder",
+        "patch-widths",
+        "tiny-layers",
+        "number-of-blocks",
+        "unequal-widths",
+        "freeze",
+        "freeze-kl-weight",
+    ],
 )
 def test_structures_that_do_not_exist_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_run(tmp_path, **values)
 
 
+# --- the architecture on patches
+
+
+def test_an_autoencoder_on_patches_starts_from_the_principal_components_of_the_videos(tmp_path: Path) -> None:
+    """The best linear autoencoder: what is lost are the components with the least variance, by numpy's SVD."""
+    write_videos(tmp_path / "videos")
+    config = tiny_run(tmp_path, steps=1, learning_rate=1e-12, kl_weight=0, **PATCH)
+    vae = load_autoencoder(str(train_autoencoder(config)))
+    frames = draw_frames([load_frames(scan(config.data[0]), 8, 1.0, 0)], config)
+    pixels = to_pixels(frames)
+    patches = pixels.double().numpy().reshape(-1, 3, 2, 4, 2, 4).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 48)
+    lost = np.linalg.svd(patches - patches.mean(axis=0), compute_uv=False)[2:]
+    with torch.no_grad():
+        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+    assert (output - pixels).square().sum().item() == pytest.approx((lost**2).sum(), rel=1e-3)
+
+
 # --- init_from
 
 
-@pytest.mark.parametrize("architecture", ["kl", "tiny"])
+@pytest.mark.parametrize("architecture", STRUCTURES)
 def test_a_run_starts_from_the_weights_of_another_and_resumes_without_them(
     architecture: str, trained: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -125,7 +155,7 @@ def test_a_run_starts_from_the_weights_of_another_and_resumes_without_them(
         torch.testing.assert_close(weight, start.get_parameter(name), rtol=0, atol=1e-7)
     saved = read_yaml(config.run_dir / "config.yaml")
     assert saved["init_from"] == str(trained[architecture])
-    for key, value in (KL if architecture == "kl" else TINY).items():
+    for key, value in STRUCTURES[architecture].items():
         assert saved[key] == value
 
     expected, files = last_checkpoint(config).read_all(), files_of(config.run_dir)
@@ -147,7 +177,7 @@ def test_the_packaged_autoencoder_is_a_start(tmp_path: Path) -> None:
 
 def test_a_saved_configuration_starts_the_same_run(trained: dict[str, Path], tmp_path: Path) -> None:
     """It names every key, also those of the other architecture."""
-    for name in ("kl", "tiny"):
+    for name in STRUCTURES:
         config = tiny_run(tmp_path, init_from=str(trained[name]), steps=1, name=f"of-{name}")
         train_autoencoder(config)
         again = tiny_run(tmp_path, **read_yaml(config.run_dir / "config.yaml") | {"run_dir": str(tmp_path / "again")})
@@ -161,11 +191,12 @@ def test_a_saved_configuration_starts_the_same_run(trained: dict[str, Path], tmp
         ("kl", {"latent_channels": 3}, r"latent_channels is 3, but that of init_from=.*kl/autoencoder is 2; leave it"),
         ("kl", {"architecture": "tiny"}, r"architecture is tiny, but that of init_from=.* is kl"),
         ("kl", {"blocks_per_level": [1, 1]}, r"blocks_per_level is \[1, 1\], but init_from=.* is of architecture=kl"),
+        ("patch", {"width": 16}, r"width is 16, but that of init_from=.* is 8"),
         ("tiny", {"layers_per_block": 2}, r"layers_per_block is 2, but init_from=.* is of architecture=tiny"),
         ("tiny", {"resolution": 10}, r"resolution is 10, but must be a multiple of downsampling \(4\)"),
         ("none", {}, "no such folder"),
     ],
-    ids=["channels", "architecture", "blocks", "layers", "resolution", "missing"],
+    ids=["channels", "architecture", "blocks", "width", "layers", "resolution", "missing"],
 )
 def test_a_start_that_contradicts_the_configuration_is_refused(
     start: str, values: dict[str, Any], message: str, trained: dict[str, Path], tmp_path: Path
@@ -190,7 +221,7 @@ def test_a_run_is_not_resumed_from_another_start(trained: dict[str, Path], tmp_p
 # --- freeze
 
 
-@pytest.mark.parametrize("architecture", ["kl", "tiny"])
+@pytest.mark.parametrize("architecture", STRUCTURES)
 def test_a_frozen_encoder_keeps_its_latents(architecture: str, trained: dict[str, Path], tmp_path: Path) -> None:
     start = load_autoencoder(str(trained[architecture]))
     config = tiny_run(tmp_path, init_from=str(trained[architecture]), freeze="encoder", learning_rate=1e-2)

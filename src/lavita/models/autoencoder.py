@@ -25,10 +25,14 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as Au
 from lavita.core.precision import Precision, autocast, without_fp16
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
+from lavita.models.pooled_autoencoder import LavitaPooledAutoencoder, load_tiny_files, tiny_files
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
+Autoencoder = AutoencoderKL | AutoencoderTiny | LavitaPatchAutoencoder
 """An autoencoder of any class that loads."""
-AUTOENCODERS: dict[str, type[Autoencoder]] = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+AUTOENCODERS: dict[str, type[Autoencoder]] = {
+    kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, LavitaPatchAutoencoder, LavitaPooledAutoencoder)
+}
 """The classes by the names that configurations hold."""
 
 # diffusers saves a field of AutoencoderTiny that it does not take back, and warns of it whenever one is loaded.
@@ -45,7 +49,8 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     """Loads an autoencoder in float32, for inference.
 
     Args:
-        source: a hub id, the folder of an autoencoder, or that of a pipeline, which has one in `vae/`.
+        source: a hub id, the folder of an autoencoder, or that of a pipeline, which has one in `vae/`. The folder may
+            also hold the two `.pth` files of a tiny autoencoder, see `load_tiny_files`.
         device: device to load it to.
 
     Raises:
@@ -56,7 +61,11 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     if folder.is_dir() and not (folder / "config.json").exists() and (folder / "vae").is_dir():
         folder = folder / "vae"
     if folder.exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{source}: holds no autoencoder (no config.json in it)")
+        if (files := tiny_files(folder)) is None:
+            raise ValueError(f"{source}: holds no autoencoder (no config.json in it)")
+        vae = load_tiny_files(*files)
+        check_autoencoder(source, vae)
+        return vae.eval().requires_grad_(False).to(device)
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
     path = str(folder) if folder.exists() else source
@@ -97,6 +106,8 @@ def check_autoencoder(source: str, vae: Autoencoder) -> None:
 
 def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
+    if isinstance(vae, LavitaPatchAutoencoder):
+        return int(vae.config["patch_size"])
     tiny = isinstance(vae, AutoencoderTiny)
     return 2 ** (len(vae.config["encoder_block_out_channels" if tiny else "block_out_channels"]) - 1)
 

@@ -300,6 +300,8 @@ class LavitaPipeline(DiffusionPipeline):
 def _check_parts(folder: Path, config: dict[str, Any]) -> None:
     """Checks the classes in a `model_index.json`, and sets the modules that they are imported from."""
     allowed = {"transformer": ("LavitaTransformer3DModel",), "vae": tuple(AUTOENCODERS), "scheduler": SCHEDULER_CLASSES}
+    own = (LavitaTransformer3DModel, *AUTOENCODERS.values())
+    modules = {kind.__name__: kind.__module__ for kind in own if kind.__module__.startswith("lavita.")}
     if code := [file for part in allowed for file in sorted((folder / part).glob("*.py"))]:
         raise ValueError(f"{code[0]}: is code, which no part of a pipeline needs and which is never run; remove it")
     name = config.get("_class_name")
@@ -312,8 +314,7 @@ def _check_parts(folder: Path, config: dict[str, Any]) -> None:
             continue
         if not isinstance(value, (list, tuple)) or len(value) != 2 or value[1] not in allowed[part]:
             raise ValueError(f"model_index.json: {part} is {value!r}; allowed: {', '.join(allowed[part])}")
-        module = LavitaTransformer3DModel.__module__ if part == "transformer" else "diffusers"
-        config[part] = [module, value[1]]
+        config[part] = [modules.get(value[1], "diffusers"), value[1]]
 
 
 def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> LavitaPipeline:

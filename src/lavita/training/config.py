@@ -15,6 +15,12 @@ VALIDATION_CLIPS = 64
 MIN_SNR_GAMMA = 5.0
 LEAST_LENGTH, MOST_LENGTH = 0.01, 0.28
 """Relative lengths of averages that can be tracked and reconstructed; a mean over the whole run has 0.289."""
+STRUCTURE = {
+    "kl": ("block_out_channels", "layers_per_block"),
+    "tiny": ("block_out_channels", "blocks_per_level"),
+    "patch": ("width", "num_encoder_blocks", "num_decoder_blocks"),
+}
+"""Fields of `AutoencoderConfig` that only some architectures have."""
 TimestepSampling = Literal["uniform", "logit_normal"]
 
 
@@ -243,15 +249,16 @@ class AutoencoderConfig(StrictConfig):
     """Folders of videos that are not trained on; PSNR is measured on them at the end."""
     init_from: str | None = None
     """Autoencoder whose weights the run starts from, instead of random ones: its folder, that of a pipeline, a hub id,
-    or `builtin`, the one in the package. The structure (`architecture`, `downsampling`, `latent_channels`,
-    `block_out_channels`, `layers_per_block`, `blocks_per_level`) is then that of this autoencoder."""
+    or `builtin`, the one in the package. The structure (`architecture`, `downsampling`, `latent_channels`, widths and
+    numbers of blocks) is then that of this autoencoder."""
     freeze: Literal["encoder"] | None = None
     """`encoder`: with `init_from`, train only the decoder, so that all latents stay what they are."""
     resolution: int = Field(64, ge=8)
     """Side of the training crops in pixels."""
-    architecture: Literal["kl", "tiny"] = "kl"
-    """`kl`: diffusers' `AutoencoderKL`, whose latents are random with a mean and a standard deviation for each frame;
-    `tiny`: `AutoencoderTiny`, which is several times as fast and gives latents without randomness."""
+    architecture: Literal["kl", "tiny", "patch"] = "kl"
+    """`kl`: diffusers' `AutoencoderKL`, whose latents are random with a mean and a standard deviation for each frame.
+    `tiny`: `AutoencoderTiny`, convolutions without norms, and latents without randomness. `patch`: all layers at the
+    resolution of the latents, starting from principal components; much better after little training."""
     downsampling: Literal[2, 4, 8, 16] = 4
     """Pixels per latent pixel, along each side."""
     latent_channels: int = Field(4, ge=1)
@@ -264,6 +271,12 @@ class AutoencoderConfig(StrictConfig):
     blocks_per_level: list[PositiveInt] | None = None
     """Residual blocks at each resolution, finest first, with `architecture=tiny`; the decoder has as many. Default: 1
     at the finest and 3 at each other one."""
+    width: int = Field(128, ge=1)
+    """Channels of the hidden layers, with `architecture=patch`."""
+    num_encoder_blocks: int = Field(4, ge=0)
+    """Residual blocks of the encoder, with `architecture=patch`."""
+    num_decoder_blocks: int = Field(8, ge=0)
+    """Residual blocks of the decoder, with `architecture=patch`."""
     steps: int = Field(20_000, ge=1)
     """Number of optimizer steps."""
     batch_size: int = Field(8, ge=2, multiple_of=2)
@@ -335,19 +348,17 @@ class AutoencoderConfig(StrictConfig):
             raise ValueError(
                 f"resolution is {self.resolution}, but must be a multiple of downsampling ({self.downsampling})"
             )
-        if self.architecture == "kl" and self.blocks_per_level is not None and self.init_from is None:
-            raise ValueError("blocks_per_level is set, but has no effect with architecture=kl, see layers_per_block")
-        if self.architecture == "tiny":
-            if self.layers_per_block != AutoencoderConfig.model_fields["layers_per_block"].default:
-                raise ValueError(
-                    f"layers_per_block is {self.layers_per_block}, but has no effect with architecture=tiny, see "
-                    "blocks_per_level"
-                )
-            if len(set(self.widths)) > 1:
-                raise ValueError(
-                    f"block_out_channels is {self.widths}, but must be the same width at each resolution with "
-                    "architecture=tiny"
-                )
+        if self.init_from is not None and "architecture" not in self.model_fields_set:
+            return
+        for key in sorted(set().union(*STRUCTURE.values()) - set(STRUCTURE[self.architecture])):
+            value = getattr(self, key)
+            if value != AutoencoderConfig.model_fields[key].default:
+                raise ValueError(f"{key} is {value}, but has no effect with architecture={self.architecture}")
+        if self.architecture == "tiny" and len(set(self.widths)) > 1:
+            raise ValueError(
+                f"block_out_channels is {self.widths}, but must be the same width at each resolution with "
+                "architecture=tiny"
+            )
 
     def _check_start(self) -> None:
         if self.freeze is None:

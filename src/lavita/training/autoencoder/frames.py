@@ -6,6 +6,7 @@ most.
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -90,6 +91,13 @@ def draw_pairs(sources: list[list[Frames]], config: AutoencoderConfig, step: int
             pair = pair[:, :, ::-1]
         pairs.append(pair)
     return np.ascontiguousarray(np.concatenate(pairs))
+
+
+def draw_frames(sources: list[list[Frames]], config: AutoencoderConfig) -> Frames:
+    """At least 1,024 frames as in training, uint8 `(N, R, R, 3)`, other than those that are trained on first."""
+    return np.concatenate(
+        [draw_pairs(sources, config, -1 - batch) for batch in range(math.ceil(1024 / config.batch_size))]
+    )
 
 
 def _shrunk(width: int, height: int, shorter: int) -> tuple[int, int]:

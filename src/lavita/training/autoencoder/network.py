@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lavita.core.config import ConfigError, load_config
@@ -20,19 +19,12 @@ from lavita.models.autoencoder import (
     load_autoencoder,
 )
 from lavita.models.packaged import autoencoder_source
-from lavita.training.autoencoder.frames import Frames, draw_pairs
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
+from lavita.training.autoencoder.frames import Frames, draw_frames
 from lavita.training.checkpoint import list_checkpoints
-from lavita.training.config import AutoencoderConfig
+from lavita.training.config import STRUCTURE, AutoencoderConfig
 
 _INIT = "init"
-_STRUCTURE = (
-    "architecture",
-    "downsampling",
-    "latent_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "blocks_per_level",
-)
 
 
 def start_autoencoder(config: AutoencoderConfig) -> tuple[AutoencoderConfig, Autoencoder]:
@@ -69,6 +61,14 @@ def record_start(config: AutoencoderConfig, vae: Autoencoder) -> None:
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """A randomly initialized autoencoder of a configuration."""
+    if config.architecture == "patch":
+        return LavitaPatchAutoencoder(
+            config.downsampling,
+            config.latent_channels,
+            config.width,
+            config.num_encoder_blocks,
+            config.num_decoder_blocks,
+        )
     levels = len(config.widths)
     if config.architecture == "tiny":
         blocks = tuple(config.blocks)
@@ -94,8 +94,7 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 def measure_scaling(vae: Autoencoder, sources: list[list[Frames]], config: AutoencoderConfig) -> None:
     """Sets `scaling_factor` and `shift_factor` from the latents of at least 1,024 training frames."""
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    frames = [draw_pairs(sources, config, -1 - batch) for batch in range(math.ceil(1024 / config.batch_size))]
-    mean, std = encode(vae, np.concatenate(frames), config.precision)
+    mean, std = encode(vae, draw_frames(sources, config), config.precision)
     mean64, std64 = mean.double(), std.double()
     variance = mean64.var() + std64.square().mean()
     vae.register_to_config(
@@ -116,19 +115,19 @@ def _with_random_weights(folder: Path) -> Autoencoder:
 
 def _with_structure(config: AutoencoderConfig, vae: Autoencoder) -> AutoencoderConfig:
     """The configuration with the structure of `init_from`; what was asked for by hand must agree with it."""
-    found: dict[str, Any] = {
-        "architecture": "tiny" if isinstance(vae, AutoencoderTiny) else "kl",
-        "downsampling": downsampling(vae),
-        "latent_channels": vae.config["latent_channels"],
-    }
-    if isinstance(vae, AutoencoderTiny):
-        found["block_out_channels"] = list(vae.config["encoder_block_out_channels"])
-        found["blocks_per_level"] = list(vae.config["num_encoder_blocks"])
+    fields = vae.config
+    found: dict[str, Any] = {"downsampling": downsampling(vae), "latent_channels": fields["latent_channels"]}
+    if isinstance(vae, LavitaPatchAutoencoder):
+        found |= {"architecture": "patch"} | {key: fields[key] for key in STRUCTURE["patch"]}
+    elif isinstance(vae, AutoencoderTiny):
+        found |= {"architecture": "tiny", "block_out_channels": list(fields["encoder_block_out_channels"])}
+        found["blocks_per_level"] = list(fields["num_encoder_blocks"])
     else:
-        found["block_out_channels"] = list(vae.config["block_out_channels"])
-        found["layers_per_block"] = vae.config["layers_per_block"]
+        found |= {"architecture": "kl", "block_out_channels": list(fields["block_out_channels"])}
+        found["layers_per_block"] = fields["layers_per_block"]
     # A saved configuration names every key: what the architecture does not have is at its default there.
-    expected = {key: AutoencoderConfig.model_fields[key].default for key in _STRUCTURE} | found
+    others = set().union(*STRUCTURE.values()) - found.keys()
+    expected = {key: AutoencoderConfig.model_fields[key].default for key in others} | found
     for key in sorted(config.model_fields_set & expected.keys()):
         asked = getattr(config, key)
         if asked is not None and asked != expected[key]:
@@ -136,7 +135,7 @@ def _with_structure(config: AutoencoderConfig, vae: Autoencoder) -> AutoencoderC
                 f"that of init_from={config.init_from} is {found[key]}"
                 if key in found
                 else (
-                    f"init_from={config.init_from} is of architecture={found['architecture']}, which has no such number"
+                    f"init_from={config.init_from} is of architecture={found['architecture']}, which has no such field"
                 )
             )
             raise ConfigError(f"{key} is {asked}, but {that}; leave it out")

@@ -19,8 +19,9 @@ from lavita.data.content_hash import source_bytes
 from lavita.evaluation.features.perceptual import PACKAGE, FeatureDistance
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
 from lavita.models.autoencoder import Autoencoder, load_autoencoder, to_pixels
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.training.autoencoder.discriminator import Adversary, last_layer
-from lavita.training.autoencoder.frames import Frames, draw_pairs, load_frames
+from lavita.training.autoencoder.frames import Frames, draw_frames, draw_pairs, load_frames
 from lavita.training.autoencoder.losses import autoencoder_losses
 from lavita.training.autoencoder.network import measure_scaling, record_start, start_autoencoder
 from lavita.training.checkpoint import Checkpoint, Keep, load_last_checkpoint, save_checkpoint
@@ -93,6 +94,8 @@ def _train(config: AutoencoderConfig) -> Path:
     write_contents(run_dir, contents)
     memory = config.memory_gib / len(config.data)
     sources = [load_frames(catalog, config.resolution, memory, config.seed) for catalog in catalogs]
+    if config.init_from is None and isinstance(vae, LavitaPatchAutoencoder):
+        vae.set_principal_components(to_pixels(draw_frames(sources, config)))
     run = AutoencoderRun(config, vae, distance, device)
     if (checkpoint := load_last_checkpoint(run_dir / "checkpoints")) is not None:
         run.restore(checkpoint)
