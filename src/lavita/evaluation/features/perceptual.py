@@ -41,6 +41,11 @@ class FeatureDistance:
             return None
         return cls(EfficientNetLite0.load(path).to(device))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.stem.conv.weight.device
+
     def __call__(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         """Distances of images from as many others, computed in float32 whatever autocast says.
 

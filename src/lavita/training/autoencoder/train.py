@@ -17,7 +17,7 @@ from lavita.core.seeds import generator
 from lavita.data.catalog import scan
 from lavita.data.content_hash import source_bytes
 from lavita.evaluation.features.perceptual import PACKAGE, FeatureDistance
-from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
+from lavita.evaluation.reconstruction import quality_at, show_quality
 from lavita.models.autoencoder import Autoencoder, load_autoencoder, to_pixels
 from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.training.autoencoder.discriminator import Adversary, last_layer
@@ -109,7 +109,7 @@ def _train(config: AutoencoderConfig) -> Path:
     vae.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
     if config.held_out:
         saved = load_autoencoder(str(folder), device)
-        quality = {str(root): reconstruction_quality(saved, root, config.resolution) for root in config.held_out}
+        quality = quality_at(saved, config.held_out, [config.resolution], FeatureDistance.load(device))
         show_quality(quality, folder / "reconstruction.json")
     return folder
 
