@@ -44,7 +44,7 @@ def autoencoder_train(
     if run_dir:
         chosen["run_dir"] = str(run_dir)
     settings: AutoencoderConfig = _load(AutoencoderConfig, config, overrides, chosen)
-    from lavita.training.autoencoder import train_autoencoder
+    from lavita.training.autoencoder.train import train_autoencoder
 
     _train(train_autoencoder, settings)
 
@@ -53,19 +53,29 @@ def autoencoder_train(
 def autoencoder_evaluate(
     data: Annotated[list[Path], typer.Option(help="Folder of videos; may be given several times.")],
     autoencoder: Annotated[str, typer.Argument(help="Folder, hub id, or builtin.")] = "builtin",
-    resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 64,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=8, help="Side of the frames in pixels; may be given several times. default: 64", show_default=False
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.", show_default=False)] = None,
 ) -> None:
-    """PSNR of reconstructed frames: the whole picture, and the pixels that move."""
+    """Score reconstructed frames: PSNR of the whole picture and of the pixels that move, and a feature distance.
+
+    The distance of the feature maps of a network needs the extra `evaluate`; without it a dash stands in its place.
+    """
     from lavita.core.files import check_outside
-    from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
+    from lavita.evaluation.features.perceptual import FeatureDistance
+    from lavita.evaluation.reconstruction import quality_at, show_quality
     from lavita.models.autoencoder import load_autoencoder
     from lavita.models.packaged import autoencoder_source
 
     if out is not None:
         check_outside("out", out, *data)
-    vae = load_autoencoder(autoencoder_source(autoencoder, resolution))
-    show_quality({str(root): reconstruction_quality(vae, root, resolution) for root in data}, out)
+    sides = list(dict.fromkeys(resolution or [64]))
+    vae = load_autoencoder(autoencoder_source(autoencoder, max(sides)))
+    show_quality(quality_at(vae, data, sides, FeatureDistance.load()), out)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as Au
 from lavita.core.precision import Precision, autocast, without_fp16
 from lavita.models.causal_autoencoder import (
     FRAME_AUTOENCODERS,
+    FrameAutoencoder,
     LavitaCausalAutoencoder,
     Past,
     Posterior,
@@ -105,8 +106,7 @@ def check_autoencoder(source: str, vae: Autoencoder) -> None:
     scale, shift = _scale_and_shift(vae)
     if not (math.isfinite(scale) and scale and math.isfinite(shift)):
         raise ValueError(f"{source}: scaling_factor is {scale} and shift_factor {shift}, but must be finite, and not 0")
-    if isinstance(vae, LavitaCausalAutoencoder):
-        vae = vae.network
+    vae = frame_network(vae)
     if isinstance(vae, AutoencoderTiny):
         levels = len(vae.config["decoder_block_out_channels"]) - 1
         if (enlarged := int(vae.config["upsampling_scaling_factor"]) ** levels) != downsampling(vae):
@@ -116,10 +116,14 @@ def check_autoencoder(source: str, vae: Autoencoder) -> None:
             )
 
 
+def frame_network(vae: Autoencoder) -> FrameAutoencoder:
+    """The autoencoder of frames whose layers an autoencoder has: its own network if it is causal, else itself."""
+    return vae.network if isinstance(vae, LavitaCausalAutoencoder) else vae
+
+
 def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
-    if isinstance(vae, LavitaCausalAutoencoder):
-        vae = vae.network
+    vae = frame_network(vae)
     if isinstance(vae, LavitaPatchAutoencoder):
         return int(vae.config["patch_size"])
     tiny = isinstance(vae, AutoencoderTiny)
