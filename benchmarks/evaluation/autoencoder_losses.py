@@ -127,8 +127,8 @@ def _frechet(real: Features, made: Features) -> dict[str, float | None]:
     """The Frechet distance of decoded clips to the same clips, and that of two halves of these."""
     if len(real) < 4:
         return {"frechet": None, "floor": None}
-    halves = np.array_split(real[np.random.default_rng(0).permutation(len(real))], 2)
-    return {"frechet": round(frechet_distance(real, made), 1), "floor": round(frechet_distance(*halves), 1)}
+    first, second = np.array_split(real[np.random.default_rng(0).permutation(len(real))], 2)
+    return {"frechet": round(frechet_distance(real, made), 1), "floor": round(frechet_distance(first, second), 1)}
 
 
 def _features(network: Network, clips: Sequence[Frames]) -> Features:

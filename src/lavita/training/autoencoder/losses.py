@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lavita.evaluation.features.perceptual import FeatureDistance
-from lavita.models.autoencoder import Autoencoder
+from lavita.models.autoencoder import Autoencoder, AutoencoderTiny
 from lavita.training.config import AutoencoderConfig
 
 FULL_MOTION = 0.2
@@ -74,15 +74,14 @@ def autoencoder_losses(
         config: the weights of the terms.
         distance: the perceptual distance, needed if it has a weight.
     """
-    encoded = vae.encode(pixels)
-    if hasattr(encoded, "latent_dist"):
-        posterior = encoded.latent_dist
+    if isinstance(vae, AutoencoderTiny):
+        z = vae.encode(pixels).latents
+        kl = 0.5 * z.float().square().mean()
+    else:
+        posterior = vae.encode(pixels).latent_dist
         z = posterior.mean + posterior.std * noise
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    else:
-        z = encoded.latents
-        kl = 0.5 * z.float().square().mean()
     output = vae.decode(z).sample.float()
     weights = motion_weights(pixels, config.motion_weight)
     reconstruction = (weights * (output - pixels).abs()).mean()
