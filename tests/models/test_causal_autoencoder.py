@@ -24,7 +24,7 @@ from lavita.models.autoencoder import (
     posterior,
 )
 from lavita.models.causal_autoencoder import FrameAutoencoder, LavitaCausalAutoencoder, inflate
-from lavita.models.fingerprint import fingerprint
+from lavita.models.fingerprint import encoder_fingerprint, fingerprint
 from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.models.pooled_autoencoder import LavitaPooledAutoencoder
 
@@ -234,6 +234,18 @@ def test_it_loads_as_it_was_saved(kind: str, tmp_path: Path) -> None:
     assert type(loaded.network) is type(vae)
     assert fingerprint(loaded) == fingerprint(causal)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_cache_depends_on_its_encoder_alone() -> None:
+    """Of images there may be one, see `encoder_fingerprint`."""
+    causal = inflate(make_tiny_vae(), 2).requires_grad_(False)
+    before = encoder_fingerprint(causal)
+    causal.network.decoder.conv_in.weight.add_(1)
+    assert encoder_fingerprint(causal) == before
+    causal.network.quant_conv.weight.add_(1)
+    changed = encoder_fingerprint(causal)
+    causal.network.encoder.conv_in.weight.add_(1)
+    assert len({before, changed, encoder_fingerprint(causal)}) == 3
 
 
 def test_what_cannot_be_made_is_said() -> None:

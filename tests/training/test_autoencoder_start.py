@@ -16,6 +16,9 @@ from tiny_data import write_videos
 
 from lavita.core.config import ConfigError, read_yaml
 from lavita.data.catalog import scan
+from lavita.data.clip_sources import CacheSource
+from lavita.data.latent_cache.encode import encode_dataset
+from lavita.data.latent_cache.manifest import write_manifest
 from lavita.models.autoencoder import AutoencoderTiny, decode, encode, load_autoencoder, to_pixels
 from lavita.training.autoencoder.frames import draw_frames, load_frames
 from lavita.training.autoencoder.losses import autoencoder_losses
@@ -62,6 +65,7 @@ def test_a_tiny_autoencoder_has_the_asked_for_shape(tmp_path: Path) -> None:
 def test_a_tiny_autoencoder_pays_for_the_size_of_its_latents(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, kl_weight=0.3, edge_weight=0.0, motion_weight=0.0, **TINY)
     vae = build_autoencoder(config).double()
+    assert isinstance(vae, AutoencoderTiny)
     pixels = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     losses = autoencoder_losses(vae, pixels, torch.full((4, 3, 2, 2), torch.nan), config)
 
@@ -236,6 +240,28 @@ def test_a_frozen_encoder_keeps_its_latents(architecture: str, trained: dict[str
     assert changed == decoder
     learning = {name.split(".")[1] for name in last_checkpoint(config).outlines if name.startswith("optimizer.")}
     assert learning <= {"decoder", "post_quant_conv"}
+
+
+def test_a_cache_fits_an_autoencoder_whose_decoder_alone_is_another(trained: dict[str, Path], tmp_path: Path) -> None:
+    start = load_autoencoder(str(trained["kl"]))
+    cache = tmp_path / "cache"
+    manifest = encode_dataset(scan(tmp_path / "videos"), cache, start, 8, horizontal_flip=False, precision="fp32")
+    tuned = load_autoencoder(
+        str(train_autoencoder(tiny_run(tmp_path, init_from=str(trained["kl"]), freeze="encoder", name="decoder")))
+    )
+    CacheSource(cache).check(tuned, 8, False, tmp_path / "videos")
+
+    other = load_autoencoder(str(train_autoencoder(tiny_run(tmp_path, init_from=str(trained["kl"]), name="whole"))))
+    scaled = load_autoencoder(str(trained["kl"]))
+    scaled.register_to_config(scaling_factor=2.0)
+    for vae in (other, scaled):
+        with pytest.raises(ValueError, match="was made with another autoencoder"):
+            CacheSource(cache).check(vae, 8, False, tmp_path / "videos")
+
+    write_manifest(cache, {key: value for key, value in manifest.items() if key != "encoder"})  # an older cache
+    CacheSource(cache).check(start, 8, False, tmp_path / "videos")
+    with pytest.raises(ValueError, match="was made with another autoencoder"):
+        CacheSource(cache).check(tuned, 8, False, tmp_path / "videos")
 
 
 def test_a_frozen_encoder_is_not_rounded(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discriminator, "WIDTHS", (8, 16, 16, 32))
 
 
+def gradients_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the gradient of each parameter."""
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+
 def one_step(tmp_path: Path, structure: dict[str, Any], **values: Any) -> tuple[AutoencoderConfig, Autoencoder, Any]:
     """A configuration, its autoencoder, and a function that computes the losses of the first step anew."""
     config = tiny_run(tmp_path, **structure, **(ALL_TERMS | values))
@@ -62,12 +68,14 @@ def test_gradients_of_the_autoencoder_are_those_of_the_plain_formula(
     adversary = Adversary(config, CPU, "fp32")
     found, pixels = losses()
     parts = adversary.backward(found, pixels, last_layer(vae.decoder))
-    gradients = {name: parameter.grad.clone() for name, parameter in vae.named_parameters()}
+    gradients = gradients_of(vae)
 
     vae.zero_grad()
     plain, _ = losses()
     term = -adversary.network(plain.output).mean()
-    weight = vae.decoder.layers[-1].weight if architecture == "tiny" else vae.decoder.conv_out.weight
+    weight = vae.get_parameter(
+        "decoder.conv_out.weight" if architecture != "tiny" else [name for name, _ in vae.named_parameters()][-2]
+    )
     factor = 1.0
     if adaptive:
         of_terms, of_term = (
@@ -80,23 +88,25 @@ def test_gradients_of_the_autoencoder_are_those_of_the_plain_formula(
         assert "adaptive_weight" not in parts
     (plain.total + 0.5 * factor * term).backward()
     assert parts["adversarial"] == pytest.approx(term.item(), rel=1e-4)
-    largest = max(parameter.grad.abs().max().item() for parameter in vae.parameters())
-    for name, parameter in vae.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5 * largest, msg=name)
+    expected = gradients_of(vae)
+    assert set(gradients) == set(expected) == {name for name, _ in vae.named_parameters()}
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
 def test_the_discriminator_has_the_hinge_loss(tmp_path: Path) -> None:
     config, vae, losses = one_step(tmp_path, KL)
     adversary = Adversary(config, CPU, "fp32")
     with torch.no_grad():
-        adversary.network.layers[-1].weight.mul_(300)  # scores on both sides of the hinges
+        last_layer(adversary.network).mul_(300)  # scores on both sides of the hinges
     found, pixels = losses()
     real, fake = (adversary.network(part.detach()).detach().double().numpy() for part in (pixels, found.output))
     expected = (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()) / 2
     assert (real > 1).any() or (real < 1).any()
     parts = adversary.backward(found, pixels, last_layer(vae.decoder))
     assert parts["discriminator"] == pytest.approx(expected, rel=1e-5)
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in adversary.network.parameters()))
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients_of(adversary.network).values()))
     assert norm == pytest.approx(min(1.0, parts["discriminator_grad_norm"]), rel=1e-4)
 
 
@@ -201,7 +211,7 @@ def test_a_discriminator_that_is_not_finite_stops_the_run_before_the_step(tmp_pa
     run = AutoencoderRun(config, build_autoencoder(config), FeatureDistance.load(), CPU)
     assert run.adversary is not None
     with torch.no_grad():
-        run.adversary.network.layers[0].weight[0, 0, 0, 0] = math.inf
+        next(run.adversary.network.parameters())[0, 0, 0, 0] = math.inf
     before = {name: tensor.clone() for name, tensor in run.tensors().items()}
     frames = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     with pytest.raises(FloatingPointError, match="at step 1; lower"):

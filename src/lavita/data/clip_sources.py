@@ -28,7 +28,7 @@ from lavita.data.latent_cache.manifest import MANIFEST, read_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
 from lavita.data.latent_cache.statistics import cache_statistics, spread_frames
 from lavita.models.autoencoder import Autoencoder, encode, latent_frames, latent_size, temporal_downsampling
-from lavita.models.fingerprint import fingerprint
+from lavita.models.fingerprint import encoder_fingerprint, fingerprint
 from lavita.models.latent_statistics import LatentMoments, LatentStatistics
 from lavita.video.formats import Frames, VideoError, VideoInfo
 from lavita.video.tree import find_videos
@@ -208,7 +208,7 @@ class CacheSource:
         path: Path | None,
         names: Collection[str] | None = None,
     ) -> None:
-        """Checks that the cache fits a run: the same autoencoder and resolution, and the same videos.
+        """Checks that the cache fits a run: the same encoder of frames and resolution, and the same videos.
 
         Videos are compared by name and size; `lavita encode` compares their contents.
 
@@ -223,7 +223,9 @@ class CacheSource:
             ValueError: if something differs: the autoencoder, the resolution, mirrored frames, or the videos in `path`.
         """
         manifest = self.manifest
-        if manifest["autoencoder"] != fingerprint(vae):
+        same = manifest["autoencoder"] == fingerprint(vae)
+        # Only the decoder may be another one. Caches from before the encoder was recorded do not have it.
+        if not same and manifest.get("encoder") != encoder_fingerprint(vae):
             raise ValueError(f"{self.folder}: was made with another autoencoder than that of this run; encode again")
         if manifest["resolution"] != resolution:
             raise ValueError(

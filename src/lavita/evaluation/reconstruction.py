@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,14 @@ from lavita.models.autoencoder import (
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
+Reconstruction = tuple[Video, Frames, Frames]
+"""A video, its first frames, uint8 (F, R, R, 3), and what becomes of them."""
 NUM_FRAMES = 16
 """Number of frames that are scored, from the first one of each video on; less if an autoencoder cannot take it."""
 
 
-def reconstructions(vae: Autoencoder, root: Path, resolution: int) -> Iterator[tuple[Video, Frames, Frames]]:
-    """Encodes and decodes the first frames of each video of a folder.
-
-    Yields:
-        The video, its first `NUM_FRAMES` frames, or as many as the autoencoder takes, after center crop and resize,
-        uint8 (F, R, R, 3), and what becomes of them.
-    """
+def reconstructions(vae: Autoencoder, root: Path, resolution: int) -> Iterator[Reconstruction]:
+    """Encodes and decodes the first frames of each video, at most `NUM_FRAMES`, after center crop and resize."""
     for video in scan(root).videos:
         real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), NUM_FRAMES))), resolution)
         real = real[: pixel_frames(vae.config, 1 + (len(real) - 1) // temporal_downsampling(vae.config))]
@@ -53,12 +50,24 @@ def reconstructions(vae: Autoencoder, root: Path, resolution: int) -> Iterator[t
 def reconstruction_quality(
     vae: Autoencoder, root: Path, resolution: int, distance: FeatureDistance | None = None
 ) -> dict[str, Any]:
-    """Scores reconstructed frames, for each group of videos: PSNR, that of moving pixels, and the feature distance.
+    """The scores of an autoencoder on a folder of videos, see `score_reconstructions`.
 
     Args:
         vae: the autoencoder.
-        root: folder of videos; groups are the parent folders of the videos.
+        root: folder of videos.
         resolution: side of the frames in pixels, after center crop and resize.
+        distance: the perceptual distance.
+    """
+    return score_reconstructions(reconstructions(vae, root, resolution), distance)
+
+
+def score_reconstructions(
+    pairs: Iterable[Reconstruction], distance: FeatureDistance | None = None
+) -> dict[str, dict[str, Any]]:
+    """Scores reconstructed frames, for each group of videos: PSNR, that of moving pixels, and the feature distance.
+
+    Args:
+        pairs: as `reconstructions` yields them; groups are the parent folders of the videos.
         distance: the perceptual distance.
 
     Returns:
@@ -67,7 +76,7 @@ def reconstruction_quality(
         moves if it differs by more than 10% of the range from the frame before or after.
     """
     errors: dict[str, list[tuple[float, int, float, int, float, int]]] = {}
-    for video, real, made in reconstructions(vae, root, resolution):
+    for video, real, made in pairs:
         squared = (made.astype(np.float64) - real) ** 2
         moving = _moving_pixels(real)
         far = 0.0 if distance is None else _sum_of_distances(distance, made, real)

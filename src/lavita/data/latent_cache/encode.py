@@ -44,7 +44,7 @@ from lavita.data.latent_cache.shards import (
 )
 from lavita.data.latent_cache.statistics import cache_statistics
 from lavita.models.autoencoder import Autoencoder, encode, latent_size, temporal_downsampling
-from lavita.models.fingerprint import fingerprint
+from lavita.models.fingerprint import encoder_fingerprint, fingerprint
 from lavita.video.formats import Frames, VideoError
 from lavita.video.reading import iter_frames
 
@@ -170,7 +170,8 @@ def encode_dataset(
     rows = _manifest_rows(catalog, sources, shards)
     if not rows:
         raise ValueError(f"{catalog.root}: no video could be decoded; the first: {problems[0]}")
-    manifest = {**settings, **cache_statistics(rows, shards).fields(), "videos": rows, "broken": problems}
+    facts = {"encoder": encoder_fingerprint(vae), **cache_statistics(rows, shards).fields()}
+    manifest = {**settings, **facts, "videos": rows, "broken": problems}
     write_manifest(folder, manifest)
     for file in shards.keys() - {row["shard"] for row in rows}:
         (folder / file).unlink()

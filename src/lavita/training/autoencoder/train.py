@@ -107,7 +107,9 @@ def _train(config: AutoencoderConfig) -> Path:
     if config.freeze is None:
         measure_scaling(vae, sources, config)
     folder = run_dir / "autoencoder"
-    vae.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
+    if config.save_dtype == "float16":
+        vae.half()
+    vae.save_pretrained(folder)
     if config.held_out:
         saved = load_autoencoder(str(folder), device)
         quality = quality_at(saved, config.held_out, [config.resolution], FeatureDistance.load(device))
