@@ -240,11 +240,11 @@ def test_a_cache_depends_on_its_encoder_alone() -> None:
     """Of images there may be one, see `encoder_fingerprint`."""
     causal = inflate(make_tiny_vae(), 2).requires_grad_(False)
     before = encoder_fingerprint(causal)
-    causal.network.decoder.conv_in.weight.add_(1)
+    causal.get_parameter("network.decoder.conv_in.weight").add_(1)
     assert encoder_fingerprint(causal) == before
-    causal.network.quant_conv.weight.add_(1)
+    causal.get_parameter("network.quant_conv.weight").add_(1)
     changed = encoder_fingerprint(causal)
-    causal.network.encoder.conv_in.weight.add_(1)
+    causal.get_parameter("network.encoder.conv_in.weight").add_(1)
     assert len({before, changed, encoder_fingerprint(causal)}) == 3
 
 

@@ -133,7 +133,7 @@ def test_an_autoencoder_on_patches_starts_from_the_principal_components_of_the_v
     """The best linear autoencoder: what is lost are the components with the least variance, by numpy's SVD."""
     write_videos(tmp_path / "videos")
     config = tiny_run(tmp_path, steps=1, learning_rate=1e-12, kl_weight=0, **PATCH)
-    vae = load_autoencoder(str(train_autoencoder(config)))
+    vae: Any = load_autoencoder(str(train_autoencoder(config)))
     frames = draw_frames([load_frames(scan(config.data[0]), 8, 1.0, 0)], config)
     pixels = to_pixels(frames)
     patches = pixels.double().numpy().reshape(-1, 3, 2, 4, 2, 4).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 48)

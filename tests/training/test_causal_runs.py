@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_training_to_samples(make: Callable[..., RunConfig], run: Run, tmp_path:
     for video in sorted((tmp_path / "run" / "samples").rglob("*.mp4")):
         assert len(list(iter_frames(video))) == 5
     labels = ["a", "b"] if pipeline.transformer.config["num_classes"] else None
-    options = {"class_labels": labels, "num_inference_steps": 2}
+    options: dict[str, Any] = {"class_labels": labels, "num_inference_steps": 2}
     assert pipeline(**options).frames.shape[1:] == (5, 16, 16, 3)
     assert pipeline(num_frames=7, **options).frames.shape[1:] == (7, 16, 16, 3)
     assert pipeline(output_type="latent", **options).frames.shape[1:] == (3, 4, 8, 8)
@@ -109,7 +110,12 @@ def test_images_without_time_are_decoded_one_by_one(make: Callable[..., RunConfi
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
     assert run("train", "--config", tmp_path / "run.yaml")[0] == 0
     pipeline = load_pipeline(tmp_path / "run" / "pipeline")
-    options = {"class_labels": ["a"], "num_inference_steps": 2, "use_temporal": False, "precision": "fp32"}
+    options: dict[str, Any] = {
+        "class_labels": ["a"],
+        "num_inference_steps": 2,
+        "use_temporal": False,
+        "precision": "fp32",
+    }
     latents = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     together = pipeline(latents=latents, **options).frames
     assert together.shape == (1, 3, 16, 16, 3)

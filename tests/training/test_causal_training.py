@@ -16,7 +16,7 @@ from run_folders import last_checkpoint
 from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError, read_yaml
-from lavita.models.autoencoder import encode, load_autoencoder
+from lavita.models.autoencoder import encode, frame_network, load_autoencoder
 from lavita.models.causal_autoencoder import CausalConv, LavitaCausalAutoencoder, inflate
 from lavita.training.autoencoder.frames import clips_per_step, draw_clips
 from lavita.training.autoencoder.losses import FULL_MOTION, autoencoder_losses, motion_weights
@@ -49,7 +49,7 @@ def test_it_starts_from_frames_and_resumes_to_the_bit(
     made = load_autoencoder(str(folder))
     assert isinstance(made, LavitaCausalAutoencoder)
     assert made.config["temporal_downsampling"] == factor
-    for name, weight in inflate(base, factor).named_parameters():
+    for name, weight in inflate(frame_network(base), factor).named_parameters():
         torch.testing.assert_close(made.get_parameter(name), weight, rtol=0, atol=1e-6)
     mean, std = encode(made, paint(1 + 2 * factor, height=8, width=8))
     assert mean.shape == std.shape == (3, made.config["latent_channels"], *mean.shape[2:])

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -74,22 +74,22 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     if folder.exists() and not (folder / "config.json").exists():
         if (files := tiny_files(folder)) is None:
             raise ValueError(f"{source}: holds no autoencoder (no config.json in it)")
-        vae = load_tiny_files(*files)
-        check_autoencoder(source, vae)
-        return vae.eval().requires_grad_(False).to(device)
+        tiny: Any = load_tiny_files(*files)
+        check_autoencoder(source, tiny)
+        return cast(Autoencoder, tiny.eval().requires_grad_(False).to(device))
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
     path = str(folder) if folder.exists() else source
     options = hub_options(path)
     try:
-        kind = autoencoder_class(AutoencoderKL.load_config(path, **options))
+        kind: Any = autoencoder_class(AutoencoderKL.load_config(path, **options))
         vae, report = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
         raise cannot_load(source, "an autoencoder", error, options) from error
     if report["missing_keys"]:
         raise ValueError(f"{source}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     check_autoencoder(source, vae)
-    return vae.float().eval().requires_grad_(False).to(device)
+    return cast(Autoencoder, vae.float().eval().requires_grad_(False).to(device))
 
 
 def autoencoder_class(config: Mapping[str, Any]) -> type[Autoencoder]:
@@ -118,7 +118,7 @@ def check_autoencoder(source: str, vae: Autoencoder) -> None:
 
 def frame_network(vae: Autoencoder) -> FrameAutoencoder:
     """The autoencoder of frames whose layers an autoencoder has: its own network if it is causal, else itself."""
-    return vae.network if isinstance(vae, LavitaCausalAutoencoder) else vae
+    return cast(FrameAutoencoder, vae.network if isinstance(vae, LavitaCausalAutoencoder) else vae)
 
 
 def downsampling(vae: Autoencoder) -> int:
@@ -233,7 +233,7 @@ def posterior(vae: Autoencoder, pixels: torch.Tensor) -> Posterior:
     """
     if isinstance(vae, LavitaCausalAutoencoder):
         return vae.encode(pixels)
-    encoded = vae.encode(pixels)
+    encoded: Any = vae.encode(pixels)
     if isinstance(vae, AutoencoderTiny):
         return Posterior(encoded.latents, torch.zeros_like(encoded.latents), None)
     found = encoded.latent_dist
@@ -322,8 +322,8 @@ def decoded(
         with autocast():
             if isinstance(vae, LavitaCausalAutoencoder):
                 return vae.decode(unscaled[None], past)[0]
-            pixels: torch.Tensor = vae.decode(unscaled).sample
-            return pixels
+            output: Any = vae.decode(unscaled)
+            return cast(torch.Tensor, output.sample)
 
     # Nothing is bound to a name here, which would keep it while the next part is computed.
     if isinstance(vae, LavitaCausalAutoencoder):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -102,7 +102,10 @@ class CausalConv(nn.Conv3d):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         """Takes the weights for the current frame, and 0 for those before it."""
-        kernel, stride, padding = ((time, *sides) for time, sides in _sizes(conv))
+        kernel, stride, padding = (
+            (time, sides[0], sides[1])
+            for time, sides in ((TAPS, conv.kernel_size), (1, conv.stride), (0, cast(tuple[int, int], conv.padding)))
+        )
         super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, bias=conv.bias is not None)
         with torch.no_grad():
             self.weight.zero_()
@@ -113,12 +116,6 @@ class CausalConv(nn.Conv3d):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """(B F, C, H, W) to (B F, C', H', W')."""
         return _folded(super().forward(_with_past(self, frames, TAPS - 1)[0]))
-
-
-def _sizes(conv: nn.Conv2d) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Kernel, stride and padding in time, and the two sides of each in space."""
-    for time, (height, width) in ((TAPS, conv.kernel_size), (1, conv.stride), (0, conv.padding)):  # type: ignore[misc]
-        yield time, (int(height), int(width))
 
 
 class TemporalDownsample(nn.Conv3d):
@@ -159,7 +156,7 @@ class TemporalUpsample(nn.Conv3d):
         return (made[:, 1:] if first else made).flatten(0, 1)
 
 
-class LavitaCausalAutoencoder(ModelMixin, ConfigMixin):
+class LavitaCausalAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define config_name
     """An autoencoder of clips with the layers of an autoencoder of frames, see the module's description."""
 
     @register_to_config
@@ -190,7 +187,7 @@ class LavitaCausalAutoencoder(ModelMixin, ConfigMixin):
         name = frame_autoencoder.get("_class_name")
         if name not in FRAME_AUTOENCODERS:
             raise ValueError(f"frame_autoencoder is of the class {name!r}; allowed: {', '.join(FRAME_AUTOENCODERS)}")
-        network = FRAME_AUTOENCODERS[name].from_config(dict(frame_autoencoder))
+        network: Any = FRAME_AUTOENCODERS[name].from_config(dict(frame_autoencoder))
         if latent_channels != network.config["latent_channels"]:
             raise ValueError(
                 f"latent_channels is {latent_channels}, but frame_autoencoder has {network.config['latent_channels']}"
@@ -216,7 +213,7 @@ class LavitaCausalAutoencoder(ModelMixin, ConfigMixin):
         if (frames - (not past)) % factor:
             raise ValueError(frames_problem("the number of frames", frames, factor))
         with _streaming(clips, past):
-            encoded = self.network.encode(pixels.flatten(0, 1))
+            encoded: Any = self.network.encode(pixels.flatten(0, 1))
 
         def apart(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.unflatten(0, (clips, -1))
@@ -291,7 +288,7 @@ def _make_causal(network: FrameAutoencoder, factor: int) -> FrameAutoencoder:
         elif isinstance(network, LavitaPatchAutoencoder):
             _merge_patch_frames(network)
         else:
-            _merge_kl_frames(network, number)
+            _merge_kl_frames(cast(AutoencoderKL, network), number)
     return network
 
 
@@ -300,8 +297,8 @@ def _make_causal(network: FrameAutoencoder, factor: int) -> FrameAutoencoder:
 
 
 def _merge_kl_frames(network: AutoencoderKL, number: int) -> None:
-    inner = [block.downsamplers for block in network.encoder.down_blocks if block.downsamplers is not None]
-    outer = [block.upsamplers for block in network.decoder.up_blocks if block.upsamplers is not None]
+    inner: list[Any] = [block.downsamplers for block in network.encoder.down_blocks if block.downsamplers is not None]
+    outer: list[Any] = [block.upsamplers for block in network.decoder.up_blocks if block.upsamplers is not None]
     _check_levels(len(inner))
     samplers = inner[max(0, len(inner) - 1 - number)]
     samplers.append(TemporalDownsample(samplers[0].out_channels))
@@ -310,7 +307,8 @@ def _merge_kl_frames(network: AutoencoderKL, number: int) -> None:
 
 
 def _merge_tiny_frames(network: AutoencoderTiny, number: int) -> None:
-    encoder, decoder = network.encoder.layers, network.decoder.layers
+    encoder: Any = network.encoder.layers
+    decoder: Any = network.decoder.layers
     inner = [index for index, layer in enumerate(encoder) if isinstance(layer, CausalConv) and layer.stride[1] > 1]
     outer = [index for index, layer in enumerate(decoder) if isinstance(layer, nn.Upsample)]
     if number == 0:
@@ -320,7 +318,7 @@ def _merge_tiny_frames(network: AutoencoderTiny, number: int) -> None:
         decoder[outer[0]] = nn.Sequential(TemporalUpsample(decoder[outer[0] + 1].in_channels), decoder[outer[0]])
         return
     # Both are in the only level.
-    both = next(layer for layer in encoder if isinstance(layer, nn.Sequential))
+    both: Any = next(layer for layer in encoder if isinstance(layer, nn.Sequential))
     both.append(TemporalDownsample(both[0].out_channels))
     both = next(layer for layer in decoder if isinstance(layer, nn.Sequential))
     both.insert(0, TemporalUpsample(both[0].in_channels))
@@ -328,7 +326,8 @@ def _merge_tiny_frames(network: AutoencoderTiny, number: int) -> None:
 
 def _merge_patch_frames(network: LavitaPatchAutoencoder) -> None:
     # The linear map and the network beside it each merge what they compute, the latter before its last layer.
-    encoder, decoder = network.encoder, network.decoder
+    encoder: Any = network.encoder
+    decoder: Any = network.decoder
     width, channels = network.config["width"], network.config["latent_channels"]
     encoder.linear = nn.Sequential(encoder.linear, TemporalDownsample(channels))
     encoder.blocks.append(TemporalDownsample(width))

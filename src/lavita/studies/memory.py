@@ -188,7 +188,8 @@ def sampling_memory(
     with meta_model(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
         try:
             fields = dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)
-            vae = autoencoder_class(fields).from_config(fields).eval()
+            built: Any = autoencoder_class(fields).from_config(fields)
+            vae = built.eval()
         except Exception as error:  # diffusers checks no fields
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"vae/config.json describes no autoencoder ({type(error).__name__}: {why})") from error

@@ -7,6 +7,7 @@ latents, H W pixels, h w latent size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,8 @@ def autoencoder_losses(
         z = found.mean + found.std * noise.view_as(found.mean)
         logvar = found.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    output = vae.decode(z).flatten(0, 1) if isinstance(vae, LavitaCausalAutoencoder) else vae.decode(z).sample
-    output = output.float()
+    decoded: Any = vae.decode(z)
+    output = (decoded.flatten(0, 1) if isinstance(vae, LavitaCausalAutoencoder) else decoded.sample).float()
     weights = motion_weights(pixels, config.motion_weight, length)
     reconstruction = (weights * (output - pixels).abs()).mean()
     edges = sum((torch.diff(output, dim=dim) - torch.diff(pixels, dim=dim)).abs().mean() for dim in (-1, -2))

@@ -49,7 +49,7 @@ def start_autoencoder(config: AutoencoderConfig) -> tuple[AutoencoderConfig, Aut
     else:
         vae = load_autoencoder(autoencoder_source(config.init_from, config.resolution))
         if (factor := config.temporal_downsampling) > 1 and not isinstance(vae, LavitaCausalAutoencoder):
-            vae = inflate(vae, factor)
+            vae = inflate(frame_network(vae), factor)
     config = _with_structure(config, vae)
     vae.register_to_config(_name_or_path=None)  # where it was read from, which would be saved with the result
     vae.train().requires_grad_(True)
