@@ -15,6 +15,7 @@ from run_folders import last_checkpoint, lines_of
 
 from lavita.core.config import ConfigError, load_config, read_yaml
 from lavita.training import budget as module
+from lavita.training import step as step_module
 from lavita.training import train as loop
 from lavita.training.budget import Budget, new_length
 from lavita.training.config import RunConfig, TrainConfig
@@ -141,7 +142,7 @@ def test_what_is_spent_counts_across_commands_and_a_longer_budget_goes_on() -> N
 @pytest.fixture
 def steps_as_time(monkeypatch: pytest.MonkeyPatch) -> Time:
     """A clock on which a training step takes 1 second, from the 20th step on 2, and nothing else any time."""
-    time, real = Time(), loop.train_step
+    time, real = Time(), step_module.train_step
 
     def slow(state: Any, *arguments: Any) -> Any:
         result = real(state, *arguments)

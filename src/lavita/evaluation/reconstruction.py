@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lavita.models.autoencoder import AutoencoderKL, decode, encode
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
+Errors = tuple[float, int, float, int, int]
+"""Sum of the squared errors and number of values, the same for the moving pixels alone, and number of frames."""
 NUM_FRAMES = 16
 """Number of frames that are scored, from the first one of each video on."""
 
@@ -37,24 +40,26 @@ def reconstruction_quality(vae: AutoencoderKL, root: Path, resolution: int) -> d
         pixels or without error. A pixel moves if it differs by more than 10% of the range from the frame before or
         after.
     """
-    errors: dict[str, list[tuple[float, int, float, int, int]]] = {}
+    errors: dict[str, list[Errors]] = {}
     for video in scan(root).videos:
         real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), NUM_FRAMES))), resolution)
         mean, _ = encode(vae, real)
-        squared = (decode(vae, mean).astype(np.float64) - real) ** 2
-        moving = _moving_pixels(real)
-        row = (squared.sum(), squared.size, squared[moving].sum(), squared[moving].size, len(real))
-        errors.setdefault(video.info.path.parent.name, []).append(row)
+        errors.setdefault(video.info.path.parent.name, []).append(reconstruction_errors(real, decode(vae, mean)))
     errors["all"] = [row for rows in list(errors.values()) for row in rows]
-    result = {}
-    for group, rows in errors.items():
-        total, size, moving_total, moving_size, count = (sum(column) for column in zip(*rows, strict=True))
-        result[group] = {
-            "psnr": _psnr(total, size),
-            "moving_psnr": _psnr(moving_total, moving_size),
-            "frames": count,
-        }
-    return result
+    return {group: quality_of(rows) for group, rows in errors.items()}
+
+
+def reconstruction_errors(real: Frames, reconstructed: Frames) -> Errors:
+    """The squared errors of the frames of a clip, uint8 (F, H, W, 3), for `quality_of`."""
+    squared = (reconstructed.astype(np.float64) - real) ** 2
+    moving = _moving_pixels(real)
+    return squared.sum(), squared.size, squared[moving].sum(), squared[moving].size, len(real)
+
+
+def quality_of(errors: Sequence[Errors]) -> dict[str, Any]:
+    """`{"psnr": dB, "moving_psnr": dB, "frames": n}` of some clips, see `reconstruction_quality`."""
+    total, size, moving_total, moving_size, count = (sum(column) for column in zip(*errors, strict=True))
+    return {"psnr": _psnr(total, size), "moving_psnr": _psnr(moving_total, moving_size), "frames": count}
 
 
 def _moving_pixels(frames: Frames) -> npt.NDArray[np.bool_]:
