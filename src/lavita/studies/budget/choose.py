@@ -18,7 +18,7 @@ from lavita.data.clip_sources import CacheSource
 from lavita.data.clips import clip_span
 from lavita.data.datasets import open_dataset
 from lavita.data.latent_cache.manifest import read_manifest
-from lavita.models.autoencoder import AutoencoderKL, downsampling, load_autoencoder
+from lavita.models.autoencoder import AutoencoderKL, downsampling, latent_size, load_autoencoder
 from lavita.models.packaged import BUILTIN, autoencoder_source
 from lavita.studies.budget import table
 from lavita.studies.budget.measure import AutoencoderTrial, try_autoencoder
@@ -84,6 +84,7 @@ def choose(given: Mapping[str, Any], seconds: float, spent: Callable[[], float])
 
     vae = load_autoencoder(autoencoder_source(draft.autoencoder, data.get("resolution", table.SMALL_SIDE)), device)
     resolution, why = _resolution(given, draft, vae, device, side, seconds)
+    latent_size(vae, resolution)  # a resolution that the autoencoder does not divide is refused
     put(chosen, "data", resolution=resolution)
     lines.append(f"resolution   {resolution} x {resolution} pixels: {why}")
     trial = try_autoencoder(vae, catalog.videos if draft.data.path is not None else (), resolution)
@@ -109,10 +110,11 @@ def choose(given: Mapping[str, Any], seconds: float, spent: Callable[[], float])
 
     num_clips = sum(max(1, length // clip_span(clips.num_frames, clips.frame_interval)) for length in lengths)
     after = cache.seconds + table.PAGE_SECONDS
-    row, step_seconds, model_line = choose_size(
+    row, model_seconds, model_line = choose_size(
         chosen, given, vae, classes, device, num_clips, clip_seconds, lambda: seconds - spent() - after
     )
-    outputs = output_seconds(row.batch_size, step_seconds, clips.num_frames, trial)
+    step_seconds = model_seconds + row.batch_size * clip_seconds
+    outputs = output_seconds(row.batch_size, model_seconds, clips.num_frames, trial)
     training = seconds - spent() - after - outputs
     steps = int(training / step_seconds)
     if steps < 1:

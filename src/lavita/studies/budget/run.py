@@ -19,8 +19,8 @@ from lavita.data.datasets import open_dataset
 from lavita.data.latent_cache.encode import check_target, encode_dataset
 from lavita.models.autoencoder import load_autoencoder
 from lavita.models.packaged import autoencoder_source
+from lavita.studies.budget import table
 from lavita.studies.budget.choose import CACHE, Choice, choose
-from lavita.studies.budget.table import MAX_SECONDS, MIN_SECONDS, PAGE_SECONDS
 from lavita.studies.run_report.page import write_report
 from lavita.training.budget import Budget
 from lavita.training.checkpoint import list_checkpoints
@@ -68,10 +68,10 @@ def budget_seconds(minutes: float | None, hours: float | None) -> float | None:
         return None
     seconds = 60 * minutes if minutes is not None else 3600 * (hours or 0.0)
     option = f"--minutes is {minutes:g}" if minutes is not None else f"--hours is {hours:g}"
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
+    if not table.MIN_SECONDS <= seconds <= table.MAX_SECONDS:
         raise ValueError(
-            f"{option}, but must be at least {MIN_SECONDS / 60:g} minutes, as up to one of them goes into looking at "
-            f"the videos, measuring, and the last samples; and at most {MAX_SECONDS / 86400:g} days"
+            f"{option}, but must be at least {table.MIN_SECONDS / 60:g} minutes, as up to one of them goes into "
+            f"looking at the videos, measuring, and the last samples; and at most {table.MAX_SECONDS / 86400:g} days"
         )
     return seconds
 
@@ -139,7 +139,7 @@ def train_within(
         seconds,
         choice.step_seconds,
         choice.output_seconds,
-        PAGE_SECONDS,
+        table.PAGE_SECONDS,
         given.get("train", {}).get("decay_steps"),
         start.spent,
         clock,

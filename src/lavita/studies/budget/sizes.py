@@ -34,7 +34,7 @@ def choose_size(
     clip_seconds: float,
     left: Callable[[], float],
 ) -> tuple[table.Row, float, str]:
-    """The row of the largest model whose steps fit, the time of its steps, and the line about it.
+    """The row of the largest model whose steps fit, the time of a step without reading, and the line about it.
 
     Args:
         chosen: gets the fields of the model.
@@ -66,16 +66,16 @@ def choose_size(
         if best is not None and not _fits(config, vae, num_classes, device):
             why = "the largest one that fits into the memory"
             break
-        step_seconds = time_step(config, vae, num_classes, device) + config.train.batch_size * clip_seconds
-        enough = left() / step_seconds >= row.steps
+        model_seconds = time_step(config, vae, num_classes, device)
+        fitting = int(left() / (model_seconds + config.train.batch_size * clip_seconds))
+        enough = fitting >= row.steps
         if best is not None and not enough:
-            fitting = int(left() / step_seconds)
             why = f"the largest one whose steps fit: {row.size} would get {fitting:,} of {row.steps:,}"
             break
         with torch.device("meta"):
             count = trained_parameters(build(config, vae, num_classes))
         fitted = replace(row, batch_size=config.train.batch_size)
-        best = fitted, step_seconds, values, f"{config.model.preset}, {count}"
+        best = fitted, model_seconds, values, f"{config.model.preset}, {count}"
         if not enough:
             why = why if preset is not None else "the smallest one, as even its steps do not all fit"
             break
@@ -110,7 +110,7 @@ def _fits(config: RunConfig, vae: AutoencoderKL, num_classes: int, device: torch
     return training_memory(outline.config, micro, num_images=config.data.num_images, setting=setting).total < free
 
 
-def output_seconds(batch_size: int, step_seconds: float, num_frames: int, trial: AutoencoderTrial) -> float:
+def output_seconds(batch_size: int, model_seconds: float, num_frames: int, trial: AutoencoderTrial) -> float:
     """Samples, their files, a checkpoint and the pipeline. A forward pass is a third of a step."""
-    sampling = table.NUM_SAMPLES * SAMPLE_STEPS * step_seconds / (3 * batch_size)
+    sampling = table.NUM_SAMPLES * SAMPLE_STEPS * model_seconds / (3 * batch_size)
     return sampling + table.NUM_SAMPLES * num_frames * trial.decode_seconds + 1.0
