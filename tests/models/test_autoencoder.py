@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lavita.models.autoencoder import (
+    Autoencoder,
     AutoencoderKL,
+    AutoencoderTiny,
     decode,
     encode,
     frames_at_once,
@@ -53,12 +55,19 @@ def make_vae() -> Callable[..., AutoencoderKL]:
     return make
 
 
-@pytest.fixture(params=["narrow", "builtin"])
-def vae(request: pytest.FixtureRequest, make_vae: Callable[..., AutoencoderKL]) -> AutoencoderKL:
+@pytest.fixture(params=["narrow", "builtin", "tiny"])
+def vae(request: pytest.FixtureRequest, make_vae: Callable[..., AutoencoderKL]) -> Autoencoder:
+    if request.param == "tiny":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            tiny = AutoencoderTiny(
+                encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=4
+            )
+        return tiny.eval().requires_grad_(False)
     return make_vae() if request.param == "narrow" else load_autoencoder(autoencoder_source("builtin", 64))
 
 
-def test_weights_stay_as_they_are(vae: AutoencoderKL) -> None:
+def test_weights_stay_as_they_are(vae: Autoencoder) -> None:
     before = fingerprint(vae)
     layouts = [(parameter.data_ptr(), parameter.stride()) for parameter in vae.parameters()]
     decode(vae, encode(vae, pictures(2, 32), "fp32")[0], "fp32")
@@ -74,8 +83,10 @@ def test_frames_at_once_are_a_number_of_pixels() -> None:
     assert [frames_at_once(torch.device("cuda"), side) for side in (64, 512)] == [16, 16]
 
 
-@pytest.mark.parametrize(("vae", "side", "count"), [("narrow", 32, 18), ("builtin", 64, 6)], indirect=["vae"])
-def test_a_frame_does_not_depend_on_the_others(side: int, count: int, vae: AutoencoderKL) -> None:
+@pytest.mark.parametrize(
+    ("vae", "side", "count"), [("narrow", 32, 18), ("tiny", 32, 18), ("builtin", 64, 6)], indirect=["vae"]
+)
+def test_a_frame_does_not_depend_on_the_others(side: int, count: int, vae: Autoencoder) -> None:
     """`count` frames make two pieces, of which the second is not full."""
     assert 1 < count / frames_at_once(CPU, side) < 2
     frames = pictures(count, side)
@@ -89,7 +100,7 @@ def test_a_frame_does_not_depend_on_the_others(side: int, count: int, vae: Autoe
         np.testing.assert_array_equal(decode(vae, mean[some], "fp32"), video[some])
 
 
-def test_pixels_do_not_depend_on_the_place_in_a_piece(vae: AutoencoderKL) -> None:
+def test_pixels_do_not_depend_on_the_place_in_a_piece(vae: Autoencoder) -> None:
     latents = noise(4, 4, 16, 16)
     pixels = vae.decode(latents).sample
     order = [2, 0, 3, 1]

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_tiny_vae
 from tiny_data import write_videos
 
 from lavita.core.config import ConfigError
+from lavita.data.catalog import scan
+from lavita.data.latent_cache.encode import encode_dataset
 from lavita.models.presets import SIZES
 from lavita.studies.budget import choose as module
 from lavita.studies.budget import sizes, table
@@ -210,7 +213,21 @@ def test_what_is_given_is_kept(machine: dict[str, float], videos: Path) -> None:
     assert lines["resolution"].endswith("as given") and lines["latents"] == "encoded while training, as given"
 
 
-def test_a_gpu_and_a_long_time_get_more_pixels(machine: dict[str, float], tmp_path: Path) -> None:
+def test_a_cache_that_is_given_is_used(machine: dict[str, float], videos: Path, tmp_path: Path) -> None:
+    """Its resolution and its mirrored frames are those of the run; the videos themselves may be missing."""
+    vae = make_tiny_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    encode_dataset(scan(videos), tmp_path / "cache", vae, 32, horizontal_flip=False)
+    cached = {"latent_cache": str(tmp_path / "cache")}
+    for path in (str(videos), None):
+        found, lines = chosen(videos, 600.0, autoencoder=str(tmp_path / "vae"), data={**cached, "path": path})
+        assert found.videos is None and found.config.data.latent_cache == tmp_path / "cache"
+        assert found.config.data.resolution == 32 and not found.config.data.horizontal_flip
+        assert lines["latents"] == f"from {tmp_path / 'cache'}, not mirrored"
+        assert "about 0:00 to encode" in lines["time"] and found.step_seconds == 0.2
+
+
+def test_a_long_time_gets_more_pixels(machine: dict[str, float], tmp_path: Path) -> None:
     large = write_videos(tmp_path / "large", ["0.mp4"], 20, 128, 160)
     assert chosen(large, 3600.0)[0].config.data.resolution == 64
     found, lines = chosen(large, 3 * 3600.0)

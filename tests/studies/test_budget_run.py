@@ -14,10 +14,12 @@ from conftest import Run
 from tiny_data import write_videos
 
 from lavita.core.config import load_config, read_yaml
+from lavita.data.latent_cache.encode import encode_dataset
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.studies.budget import measure, table
 from lavita.studies.budget import run as module
 from lavita.studies.budget.run import train_within
+from lavita.training import step as step_module
 from lavita.training import train as loop
 from lavita.training.checkpoint import load_last_checkpoint
 from lavita.training.config import RunConfig
@@ -88,7 +90,8 @@ def test_an_interrupted_run_goes_on_with_what_is_left(
     within: Within, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     videos = write_videos(tmp_path / "videos")
-    real, steps = loop.train_step, []
+    real = step_module.train_step
+    steps: list[int] = []
 
     def stopping(*arguments: Any) -> Any:
         steps.append(1)
@@ -127,7 +130,7 @@ def test_an_interrupted_run_goes_on_with_what_is_left(
 
 def test_encoding_that_is_interrupted_counts(within: Within, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     videos, now = write_videos(tmp_path / "videos"), [0.0]
-    real = module.encode_dataset
+    real = encode_dataset
 
     def interrupted(*arguments: Any) -> None:
         now[0] += 7.0
@@ -138,7 +141,7 @@ def test_encoding_that_is_interrupted_counts(within: Within, tmp_path: Path, mon
         within(videos, 30.0, clock=lambda: now[0])
     assert json.loads((tmp_path / "run" / "budget.json").read_text(encoding="utf-8"))["spent"] == 7
     monkeypatch.setattr(module, "encode_dataset", real)
-    step = loop.train_step
+    step = step_module.train_step
 
     def slow(*arguments: Any) -> Any:
         now[0] += 1.0

@@ -1,4 +1,4 @@
-"""Commands for data sets: `data inspect` and `encode`."""
+"""Commands for data sets: `data inspect`, `data photos` and `encode`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,25 @@ def data_inspect(
         print_inspection(found)
         if out is not None:
             print(out)
+
+
+@data_app.command("photos")
+def data_photos(
+    photos: Annotated[Path, typer.Argument(help="Folder of photographs, with any folders below it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the videos into, outside of PHOTOS.")],
+    videos_per_photo: Annotated[int, typer.Option(min=1, help="Videos of each photograph.")] = 4,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames per video, at 25 frames per second.")] = 16,
+    resolution: Annotated[int, typer.Option(min=16, help="Side of the frames in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the movements.")] = 0,
+) -> None:
+    """Render videos of photographs under a moving camera, to train an autoencoder on.
+
+    A piece of another photograph passes in front.
+    """
+    from lavita.data.moving_photos import render_moving_photos
+
+    count = render_moving_photos(photos, out, videos_per_photo, num_frames, resolution, seed)
+    print(f"{out}: {count} videos")
 
 
 @app.command()

@@ -55,7 +55,7 @@ app = App(
     rich_markup_mode=None,  # importing rich would double the time of `--help`
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 200},
 )
-data_app = App(cls=Group, help="Inspect data sets, and generate one.", no_args_is_help=True, rich_markup_mode=None)
+data_app = App(cls=Group, help="Inspect data sets, and make some.", no_args_is_help=True, rich_markup_mode=None)
 autoencoder_app = App(cls=Group, help="Train and score autoencoders.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")

@@ -27,7 +27,7 @@ from lavita.data.datasets import list_dataset, open_dataset
 from lavita.data.latent_cache.manifest import MANIFEST, read_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
 from lavita.data.latent_cache.statistics import cache_statistics, spread_frames
-from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
+from lavita.models.autoencoder import Autoencoder, encode, latent_size
 from lavita.models.fingerprint import fingerprint
 from lavita.models.latent_statistics import LatentMoments, LatentStatistics
 from lavita.video.formats import Frames, VideoError, VideoInfo
@@ -67,7 +67,7 @@ class VideoSource:
     def __init__(
         self,
         catalog: Catalog,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         resolution: int,
         precision: Precision = "auto",
         workers: int | None = None,
@@ -194,7 +194,7 @@ class CacheSource:
 
     def check(
         self,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         resolution: int,
         horizontal_flip: bool,
         path: Path | None,
@@ -294,7 +294,7 @@ def _class_of(row: dict[str, Any], folder: Path) -> str:
     return normal_name(Path(row["name"]).parent.name)
 
 
-def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
+def open_videos(data: DataConfig, vae: Autoencoder, precision: Precision) -> ClipSource:
     """Opens the training clips: the latent cache if `data.latent_cache` is set, else the videos of `data.path`.
 
     Args:
@@ -328,7 +328,7 @@ def open_videos(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> C
     return VideoSource(catalog, vae, data.resolution, precision, data.workers)
 
 
-def open_images(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
+def open_images(data: DataConfig, vae: Autoencoder, precision: Precision) -> ClipSource:
     """Opens `data.images`: a folder of image files or a latent cache of one; see `open_videos`."""
     assert data.images is not None
     if (data.images / MANIFEST).exists():
@@ -339,7 +339,7 @@ def open_images(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> C
     return VideoSource(catalog, vae, data.resolution, precision, data.workers)
 
 
-def open_validation(data: DataConfig, vae: AutoencoderKL, precision: Precision) -> ClipSource:
+def open_validation(data: DataConfig, vae: Autoencoder, precision: Precision) -> ClipSource:
     """Opens `data.validation`: a folder of held-out videos or a latent cache of one; see `open_videos`."""
     assert data.validation is not None
     span = clip_span(data.num_frames, data.frame_interval)

@@ -17,7 +17,7 @@ from rich.table import Table
 from lavita.core.files import write_json
 from lavita.data.catalog import scan
 from lavita.data.clips import center_crop_resize
-from lavita.models.autoencoder import AutoencoderKL, decode, encode
+from lavita.models.autoencoder import Autoencoder, decode, encode
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
@@ -27,7 +27,7 @@ NUM_FRAMES = 16
 """Number of frames that are scored, from the first one of each video on."""
 
 
-def reconstruction_quality(vae: AutoencoderKL, root: Path, resolution: int) -> dict[str, Any]:
+def reconstruction_quality(vae: Autoencoder, root: Path, resolution: int) -> dict[str, Any]:
     """Computes the PSNR of reconstructed frames, and that of their moving pixels, for each group of videos.
 
     Args:

@@ -1,4 +1,6 @@
-"""The autoencoder between frames and latents: diffusers' `AutoencoderKL`, whose configuration has its scaling factor.
+"""The autoencoder between frames and latents: diffusers' `AutoencoderKL` or `AutoencoderTiny`.
+
+The configuration of each holds the scaling factor of its latents.
 
 Legend: N frames, H W pixels, C channels of the latents, h w latent size. Frames are uint8 (..., H, W, 3), latents
 float32 (..., C, h, w).
@@ -6,47 +8,71 @@ float32 (..., C, h, w).
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-# mypy knows this class by its own module only: diffusers' lazy `__init__` hides it. Other modules import it from here.
+# mypy knows these classes by their own modules only: diffusers' lazy `__init__` hides them. Import them from here.
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as AutoencoderTiny
 
 from lavita.core.precision import Precision, autocast, without_fp16
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
+from lavita.models.pooled_autoencoder import LavitaPooledAutoencoder, load_tiny_files, tiny_files
+
+Autoencoder = AutoencoderKL | AutoencoderTiny | LavitaPatchAutoencoder
+"""An autoencoder of any class that loads."""
+AUTOENCODERS: dict[str, type[Autoencoder]] = {
+    kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, LavitaPatchAutoencoder, LavitaPooledAutoencoder)
+}
+"""The classes by the names that configurations hold."""
+
+# diffusers saves a field of AutoencoderTiny that it does not take back, and warns of it whenever one is loaded.
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: not record.getMessage().startswith("The config attributes {'block_out_channels': ")
+)
 
 # On a CPU so few pixels go through the network at once that their activations stay near the cache.
 PIXELS_AT_ONCE = 2**14
 MOST_FRAMES_AT_ONCE = 16
 
 
-def load_autoencoder(source: str, device: torch.device | str = "cpu") -> AutoencoderKL:
+def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoencoder:
     """Loads an autoencoder in float32, for inference.
 
     Args:
-        source: a hub id, the folder of an autoencoder, or that of a pipeline, which has one in `vae/`.
+        source: a hub id, the folder of an autoencoder, or that of a pipeline, which has one in `vae/`. The folder may
+            also hold the two `.pth` files of a tiny autoencoder, see `load_tiny_files`.
         device: device to load it to.
 
     Raises:
-        ValueError: if the source holds no autoencoder, or its file lacks weights or has some that are not finite.
+        ValueError: if the source holds no autoencoder or one of another class than `AUTOENCODERS`, or its file lacks
+            weights or has some that are not finite.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists() and (folder / "vae").is_dir():
         folder = folder / "vae"
     if folder.exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{source}: holds no autoencoder (no config.json in it)")
+        if (files := tiny_files(folder)) is None:
+            raise ValueError(f"{source}: holds no autoencoder (no config.json in it)")
+        vae = load_tiny_files(*files)
+        check_autoencoder(source, vae)
+        return vae.eval().requires_grad_(False).to(device)
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
     path = str(folder) if folder.exists() else source
     options = hub_options(path)
     try:
-        vae, report = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
+        kind = autoencoder_class(AutoencoderKL.load_config(path, **options))
+        vae, report = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
         raise cannot_load(source, "an autoencoder", error, options) from error
     if report["missing_keys"]:
@@ -55,20 +81,38 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     return vae.float().eval().requires_grad_(False).to(device)
 
 
-def check_autoencoder(source: str, vae: AutoencoderKL) -> None:
-    """Checks that weights and scale are numbers that frames can be computed with; ValueError names what is not."""
+def autoencoder_class(config: Mapping[str, Any]) -> type[Autoencoder]:
+    """The class that a configuration names, `AutoencoderKL` if none; ValueError for one not in `AUTOENCODERS`."""
+    name = config.get("_class_name", AutoencoderKL.__name__)
+    if not isinstance(name, str) or name not in AUTOENCODERS:
+        raise ValueError(f"config.json names the class {name!r}; allowed: {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[name]
+
+
+def check_autoencoder(source: str, vae: Autoencoder) -> None:
+    """Checks that frames can be computed with weights, scale and levels; ValueError names what is wrong."""
     check_finite(source, vae.state_dict())
     scale, shift = _scale_and_shift(vae)
     if not (math.isfinite(scale) and scale and math.isfinite(shift)):
         raise ValueError(f"{source}: scaling_factor is {scale} and shift_factor {shift}, but must be finite, and not 0")
+    if isinstance(vae, AutoencoderTiny):
+        levels = len(vae.config["decoder_block_out_channels"]) - 1
+        if (enlarged := int(vae.config["upsampling_scaling_factor"]) ** levels) != downsampling(vae):
+            raise ValueError(
+                f"{source}: its encoder shrinks frames by {downsampling(vae)}, but its decoder enlarges latents by "
+                f"{enlarged}; both must be the same"
+            )
 
 
-def downsampling(vae: AutoencoderKL) -> int:
+def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if isinstance(vae, LavitaPatchAutoencoder):
+        return int(vae.config["patch_size"])
+    tiny = isinstance(vae, AutoencoderTiny)
+    return 2 ** (len(vae.config["encoder_block_out_channels" if tiny else "block_out_channels"]) - 1)
 
 
-def latent_size(vae: AutoencoderKL, resolution: int) -> int:
+def latent_size(vae: Autoencoder, resolution: int) -> int:
     """Side of the latents of frames with the given side in pixels.
 
     Raises:
@@ -114,9 +158,26 @@ def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
         yield [min(index, count - 1) for index in range(start, stop)]
 
 
+def posterior(vae: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes pixels to the mean and standard deviation of their latents, neither shifted nor scaled.
+
+    Args:
+        vae: the autoencoder.
+        pixels: floats (N, 3, H, W) in [-1, 1].
+
+    Returns:
+        Two tensors (N, C, h, w). An `AutoencoderTiny` gives latents, not a distribution: its deviation is 0.
+    """
+    if isinstance(vae, AutoencoderTiny):
+        latents = vae.encode(pixels).latents
+        return latents, torch.zeros_like(latents)
+    distribution = vae.encode(pixels).latent_dist
+    return distribution.mean, distribution.std
+
+
 @torch.no_grad()
 def encode(
-    vae: AutoencoderKL, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
+    vae: Autoencoder, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes frames to the mean and standard deviation of their scaled latents.
 
@@ -136,14 +197,14 @@ def encode(
     means, stds = [], []
     for indices in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
         with autocast(vae.device, precision):
-            posterior = vae.encode(to_pixels(frames[indices], vae.device)).latent_dist
-        means.append(((posterior.mean.float() - shift) * scale).cpu())
-        stds.append((posterior.std.float() * scale).cpu())
+            mean, std = posterior(vae, to_pixels(frames[indices], vae.device))
+        means.append(((mean.float() - shift) * scale).cpu())
+        stds.append((std.float() * scale).cpu())
     return torch.cat(means)[: len(frames)], torch.cat(stds)[: len(frames)]
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
+def decode(vae: Autoencoder, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
     """Decodes scaled latents (..., C, h, w) to frames, uint8 (..., H, W, 3).
 
     On a CPU a frame depends on its own latents alone, to the bit. `precision` is as in `encode`.
@@ -160,6 +221,6 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, precision: Precision = "au
     return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
 
 
-def _scale_and_shift(vae: AutoencoderKL) -> tuple[float, float]:
+def _scale_and_shift(vae: Autoencoder) -> tuple[float, float]:
     """Scale and shift of the latents: scaled = (latents - shift) * scale."""
     return float(vae.config["scaling_factor"]), float(vae.config["shift_factor"] or 0.0)

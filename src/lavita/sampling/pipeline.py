@@ -22,7 +22,7 @@ from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
 from lavita.core.text import normal_name
 from lavita.models.adapters import Adapters
-from lavita.models.autoencoder import AutoencoderKL, check_autoencoder, decode
+from lavita.models.autoencoder import AUTOENCODERS, Autoencoder, check_autoencoder, decode
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
@@ -63,10 +63,10 @@ class LavitaPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
     transformer: LavitaTransformer3DModel
-    vae: AutoencoderKL
+    vae: Autoencoder
     scheduler: Scheduler
 
-    def __init__(self, transformer: LavitaTransformer3DModel, vae: AutoencoderKL, scheduler: Scheduler) -> None:
+    def __init__(self, transformer: LavitaTransformer3DModel, vae: Autoencoder, scheduler: Scheduler) -> None:
         """Combines a model, the autoencoder of its latents, and a scheduler of `make_scheduler`.
 
         Raises:
@@ -299,7 +299,9 @@ class LavitaPipeline(DiffusionPipeline):
 
 def _check_parts(folder: Path, config: dict[str, Any]) -> None:
     """Checks the classes in a `model_index.json`, and sets the modules that they are imported from."""
-    allowed = {"transformer": ("LavitaTransformer3DModel",), "vae": ("AutoencoderKL",), "scheduler": SCHEDULER_CLASSES}
+    allowed = {"transformer": ("LavitaTransformer3DModel",), "vae": tuple(AUTOENCODERS), "scheduler": SCHEDULER_CLASSES}
+    own = (LavitaTransformer3DModel, *AUTOENCODERS.values())
+    modules = {kind.__name__: kind.__module__ for kind in own if kind.__module__.startswith("lavita.")}
     if code := [file for part in allowed for file in sorted((folder / part).glob("*.py"))]:
         raise ValueError(f"{code[0]}: is code, which no part of a pipeline needs and which is never run; remove it")
     name = config.get("_class_name")
@@ -312,8 +314,7 @@ def _check_parts(folder: Path, config: dict[str, Any]) -> None:
             continue
         if not isinstance(value, (list, tuple)) or len(value) != 2 or value[1] not in allowed[part]:
             raise ValueError(f"model_index.json: {part} is {value!r}; allowed: {', '.join(allowed[part])}")
-        module = LavitaTransformer3DModel.__module__ if part == "transformer" else "diffusers"
-        config[part] = [module, value[1]]
+        config[part] = [modules.get(value[1], "diffusers"), value[1]]
 
 
 def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> LavitaPipeline:
@@ -344,7 +345,7 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
     return pipeline.to(device)
 
 
-def make_pipeline(model: LavitaTransformer3DModel, vae: AutoencoderKL) -> LavitaPipeline:
+def make_pipeline(model: LavitaTransformer3DModel, vae: Autoencoder) -> LavitaPipeline:
     """Makes the pipeline of a model, with UniPC as its sampler."""
     pipeline = LavitaPipeline(model, vae, _scheduler_for(model, "unipc"))
     pipeline.set_progress_bar_config(disable=True)

@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lavita.core.precision import store_linear_weights
-from lavita.models.autoencoder import AutoencoderKL, downsampling, frames_at_once, pieces
+from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, downsampling, frames_at_once, pieces
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
@@ -178,7 +178,7 @@ def sampling_memory(
         num_frames: frames of a video; by default those of the configuration.
         guidance: classifier-free guidance, which evaluates every video twice at once.
         precision: precision of the matrix products.
-        autoencoder: fields of the `AutoencoderKL`; by default those of Stable Diffusion's.
+        autoencoder: fields of its configuration; by default those of Stable Diffusion's.
 
     Raises:
         ValueError: for sizes that do not fit together, or fields that describe no autoencoder.
@@ -187,7 +187,8 @@ def sampling_memory(
     samples = batch_size * (2 if guidance else 1)
     with meta_model(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
         try:
-            vae = AutoencoderKL.from_config(dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)).eval()
+            fields = dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)
+            vae = autoencoder_class(fields).from_config(fields).eval()
         except Exception as error:  # diffusers checks no fields
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"vae/config.json describes no autoencoder ({type(error).__name__}: {why})") from error
@@ -236,7 +237,7 @@ def autoencoder_config(name: str, latent_channels: int) -> dict[str, Any]:
         latent_channels: C of the model.
 
     Returns:
-        Fields of the `AutoencoderKL`.
+        Fields of its configuration.
     """
     folder = Path(model_source(name))
     for candidate in (folder / "vae", folder.parent / "vae", folder / "pipeline" / "vae"):

@@ -26,7 +26,8 @@ from lavita.core.seeds import generator, numpy_generator
 from lavita.data.catalog import Catalog, scan
 from lavita.data.content_hash import source_bytes
 from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
-from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder, to_pixels
+from lavita.models.autoencoder import Autoencoder, AutoencoderKL, encode, load_autoencoder, to_pixels
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.training.checkpoint import Keep, load_last_checkpoint, save_checkpoint
 from lavita.training.config import AutoencoderConfig
 from lavita.training.data_record import check_contents, video_facts, write_contents
@@ -144,7 +145,7 @@ def motion_weights(pixels: torch.Tensor, weight: float) -> torch.Tensor:
 
 
 def autoencoder_loss(
-    vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor, config: AutoencoderConfig
+    vae: Autoencoder, pixels: torch.Tensor, noise: torch.Tensor, config: AutoencoderConfig
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Motion-weighted L1, L1 of the image gradients, and KL(q(z|x) || N(0, 1)) (Kingma & Welling 2014, App. B).
 
@@ -213,7 +214,9 @@ def _train(config: AutoencoderConfig) -> Path:
     memory = config.memory_gib / len(config.data)
     sources = [load_frames(catalog, config.resolution, memory, config.seed) for catalog in catalogs]
     torch.manual_seed(config.seed)
-    vae: AutoencoderKL = build_autoencoder(config).to(device)  # type: ignore[arg-type]
+    vae: Autoencoder = build_autoencoder(config).to(device)  # type: ignore[arg-type]
+    if isinstance(vae, LavitaPatchAutoencoder):
+        vae.set_principal_components(to_pixels(_draw_frames(sources, config), device))
     ema = EMA(vae, EMA_DECAY)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     step = 0
@@ -236,7 +239,7 @@ def _train(config: AutoencoderConfig) -> Path:
 
 def _optimize(
     config: AutoencoderConfig,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     ema: EMA,
     optimizer: torch.optim.Optimizer,
     sources: list[list[Frames]],
@@ -283,8 +286,16 @@ def _optimize(
                 raise Stopped(step, config.steps, stop)
 
 
-def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """A randomly initialized autoencoder of a configuration."""
+    if config.architecture == "patch":
+        return LavitaPatchAutoencoder(
+            config.downsampling,
+            config.latent_channels,
+            config.width,
+            config.num_encoder_blocks,
+            config.num_decoder_blocks,
+        )
     levels = len(config.widths)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -298,15 +309,21 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     )
 
 
-def measure_scaling(vae: AutoencoderKL, sources: list[list[Frames]], config: AutoencoderConfig) -> None:
+def measure_scaling(vae: Autoencoder, sources: list[list[Frames]], config: AutoencoderConfig) -> None:
     """Sets `scaling_factor` and `shift_factor` from the latents of at least 1,024 training frames."""
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    frames = [draw_pairs(sources, config, -1 - batch) for batch in range(math.ceil(1024 / config.batch_size))]
-    mean, std = encode(vae, np.concatenate(frames), config.precision)
+    mean, std = encode(vae, _draw_frames(sources, config), config.precision)
     mean64, std64 = mean.double(), std.double()
     variance = mean64.var() + std64.square().mean()
     vae.register_to_config(
         scaling_factor=round(1.0 / variance.sqrt().item(), 5), shift_factor=round(mean64.mean().item(), 5)
+    )
+
+
+def _draw_frames(sources: list[list[Frames]], config: AutoencoderConfig) -> Frames:
+    """At least 1,024 frames as in training, other than those that are trained on first."""
+    return np.concatenate(
+        [draw_pairs(sources, config, -1 - batch) for batch in range(math.ceil(1024 / config.batch_size))]
     )
 
 

@@ -18,7 +18,7 @@ from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, LatentClip, open_images, open_videos
 from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
-from lavita.models.autoencoder import AutoencoderKL
+from lavita.models.autoencoder import Autoencoder
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.latent_statistics import LatentStatistics
 from lavita.training.config import TrainConfig
@@ -108,7 +108,7 @@ class BatchMaker:
         self,
         data: DataConfig,
         settings: TrainConfig,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         class_dropout: float,
         timesteps: Timesteps | None = None,
     ) -> None:

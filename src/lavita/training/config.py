@@ -173,8 +173,8 @@ class RunConfig(StrictConfig):
     run_dir: Path = Path("runs/train")
     """Folder of the run: checkpoints, metrics, samples and the pipeline."""
     autoencoder: str = "auto"
-    """Path or hub id of an `AutoencoderKL`, or `builtin`, the one in the package; `auto` is `builtin` up to 128 pixels
-    and Stable Diffusion's above."""
+    """Path or hub id of an `AutoencoderKL` or `AutoencoderTiny`, or `builtin`, the one in the package; `auto` is
+    `builtin` up to 128 pixels and Stable Diffusion's above."""
     data: DataConfig = DataConfig()
     """The videos, and the clips that are taken from them."""
     model: ModelConfig = ModelConfig()
@@ -243,6 +243,9 @@ class AutoencoderConfig(StrictConfig):
     """Folders of videos that are not trained on; PSNR is measured on them at the end."""
     resolution: int = Field(64, ge=8)
     """Side of the training crops in pixels."""
+    architecture: Literal["kl", "patch"] = "kl"
+    """`kl`: diffusers' `AutoencoderKL`. `patch`: all layers at the resolution of the latents, starting from principal
+    components; much better after little training."""
     downsampling: Literal[2, 4, 8, 16] = 4
     """Pixels per latent pixel, along each side."""
     latent_channels: int = Field(4, ge=1)
@@ -251,6 +254,12 @@ class AutoencoderConfig(StrictConfig):
     """Channels at each resolution, finest first; by default 32, doubled at each further one."""
     layers_per_block: int = Field(1, ge=1)
     """Residual blocks at each resolution of the encoder."""
+    width: int = Field(128, ge=1)
+    """Channels of the hidden layers, for `architecture=patch`."""
+    num_encoder_blocks: int = Field(4, ge=0)
+    """Residual blocks of the encoder, for `architecture=patch`."""
+    num_decoder_blocks: int = Field(8, ge=0)
+    """Residual blocks of the decoder, for `architecture=patch`."""
     steps: int = Field(20_000, ge=1)
     """Number of optimizer steps."""
     batch_size: int = Field(8, ge=2, multiple_of=2)

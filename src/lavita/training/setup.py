@@ -20,7 +20,7 @@ from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.text import normal_name
 from lavita.data.text_embeddings import embed_texts, texts_folder
-from lavita.models.autoencoder import AutoencoderKL, downsampling, latent_size, load_autoencoder
+from lavita.models.autoencoder import Autoencoder, downsampling, latent_size, load_autoencoder
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
@@ -53,7 +53,7 @@ class Run:
     config: RunConfig
     """With the number of steps that a budget gives."""
     device: torch.device
-    vae: AutoencoderKL
+    vae: Autoencoder
     batches: BatchMaker
     state: TrainState
     validation: Validation | None
@@ -154,7 +154,7 @@ def check_batch_size(settings: TrainConfig, team: Processes) -> None:
         )
 
 
-def check_resolution(config: RunConfig, vae: AutoencoderKL) -> None:
+def check_resolution(config: RunConfig, vae: Autoencoder) -> None:
     """Refuses a resolution that the autoencoder and the patches do not divide; ConfigError names the nearest others."""
     size, preset, factor = config.data.resolution, config.model.preset, downsampling(vae)
     patch = preset_sizes(preset, config.model.variant)["patch_size"]
@@ -167,7 +167,7 @@ def check_resolution(config: RunConfig, vae: AutoencoderKL) -> None:
         )
 
 
-def build_model(config: RunConfig, vae: AutoencoderKL, batches: BatchMaker) -> LavitaTransformer3DModel:
+def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> LavitaTransformer3DModel:
     """The freshly initialised model of a run, on the CPU; its configuration carries the facts about the data."""
     names, table = list(batches.class_names), batches.text_table
     rates = sorted(video.info.fps for video in batches.source.catalog.videos)
@@ -253,7 +253,7 @@ def _initialize(model: LavitaTransformer3DModel, config: RunConfig, team: Proces
     return set()
 
 
-def _resume(state: TrainState, run_dir: Path, vae: AutoencoderKL, team: Processes) -> Checkpoint | None:
+def _resume(state: TrainState, run_dir: Path, vae: Autoencoder, team: Processes) -> Checkpoint | None:
     """Restores the last checkpoint of the run folder, and returns it; None if there is none.
 
     Raises:

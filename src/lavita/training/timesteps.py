@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lavita.models.autoencoder import AutoencoderKL, latent_size
+from lavita.models.autoencoder import Autoencoder, latent_size
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.flow import FLOW, auto_shift, shift_time
 from lavita.training.config import RunConfig, TimestepSampling
@@ -23,7 +23,7 @@ class Timesteps:
     """Shift of the times, see `flow.shift_time`; only with `continuous`."""
 
     @classmethod
-    def of(cls, config: RunConfig, vae: AutoencoderKL) -> Timesteps:
+    def of(cls, config: RunConfig, vae: Autoencoder) -> Timesteps:
         """The distribution of a run, with its automatic shift worked out."""
         settings, data = config.train, config.data
         if config.model.prediction_type != FLOW:

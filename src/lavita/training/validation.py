@@ -18,7 +18,7 @@ from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, open_validation
 from lavita.data.clips import ClipSampler
 from lavita.data.config import DataConfig
-from lavita.models.autoencoder import AutoencoderKL
+from lavita.models.autoencoder import Autoencoder
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.flow import Objective
 from lavita.models.latent_statistics import LatentStatistics
@@ -41,7 +41,7 @@ class HeldOut:
     """The label that each held-out class has in training; empty without classes."""
 
     @classmethod
-    def open(cls, data: DataConfig, precision: Precision, vae: AutoencoderKL, training: Catalog) -> HeldOut:
+    def open(cls, data: DataConfig, precision: Precision, vae: Autoencoder, training: Catalog) -> HeldOut:
         """Opens `data.validation`.
 
         Args:
@@ -73,7 +73,7 @@ class Validation:
         self,
         data: DataConfig,
         settings: TrainConfig,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         training: Catalog,
         embed: Callable[[Sequence[str]], torch.Tensor] | None = None,
         team: Processes | None = None,

@@ -43,7 +43,7 @@ from lavita.data.latent_cache.shards import (
     write_shard,
 )
 from lavita.data.latent_cache.statistics import cache_statistics
-from lavita.models.autoencoder import AutoencoderKL, encode, latent_size
+from lavita.models.autoencoder import Autoencoder, encode, latent_size
 from lavita.models.fingerprint import fingerprint
 from lavita.video.formats import Frames, VideoError
 from lavita.video.reading import iter_frames
@@ -73,7 +73,7 @@ class _Source:
 def encode_dataset(
     catalog: Catalog,
     folder: Path,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     resolution: int,
     horizontal_flip: bool,
     precision: Precision = "auto",
@@ -325,7 +325,7 @@ def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source
 
 
 def _encode_video(
-    vae: AutoencoderKL, source: _Source, settings: dict[str, Any], pieces: Iterable[Frames | ValueError]
+    vae: Autoencoder, source: _Source, settings: dict[str, Any], pieces: Iterable[Frames | ValueError]
 ) -> tuple[ShardVideo, dict[str, torch.Tensor]]:
     """Encodes the frames of a video, in the pieces that `_read` yields, to float16 latents."""
     info = source.video.info

@@ -18,7 +18,7 @@ from lavita.data.clip_sources import CacheSource
 from lavita.data.clips import clip_span
 from lavita.data.datasets import open_dataset
 from lavita.data.latent_cache.manifest import read_manifest
-from lavita.models.autoencoder import AutoencoderKL, downsampling, latent_size, load_autoencoder
+from lavita.models.autoencoder import Autoencoder, downsampling, latent_size, load_autoencoder
 from lavita.models.packaged import BUILTIN, autoencoder_source
 from lavita.studies.budget import table
 from lavita.studies.budget.measure import AutoencoderTrial, try_autoencoder
@@ -185,7 +185,7 @@ def _classes(given: Mapping[str, Any], draft: RunConfig, catalog: Catalog, chose
 
 
 def _resolution(
-    given: Mapping[str, Any], draft: RunConfig, vae: AutoencoderKL, device: torch.device, side: int, seconds: float
+    given: Mapping[str, Any], draft: RunConfig, vae: Autoencoder, device: torch.device, side: int, seconds: float
 ) -> tuple[int, str]:
     data = given.get("data", {})
     if "resolution" in data:

@@ -14,7 +14,7 @@ import torch
 from lavita.data.catalog import Video
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation.reconstruction import quality_of, reconstruction_errors
-from lavita.models.autoencoder import AutoencoderKL, decode, encode, latent_size
+from lavita.models.autoencoder import Autoencoder, decode, encode, latent_size
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.batches import random_batch
@@ -42,7 +42,7 @@ class AutoencoderTrial:
     """Time of decoding a frame."""
 
 
-def try_autoencoder(vae: AutoencoderKL, videos: Sequence[Video], resolution: int) -> AutoencoderTrial:
+def try_autoencoder(vae: Autoencoder, videos: Sequence[Video], resolution: int) -> AutoencoderTrial:
     """Reconstructs the first frames of a few videos, spread over the list; without any, times frames without content.
 
     Raises:
@@ -79,7 +79,7 @@ def try_autoencoder(vae: AutoencoderKL, videos: Sequence[Video], resolution: int
     return AutoencoderTrial(quality["psnr"], encoding / quality["frames"], decoding / quality["frames"])
 
 
-def build(config: RunConfig, vae: AutoencoderKL, num_classes: int) -> LavitaTransformer3DModel:
+def build(config: RunConfig, vae: Autoencoder, num_classes: int) -> LavitaTransformer3DModel:
     """A model as the run will have it, as far as it matters for the time of a step; without texts."""
     return LavitaTransformer3DModel.from_preset(
         config.model.preset,
@@ -97,7 +97,7 @@ def build(config: RunConfig, vae: AutoencoderKL, num_classes: int) -> LavitaTran
     )
 
 
-def time_step(config: RunConfig, vae: AutoencoderKL, num_classes: int, device: torch.device) -> float:
+def time_step(config: RunConfig, vae: Autoencoder, num_classes: int, device: torch.device) -> float:
     """Seconds of a training step on random latents: the median of a few, the first of which does not count."""
     settings = config.train
     model = build(config, vae, num_classes).to(device).train()

@@ -11,7 +11,7 @@ import torch
 
 from lavita.core.config import merge
 from lavita.core.precision import low_precision
-from lavita.models.autoencoder import AutoencoderKL, latent_size
+from lavita.models.autoencoder import Autoencoder, latent_size
 from lavita.models.presets import SIZES
 from lavita.studies.budget import table
 from lavita.studies.budget.measure import AutoencoderTrial, build, time_step
@@ -27,7 +27,7 @@ from lavita.training.snapshots import SAMPLE_STEPS
 def choose_size(
     chosen: dict[str, Any],
     given: Mapping[str, Any],
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     num_classes: int,
     device: torch.device,
     num_clips: int,
@@ -97,7 +97,7 @@ def row_of(size: str) -> table.Row:
     return table.Row(size, first.batch_size, "muon", float(f"{rate:.2g}"), steps, 0, "")
 
 
-def _fits(config: RunConfig, vae: AutoencoderKL, num_classes: int, device: torch.device) -> bool:
+def _fits(config: RunConfig, vae: Autoencoder, num_classes: int, device: torch.device) -> bool:
     free = available_memory(device)
     if free is None:
         return True
