@@ -248,7 +248,10 @@ def _schedule(
     train = given.get("train", {})
     seconds = steps * step_seconds
     sets = max(1, min(table.NUM_SAMPLE_SETS, int(0.1 * seconds / outputs)))
-    checkpoint_every = max(1, round(min(table.CHECKPOINT_SECONDS, seconds / table.NUM_CHECKPOINTS) / step_seconds))
+    # A little more than a whole share of the steps, so that the last set is not followed at once by that of the end.
+    checkpoint_every = max(
+        1, round(min(table.CHECKPOINT_SECONDS, 1.1 * seconds / table.NUM_CHECKPOINTS) / step_seconds)
+    )
     if train.get("keep_every"):
         checkpoint_every = train["keep_every"]
     elif train.get("keep_best") and train.get("validate_every"):
@@ -262,7 +265,7 @@ def _schedule(
         log_every=max(1, steps // table.NUM_LOGS),
         checkpoint_every=checkpoint_every,
         # A single set is that of the last step, however many steps there will be.
-        sample_every=max(1, steps // sets) if sets > 1 else 10 * steps,
+        sample_every=max(1, round(1.1 * steps / sets)) if sets > 1 else 10 * steps,
         num_samples=table.NUM_SAMPLES,
     )
 

@@ -72,4 +72,4 @@ CHECKPOINT_SECONDS = 600.0
 NUM_LOGS = 400
 WARMUP_SHARE, MOST_WARMUP = 0.05, 200
 PAGE_SECONDS = 2.0
-"""Time of the page; measured: a page of 4 sheets and 8 videos, on one slow core."""
+"""Time of the page: twice the 0.6 to 1.0 s that one with four sets of samples took on one core."""
