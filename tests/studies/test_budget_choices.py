@@ -17,10 +17,11 @@ from lavita.models.presets import SIZES
 from lavita.studies.budget import choose as module
 from lavita.studies.budget import sizes, table
 from lavita.studies.budget.choose import Choice, choose
-from lavita.studies.budget.measure import AutoencoderTrial
+from lavita.studies.budget.measure import AutoencoderTrial, StepTrial
 from lavita.studies.budget.run import budget_seconds
 from lavita.studies.budget.sizes import row_of
 from lavita.studies.budget.videos import are_classes, choose_cache, choose_clips, choose_patch, choose_side
+from lavita.training.config import RunConfig
 
 # --- from numbers alone
 
@@ -131,13 +132,17 @@ def test_budgets() -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """A machine whose steps and frames take the seconds that the test says, by the size of the model."""
-    seconds = {"mini": 0.2, "small": 0.6, "S": 2.0, "B": 9.0, "tiny": 0.1, "encode": 0.001, "psnr": 30.2}
+    seconds = {"mini": 0.2, "small": 0.6, "S": 2.0, "B": 9.0, "tiny": 0.1, "encode": 0.001, "clip": 0.01, "psnr": 30.2}
 
     def trial(vae: Any, videos: Any, resolution: int) -> AutoencoderTrial:
         return AutoencoderTrial(seconds["psnr"], seconds["encode"], 0.001)
 
     monkeypatch.setattr(module, "try_autoencoder", trial)
-    monkeypatch.setattr(sizes, "time_step", lambda config, *_: seconds[config.model.preset.partition("/")[0]])
+
+    def step(config: RunConfig, *_: Any) -> StepTrial:
+        return StepTrial(seconds[config.model.preset.partition("/")[0]], seconds["clip"])
+
+    monkeypatch.setattr(sizes, "time_step", step)
     return seconds
 
 
@@ -177,13 +182,15 @@ def test_more_time_gives_a_larger_model(machine: dict[str, float], videos: Path)
 
 
 def test_a_slow_machine_is_told_what_to_expect(machine: dict[str, float], videos: Path) -> None:
-    machine.update(mini=2.0, psnr=23.0, encode=0.1)
+    machine.update(mini=2.0, psnr=23.0, encode=0.1, clip=0.5)
     found, lines = chosen(videos, 600.0)
     assert found.config.model.preset == "mini/2" and "the smallest one" in lines["model"]
     assert lines["expect"].startswith("blurred samples: useful ones take about 1,000 steps")
     assert "poor" in lines["autoencoder"] and "lavita autoencoder train" in lines["autoencoder"]
     assert found.videos is None and lines["latents"].startswith("encoded while training")
     assert found.step_seconds == pytest.approx(2.0 + 8 * 16 * 0.1)
+    assert found.config.train.num_samples == 4, "8 samples would take 82 s, more than a tenth"
+    assert found.config.train.sample_every > found.config.train.steps, "only at the end"
     machine["mini"] = 1e4
     with pytest.raises(ConfigError, match="no time is left to train; give more"):
         chosen(videos, 600.0)

@@ -214,3 +214,16 @@ def test_the_time_of_outputs_is_no_time_of_steps() -> None:
     assert budget.replan(20)
     assert budget.plan.step_seconds == pytest.approx(1.0)
     assert budget.plan.steps == 20 + 1000 - 110 - 50 - 90
+
+
+def test_outputs_take_longer_on_a_machine_that_has_become_slower() -> None:
+    time = Time()
+    budget = Budget(1000.0, 1.0, output_seconds=100.0, clock=time)
+    assert budget.begin(0).steps == 900
+    for step in range(20, 401, 20):
+        time.now += 30.0
+        assert budget.replan(step)
+    assert budget.plan.outputs() == pytest.approx(150.0, rel=0.01)
+    assert budget.plan.steps == pytest.approx(400 + (1000 - 600 - 150) / 1.5, abs=2)
+    budget.leave_out(400.0)
+    assert budget.plan.outputs() == 400.0

@@ -22,6 +22,8 @@ INTERVAL = 0.01
 """Share of the time between two decisions."""
 NOTABLE = 0.05
 """Change of the number of steps that is written down."""
+MOST_DRIFT = 2.0
+"""Change of a machine's speed that is believed."""
 SMOOTHING = 0.3
 """Weight of the newest measurement in the estimated time of a step: machines are briefly slow, too."""
 
@@ -39,13 +41,19 @@ class Plan:
     step_seconds: float
     """Estimated time of a step."""
     output_seconds: float
-    """Estimated time of the last samples, checkpoint and pipeline."""
+    """Estimated time of the last samples, checkpoint and pipeline, on a machine on which a step takes ..."""
+    output_step_seconds: float
+    """... these seconds: what slows steps down slows them, too."""
     spent: float
     """Seconds of the budget that are spent."""
     measured_from: float
     """Value of `spent` at which the present measurement of the time of a step began."""
     measured_from_step: int
     """Step at which it began."""
+
+    def outputs(self) -> float:
+        """Seconds of the last samples, checkpoint and pipeline, at the present speed."""
+        return self.output_seconds * min(MOST_DRIFT, max(1 / MOST_DRIFT, self.step_seconds / self.output_step_seconds))
 
 
 def falls(plan: Plan, step: int) -> bool:
@@ -110,7 +118,7 @@ class Budget:
         """
         self.seconds, self.after_seconds, self.decay_steps = seconds, after_seconds, decay_steps
         self._clock, self._started, self._before = clock, clock() if started is None else started, spent
-        self._first = (max(step_seconds, 1e-6), output_seconds)
+        self._first = max(step_seconds, 1e-6), output_seconds
         self._plan: Plan | None = None
         self._announced = (0, False)
 
@@ -144,17 +152,18 @@ class Budget:
             since = now - (before.spent - before.measured_from)
             if before.seconds == self.seconds:
                 return self._start(replace(before, spent=now, measured_from=since), step)
-            self._first = (before.step_seconds, before.output_seconds)
-        now, (step_seconds, output_seconds) = self.spent(), self._first
-        left = self._steps_left(now, step_seconds, output_seconds)
+            self._first = before.step_seconds, before.outputs()
+        now, (step_seconds, outputs) = self.spent(), self._first
+        left = self._steps_left(now, step_seconds, outputs)
         if not left:
             raise ConfigError(
                 f"the budget is {as_clock(self.seconds)}, of which {as_clock(now)} are spent: with about "
-                f"{as_clock(output_seconds + self.after_seconds)} for the last samples and the page, no time is left "
-                "to train; give more"
+                f"{as_clock(outputs + self.after_seconds)} for the last samples and the page, no time is left to "
+                "train; give more"
             )
         steps, decay_steps = new_length(step, step + left, 0, left, self.decay_steps)
-        return self._start(Plan(self.seconds, steps, decay_steps, step_seconds, output_seconds, now, now, step), step)
+        plan = Plan(self.seconds, steps, decay_steps, step_seconds, outputs, step_seconds, now, now, step)
+        return self._start(plan, step)
 
     def _start(self, plan: Plan, step: int) -> Plan:
         self._plan = plan
@@ -173,7 +182,7 @@ class Budget:
             return False
         measured = (now - plan.measured_from) / taken
         step_seconds = plan.step_seconds + SMOOTHING * (measured - plan.step_seconds)
-        left = self._steps_left(now, step_seconds, plan.output_seconds)
+        left = self._steps_left(now, step_seconds, replace(plan, step_seconds=step_seconds).outputs())
         steps, decay_steps = new_length(step, plan.steps, plan.decay_steps, left, self.decay_steps)
         self._plan = replace(
             plan,
@@ -206,12 +215,13 @@ class Budget:
     def leave_out(self, seconds: float) -> None:
         """Says that samples, a checkpoint or a validation took some seconds, which are not part of a step."""
         plan = self.plan
-        longest = max(plan.output_seconds, seconds)
-        self._plan = replace(plan, output_seconds=longest, measured_from=plan.measured_from + seconds)
+        if seconds > plan.outputs():
+            plan = replace(plan, output_seconds=seconds, output_step_seconds=plan.step_seconds)
+        self._plan = replace(plan, measured_from=plan.measured_from + seconds)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds for `begin`: numbers by name."""
         return asdict(replace(self.plan, spent=self.spent()))
 
-    def _steps_left(self, now: float, step_seconds: float, output_seconds: float) -> int:
-        return max(0, int((self.seconds - now - output_seconds - self.after_seconds) / step_seconds))
+    def _steps_left(self, now: float, step_seconds: float, outputs: float) -> int:
+        return max(0, int((self.seconds - now - outputs - self.after_seconds) / step_seconds))

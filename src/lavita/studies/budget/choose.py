@@ -110,11 +110,15 @@ def choose(given: Mapping[str, Any], seconds: float, spent: Callable[[], float])
 
     num_clips = sum(max(1, length // clip_span(clips.num_frames, clips.frame_interval)) for length in lengths)
     after = cache.seconds + table.PAGE_SECONDS
-    row, model_seconds, model_line = choose_size(
+    row, model, model_line = choose_size(
         chosen, given, vae, classes, device, num_clips, clip_seconds, lambda: seconds - spent() - after
     )
-    step_seconds = model_seconds + row.batch_size * clip_seconds
-    outputs = output_seconds(row.batch_size, model_seconds, clips.num_frames, trial)
+    step_seconds = model.seconds + row.batch_size * clip_seconds
+    for num_samples in [draft.train.num_samples] if "num_samples" in given.get("train", {}) else table.NUM_SAMPLES:
+        outputs = output_seconds(model, num_samples, clips.num_frames, trial)
+        if outputs <= table.SAMPLE_SHARE * seconds:
+            break
+    put(chosen, "train", num_samples=num_samples)
     training = seconds - spent() - after - outputs
     steps = int(training / step_seconds)
     if steps < 1:
@@ -247,7 +251,7 @@ def _schedule(
     """Sets what depends on the number of steps."""
     train = given.get("train", {})
     seconds = steps * step_seconds
-    sets = max(1, min(table.NUM_SAMPLE_SETS, int(0.1 * seconds / outputs)))
+    sets = max(1, min(table.NUM_SAMPLE_SETS, int(table.SAMPLE_SHARE * seconds / outputs)))
     # A little more than a whole share of the steps, so that the last set is not followed at once by that of the end.
     checkpoint_every = max(
         1, round(min(table.CHECKPOINT_SECONDS, 1.1 * seconds / table.NUM_CHECKPOINTS) / step_seconds)
@@ -266,7 +270,6 @@ def _schedule(
         checkpoint_every=checkpoint_every,
         # A single set is that of the last step, however many steps there will be.
         sample_every=max(1, round(1.1 * steps / sets)) if sets > 1 else 10 * steps,
-        num_samples=table.NUM_SAMPLES,
     )
 
 

@@ -11,6 +11,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from lavita.core.precision import autocast
 from lavita.data.catalog import Video
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation.reconstruction import quality_of, reconstruction_errors
@@ -40,6 +41,16 @@ class AutoencoderTrial:
     """Time of reading, cropping and encoding a frame."""
     decode_seconds: float
     """Time of decoding a frame."""
+
+
+@dataclass(frozen=True)
+class StepTrial:
+    """A model on random latents."""
+
+    seconds: float
+    """Time of a training step."""
+    clip_seconds: float
+    """Time of a pass without gradients, per clip."""
 
 
 def try_autoencoder(vae: Autoencoder, videos: Sequence[Video], resolution: int) -> AutoencoderTrial:
@@ -97,8 +108,8 @@ def build(config: RunConfig, vae: Autoencoder, num_classes: int) -> LavitaTransf
     )
 
 
-def time_step(config: RunConfig, vae: Autoencoder, num_classes: int, device: torch.device) -> float:
-    """Seconds of a training step on random latents: the median of a few, the first of which does not count."""
+def time_step(config: RunConfig, vae: Autoencoder, num_classes: int, device: torch.device) -> StepTrial:
+    """Takes a few training steps on random latents, the first of which does not count, and a pass as in sampling."""
     settings = config.train
     model = build(config, vae, num_classes).to(device).train()
     state = TrainState.build(model, settings, device)
@@ -108,4 +119,10 @@ def time_step(config: RunConfig, vae: Autoencoder, num_classes: int, device: tor
         start = time.perf_counter()
         train_step(state, batch, settings)  # waits for the device: it reads the loss
         seconds.append(time.perf_counter() - start)
-    return median(seconds[1:] or seconds)
+    part = batch.part(0, settings.batch_size, device)
+    clips = part.latents[:, : config.data.num_frames]
+    labels = torch.zeros(len(clips), dtype=torch.long, device=device) if num_classes else None
+    start = time.perf_counter()
+    with torch.no_grad(), autocast(device, settings.precision):
+        model.eval()(clips, part.timesteps, labels).sample.sum().item()
+    return StepTrial(median(seconds[1:] or seconds), (time.perf_counter() - start) / len(clips))

@@ -14,7 +14,7 @@ from lavita.core.precision import low_precision
 from lavita.models.autoencoder import Autoencoder, latent_size
 from lavita.models.presets import SIZES
 from lavita.studies.budget import table
-from lavita.studies.budget.measure import AutoencoderTrial, build, time_step
+from lavita.studies.budget.measure import AutoencoderTrial, StepTrial, build, time_step
 from lavita.studies.budget.values import load, put
 from lavita.studies.budget.videos import choose_patch
 from lavita.studies.memory import Precision, Setting, available_memory, training_memory
@@ -33,8 +33,8 @@ def choose_size(
     num_clips: int,
     clip_seconds: float,
     left: Callable[[], float],
-) -> tuple[table.Row, float, str]:
-    """The row of the largest model whose steps fit, the time of a step without reading, and the line about it.
+) -> tuple[table.Row, StepTrial, str]:
+    """The row of the largest model whose steps fit, what it takes without reading, and the line about it.
 
     Args:
         chosen: gets the fields of the model.
@@ -49,7 +49,7 @@ def choose_size(
     preset = given.get("model", {}).get("preset")
     accumulation = given.get("train", {}).get("accumulation", 1)
     rows: Iterable[table.Row] = table.ROWS if preset is None else [row_of(preset.partition("/")[0])]
-    best: tuple[table.Row, float, dict[str, Any], str] | None = None
+    best: tuple[table.Row, StepTrial, dict[str, Any], str] | None = None
     why = "as given" if preset is not None else "the largest one"
     for row in rows:
         if best is not None and num_clips < row.least_clips:
@@ -66,8 +66,8 @@ def choose_size(
         if best is not None and not _fits(config, vae, num_classes, device):
             why = "the largest one that fits into the memory"
             break
-        model_seconds = time_step(config, vae, num_classes, device)
-        fitting = int(left() / (model_seconds + config.train.batch_size * clip_seconds))
+        trial = time_step(config, vae, num_classes, device)
+        fitting = int(left() / (trial.seconds + config.train.batch_size * clip_seconds))
         enough = fitting >= row.steps
         if best is not None and not enough:
             why = f"the largest one whose steps fit: {row.size} would get {fitting:,} of {row.steps:,}"
@@ -75,7 +75,7 @@ def choose_size(
         with torch.device("meta"):
             count = trained_parameters(build(config, vae, num_classes))
         fitted = replace(row, batch_size=config.train.batch_size)
-        best = fitted, model_seconds, values, f"{config.model.preset}, {count}"
+        best = fitted, trial, values, f"{config.model.preset}, {count}"
         if not enough:
             why = why if preset is not None else "the smallest one, as even its steps do not all fit"
             break
@@ -110,7 +110,7 @@ def _fits(config: RunConfig, vae: Autoencoder, num_classes: int, device: torch.d
     return training_memory(outline.config, micro, num_images=config.data.num_images, setting=setting).total < free
 
 
-def output_seconds(batch_size: int, model_seconds: float, num_frames: int, trial: AutoencoderTrial) -> float:
-    """Samples, their files, a checkpoint and the pipeline. A forward pass is a third of a step."""
-    sampling = table.NUM_SAMPLES * SAMPLE_STEPS * model_seconds / (3 * batch_size)
-    return sampling + table.NUM_SAMPLES * num_frames * trial.decode_seconds + 1.0
+def output_seconds(model: StepTrial, num_samples: int, num_frames: int, autoencoder: AutoencoderTrial) -> float:
+    """Time of the last samples, their files, a checkpoint and the pipeline."""
+    clip = SAMPLE_STEPS * model.clip_seconds + num_frames * autoencoder.decode_seconds
+    return num_samples * clip + table.FILES_SECONDS

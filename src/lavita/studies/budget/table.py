@@ -64,12 +64,17 @@ FEW_VIDEOS = 20
 POOR_PSNR, GOOD_PSNR = 26.0, 33.0
 """Reconstruction in dB below which another autoencoder is advised, and from which on nothing is said."""
 
-NUM_SAMPLES = 8
+NUM_SAMPLES = (8, 4, 2)
+"""Videos of a set of samples: as many as take at most `SAMPLE_SHARE` of the time."""
 NUM_SAMPLE_SETS = 4
+SAMPLE_SHARE = 0.1
+"""Most of the time that one set of samples takes, and most of the training that all of them take."""
 NUM_CHECKPOINTS = 8
 CHECKPOINT_SECONDS = 600.0
 """Longest time between two checkpoints."""
 NUM_LOGS = 400
 WARMUP_SHARE, MOST_WARMUP = 0.05, 200
+FILES_SECONDS = 2.0
+"""Time of writing samples, a checkpoint and a pipeline; the first time that a run writes them, it is measured."""
 PAGE_SECONDS = 2.0
 """Time of the page: twice the 0.6 to 1.0 s that one with four sets of samples took on one core."""
