@@ -143,6 +143,15 @@ def test_caches_of_videos_are_refused(
         assert "a latent cache, but this autoencoder merges groups of 2 frames" in error.replace("\n", " ")
 
 
+def test_a_time_is_not_kept_with_it(make: Callable[..., RunConfig], run: Run, tmp_path: Path) -> None:
+    videos = make("a").data.path
+    assert videos is not None
+    code, _, error = run("train", "--minutes", "5", "--data", videos, "--run-dir", "b", "autoencoder=causal")
+    assert code == 2
+    assert "merges groups of 2 frames, but a time is only kept" in error.replace("\n", " ")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_cache_of_images_is_as_good_as_the_images(
     make: Callable[..., RunConfig], vae: LavitaCausalAutoencoder, run: Run, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from lavita.data.clip_sources import CacheSource
 from lavita.data.clips import clip_span
 from lavita.data.datasets import open_dataset
 from lavita.data.latent_cache.manifest import read_manifest
-from lavita.models.autoencoder import Autoencoder, downsampling, latent_size, load_autoencoder
+from lavita.models.autoencoder import Autoencoder, downsampling, latent_size, load_autoencoder, temporal_downsampling
 from lavita.models.packaged import BUILTIN, autoencoder_source
 from lavita.studies.budget import table
 from lavita.studies.budget.measure import AutoencoderTrial, try_autoencoder
@@ -83,6 +83,11 @@ def choose(given: Mapping[str, Any], seconds: float, spent: Callable[[], float])
     lines.append(f"clips        {clips.num_frames} frames, interval {clips.frame_interval}: {clips.why}")
 
     vae = load_autoencoder(autoencoder_source(draft.autoencoder, data.get("resolution", table.SMALL_SIDE)), device)
+    if (factor := temporal_downsampling(vae.config)) > 1:
+        raise ConfigError(
+            f"autoencoder is {draft.autoencoder}, which merges groups of {factor} frames, but a time is only kept with "
+            "one of single frames, whose latents can be cached; train without a time, by train.steps"
+        )
     resolution, why = _resolution(given, draft, vae, device, side, seconds)
     latent_size(vae, resolution)  # a resolution that the autoencoder does not divide is refused
     put(chosen, "data", resolution=resolution)
