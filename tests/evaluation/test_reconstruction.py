@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def moving_square(tmp_path: Path) -> Path:
     return tmp_path
 
 
-NO_AUTOENCODER: Any = None  # encoding and decoding are replaced
+NO_AUTOENCODER: Any = SimpleNamespace(config={})  # encoding and decoding are replaced
 
 
 def fake_autoencoder(monkeypatch: pytest.MonkeyPatch, everywhere: int, bright: int) -> None:
