@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -85,18 +86,31 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Folder of videos.", show_default=False)] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
     recipe: TrainingRecipeOption = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Finish within this time, and choose everything that is not given: encode, train, and write samples "
+            "and a page.",
+            show_default=False,
+        ),
+    ] = None,
+    hours: Annotated[float | None, typer.Option(help="The same in hours.", show_default=False)] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Open the data, take two steps in memory and print what the run needs and takes; write nothing.",
+            help="Open the data, take two steps in memory and print what the run needs and takes; write nothing. With "
+            "--minutes: print the choices.",
         ),
     ] = False,
 ) -> None:
     """Train a model. Run the same command again to resume; Ctrl-C saves a checkpoint first.
 
+    With --minutes or --hours, a folder of videos is enough: everything else is chosen for this time (docs/training.md).
+
     On several GPUs or machines: torchrun --nproc-per-node 8 -m lavita train ... (docs/training.md).
     """
+    started = time.monotonic()
     from lavita.training.config import RunConfig
 
     chosen: dict[str, Any] = {}
@@ -104,6 +118,9 @@ def train(
         chosen["data"] = {"path": str(data)}
     if run_dir:
         chosen["run_dir"] = str(run_dir)
+    if minutes is not None or hours is not None:
+        _train_within(minutes, hours, _values(config, overrides, chosen, recipe)[0], overrides or [], dry_run, started)
+        return
     settings: RunConfig = _load(RunConfig, config, overrides, chosen, recipe)
     if dry_run:
         from lavita.studies.dry_run import dry_run as rehearse
@@ -138,16 +155,26 @@ def average(
     )
 
 
-def _train(run: Callable[[Any], Path], settings: Any) -> None:
+def _train(run: Callable[[Any], Path | None], settings: Any) -> None:
     from lavita.training.run_folder import Stopped
 
     try:
         result = run(settings)
-        if os.environ.get("RANK", "0") == "0":
+        if result is not None and os.environ.get("RANK", "0") == "0":
             print(result)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from stopped
+
+
+def _train_within(
+    minutes: float | None, hours: float | None, values: dict[str, Any], words: list[str], dry_run: bool, started: float
+) -> None:
+    from lavita.studies.budget.run import budget_seconds, train_within
+
+    seconds = budget_seconds(minutes, hours)
+    assert seconds is not None
+    _train(lambda _: train_within(values, words, seconds, dry_run, started=started), None)
 
 
 def _load(
@@ -158,7 +185,17 @@ def _load(
     recipe: TrainingRecipe | None = None,
 ) -> Any:
     """The configuration file wins over the recipe, the options of a command over the file, `a.b=c` over all."""
-    from lavita.core.config import ConfigError, check_given_once, load_config, merge, read_yaml
+    from lavita.core.config import load_config
+
+    values, source = _values(config, overrides, chosen, recipe)
+    return load_config(cls, values, overrides or [], source=source)
+
+
+def _values(
+    config: str | None, overrides: list[str] | None, chosen: dict[str, Any], recipe: TrainingRecipe | None
+) -> tuple[dict[str, Any], str]:
+    """What is given besides the overrides, and the file that it comes from."""
+    from lavita.core.config import ConfigError, check_given_once, merge, read_yaml
 
     words = overrides or []
     check_given_once(words)
@@ -171,4 +208,4 @@ def _load(
         file = packaged if "/" not in config and packaged.exists() else Path(config)
         merge(values, read_yaml(file))
     merge(values, chosen)
-    return load_config(cls, values, words, source=str(file) if file else "")
+    return values, str(file) if file else ""
