@@ -227,14 +227,16 @@ def test_a_run_is_not_resumed_from_another_start(trained: dict[str, Path], tmp_p
 
 @pytest.mark.parametrize("architecture", STRUCTURES)
 def test_a_frozen_encoder_keeps_its_latents(architecture: str, trained: dict[str, Path], tmp_path: Path) -> None:
+    file = trained[architecture] / "config.json"
+    scale = {"scaling_factor": 0.5, "shift_factor": 0.25}  # not what these videos would give
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | scale), encoding="utf-8")
     start = load_autoencoder(str(trained[architecture]))
     config = tiny_run(tmp_path, init_from=str(trained[architecture]), freeze="encoder", learning_rate=1e-2)
     vae = load_autoencoder(str(train_autoencoder(config)))
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     for ours, before in zip(encode(vae, frames, "fp32"), encode(start, frames, "fp32"), strict=True):
         assert torch.equal(ours, before)
-    for key in ("scaling_factor", "shift_factor"):
-        assert vae.config[key] == start.config[key]
+    assert {key: vae.config[key] for key in scale} == scale
     changed = {name for name, weight in vae.named_parameters() if not torch.equal(weight, start.get_parameter(name))}
     decoder = {name for name, _ in vae.named_parameters() if name.startswith(("decoder.", "post_quant_conv."))}
     assert changed == decoder

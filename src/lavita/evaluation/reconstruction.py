@@ -34,8 +34,8 @@ from lavita.video.reading import iter_frames
 Frames = npt.NDArray[np.uint8]
 Reconstruction = tuple[Video, Frames, Frames]
 """A video, its first frames, uint8 (F, R, R, 3), and what becomes of them."""
-Errors = tuple[float, int, float, int, float, int]
-"""Sum of squared errors and number of values, the same for moving pixels alone, sum of distances, number of frames."""
+Errors = tuple[float, int, float, int, int]
+"""Sum of the squared errors and number of values, the same for the moving pixels alone, and number of frames."""
 NUM_FRAMES = 16
 """Number of frames that are scored, from the first one of each video on; less if an autoencoder cannot take it."""
 
@@ -77,30 +77,30 @@ def score_reconstructions(
         `all` last; None for a PSNR of no pixels or without error, and for a distance that was not asked for. A pixel
         moves if it differs by more than 10% of the range from the frame before or after.
     """
-    errors: dict[str, list[Errors]] = {}
+    rows: dict[str, list[tuple[Errors, float]]] = {}
     for video, real, made in pairs:
-        errors.setdefault(video.info.path.parent.name, []).append(reconstruction_errors(real, made, distance))
-    errors["all"] = [row for rows in list(errors.values()) for row in rows]
-    return {group: quality_of(rows, distance is not None) for group, rows in errors.items()}
+        far = 0.0 if distance is None else _sum_of_distances(distance, made, real)
+        rows.setdefault(video.info.path.parent.name, []).append((reconstruction_errors(real, made), far))
+    rows["all"] = [row for group in list(rows.values()) for row in group]
+    result = {}
+    for group, found in rows.items():
+        quality = quality_of([errors for errors, _ in found])
+        mean = None if distance is None else round(sum(far for _, far in found) / quality["frames"], 4)
+        result[group] = quality | {"feature_distance": mean}
+    return result
 
 
-def reconstruction_errors(real: Frames, reconstructed: Frames, distance: FeatureDistance | None = None) -> Errors:
-    """The errors of the frames of a clip, uint8 (F, H, W, 3), for `quality_of`."""
+def reconstruction_errors(real: Frames, reconstructed: Frames) -> Errors:
+    """The squared errors of the frames of a clip, uint8 (F, H, W, 3), for `quality_of`."""
     squared = (reconstructed.astype(np.float64) - real) ** 2
     moving = _moving_pixels(real)
-    far = 0.0 if distance is None else _sum_of_distances(distance, reconstructed, real)
-    return squared.sum(), squared.size, squared[moving].sum(), squared[moving].size, far, len(real)
+    return squared.sum(), squared.size, squared[moving].sum(), squared[moving].size, len(real)
 
 
-def quality_of(errors: Sequence[Errors], with_distance: bool = False) -> dict[str, Any]:
-    """The scores of some clips from their errors, see `score_reconstructions`."""
-    total, size, moving_total, moving_size, far, count = (sum(column) for column in zip(*errors, strict=True))
-    return {
-        "psnr": _psnr(total, size),
-        "moving_psnr": _psnr(moving_total, moving_size),
-        "feature_distance": round(far / count, 4) if with_distance else None,
-        "frames": count,
-    }
+def quality_of(errors: Sequence[Errors]) -> dict[str, Any]:
+    """`{"psnr": dB, "moving_psnr": dB, "frames": n}` of some clips, see `score_reconstructions`."""
+    total, size, moving_total, moving_size, count = (sum(column) for column in zip(*errors, strict=True))
+    return {"psnr": _psnr(total, size), "moving_psnr": _psnr(moving_total, moving_size), "frames": count}
 
 
 def quality_at(
