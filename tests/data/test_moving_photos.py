@@ -44,7 +44,7 @@ def test_a_video_is_a_function_of_its_seed_and_moves_smoothly(tmp_path: Path) ->
     pictures = [write_photo(tmp_path / f"{n}.png", (180, 140), n) for n in range(2)]
 
     def film(seed: int) -> Any:
-        return moving_photo(*pictures, numpy_generator(seed, "test"), 6, 32).astype(int)
+        return moving_photo(pictures[0], pictures[1], numpy_generator(seed, "test"), 6, 32).astype(int)
 
     videos = [film(seed) for seed in range(12)]
     np.testing.assert_array_equal(videos[0], film(0))
