@@ -25,7 +25,7 @@ def tiny_run(tmp_path: Path, *overrides: str, name: str = "run", **values: Any) 
     return load_config(AutoencoderConfig, defaults | values, overrides)
 
 
-KL: dict[str, Any] = {"downsampling": 2, "block_out_channels": [4, 8], "latent_channels": 2}
+KL: dict[str, Any] = {"architecture": "kl", "downsampling": 2, "block_out_channels": [4, 8], "latent_channels": 2}
 TINY: dict[str, Any] = {
     "architecture": "tiny",
     "downsampling": 4,

@@ -99,7 +99,15 @@ def test_terms_of_an_autoencoders_loss_are_compared_and_a_stopped_study_resumes(
     monkeypatch.setattr(autoencoder_losses, "load_network", lambda spec, device: SimpleNamespace(run=run))
     monkeypatch.setattr(discriminator, "WIDTHS", (8, 16, 16, 32))
     write_videos(tmp_path / "videos", [f"{number}.mp4" for number in range(4)], num_frames=16)
-    overrides = ["steps=1", "resolution=8", "batch_size=2", "block_out_channels=[4,8]", "downsampling=2", "device=cpu"]
+    overrides = [
+        "steps=1",
+        "resolution=8",
+        "batch_size=2",
+        "architecture=kl",
+        "block_out_channels=[4,8]",
+        "downsampling=2",
+        "device=cpu",
+    ]
     folders = [tmp_path / "videos"], [tmp_path / "videos"], tmp_path / "out", [8], overrides
     autoencoder_losses.compare_losses(*folders)
     found = json.loads((tmp_path / "out" / "losses.json").read_text(encoding="utf-8"))

@@ -277,7 +277,7 @@ def test_from_videos_to_videos(run: Run, tmp_path: Path, make_data: Callable[[Pa
 
     code, out, err = run(
         *("autoencoder", "train", "--data", data, "--run-dir", tmp_path / "ae", "steps=3", "resolution=64"),
-        *("block_out_channels=[8, 8, 8]", "device=cpu"),
+        *("architecture=kl", "block_out_channels=[8, 8, 8]", "device=cpu"),
     )
     assert (code, out) == (0, f"{autoencoder}\n"), err
 

@@ -138,7 +138,13 @@ def test_values_of_overrides_are_yaml() -> None:
     config = load_config(
         AutoencoderConfig,
         {},
-        ["data=[a, b]", "data_weights=[3, 1]", "block_out_channels=[8, 8, 16]", "horizontal_flip=false"],
+        [
+            "data=[a, b]",
+            "data_weights=[3, 1]",
+            "architecture=kl",
+            "block_out_channels=[8, 8, 16]",
+            "horizontal_flip=false",
+        ],
     )
     assert config.data == [Path("a"), Path("b")]
     assert config.data_weights == [3.0, 1.0]
@@ -273,7 +279,7 @@ def test_a_saved_configuration_reads_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_every_shipped_configuration_loads(file: Path) -> None:
-    cls = AutoencoderConfig if file.name.startswith("autoencoder-") else RunConfig
+    cls = AutoencoderConfig if file.name.startswith("autoencoder") else RunConfig
     config = load_config(cls, read_yaml(file), source=str(file))
     assert config != (RunConfig() if cls is RunConfig else None)
     commands = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# Command: lavita ")]

@@ -33,6 +33,7 @@ def make_config(tmp_path: Path, *overrides: str, name: str = "run") -> Autoencod
         "run_dir": str(tmp_path / name),
         "data": [str(tmp_path / "videos")],
         "resolution": 8,
+        "architecture": "kl",
         "downsampling": 2,
         "block_out_channels": [4, 8],
         "latent_channels": 2,

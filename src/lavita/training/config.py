@@ -259,13 +259,13 @@ class AutoencoderConfig(StrictConfig):
     `init_from` a causal one of clips, and trains it on clips of 1 + 2 x `temporal_downsampling` frames."""
     resolution: int = Field(64, ge=8)
     """Side of the training crops in pixels."""
-    architecture: Literal["kl", "tiny", "patch"] = "kl"
-    """`kl`: diffusers' `AutoencoderKL`, whose latents are random with a mean and a standard deviation for each frame.
-    `tiny`: `AutoencoderTiny`, convolutions without norms, and latents without randomness. `patch`: all layers at the
-    resolution of the latents, starting from principal components; much better after little training."""
+    architecture: Literal["patch", "kl", "tiny"] = "patch"
+    """`patch`: all layers at the resolution of the latents, starting from principal components, which needs minutes
+    where the others need hours. `kl`: diffusers' `AutoencoderKL`. `tiny`: diffusers' `AutoencoderTiny`, convolutions
+    without norms, and latents without randomness."""
     downsampling: Literal[2, 4, 8, 16] = 4
     """Pixels per latent pixel, along each side."""
-    latent_channels: int = Field(4, ge=1)
+    latent_channels: int = Field(8, ge=1)
     """Channels of the latents."""
     block_out_channels: list[int] | None = None
     """Channels at each resolution, finest first; by default 32, doubled at each further one. With `architecture=tiny`
