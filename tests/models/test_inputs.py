@@ -138,6 +138,7 @@ def test_sizes_that_do_not_fit_are_refused(fields: dict[str, Any], message: str)
         {"hidden_size": 36, "num_heads": 4, "temporal_position": "absolute"},
         {"num_frames": 3, "tube_size": 2},
         {"num_blocks": 3, "variant": 4},
+        {"hidden_size": 36, "num_heads": 4, "variant": 4, "temporal_position": "rope"},
     ],
 )
 def test_what_one_choice_refuses_another_takes(fields: dict[str, Any]) -> None:

@@ -87,8 +87,8 @@ def test_at_first_every_frame_is_the_image_models(variant: int, tmp_path: Path) 
         linear = dit.transformer_blocks[index].norm1.linear
         linear.weight[64:96], linear.bias[64:96] = 0, 0
     if variant == 4:
-        for block in dit.transformer_blocks:
-            block.attn1.to_out[0].weight[:, 16:] = 0
+        for block in dit.transformer_blocks:  # an attention has half of the heads: two of the DiT's become one
+            block.attn1.heads = 1
     assert_equal(frames_of(model, clips()), image_by_image(dit, clips()))
 
 
@@ -194,7 +194,7 @@ def test_the_report_leaves_nothing_out(
     expected = {"y_embedder.embedding_table.weight", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias"} & set(after)
     if conditioning == "all_tokens":
         expected |= {"final_layer.linear.weight", "final_layer.linear.bias"}
-    closed = ".temporal_attn.proj." if variant == 3 else ".attn.proj."
+    closed = ".temporal_attn.proj." if variant >= 3 else ".attn.proj."
     assert expected <= zero
     assert all(closed in name for name in zero - expected)
     assert any("y_embedder" in name or "class_embedder" in name for name in report.dropped)

@@ -14,7 +14,16 @@ from lavita.core.commands import CommandFailed
 from lavita.core.config import load_config
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.studies import ablation
-from lavita.studies.ablation import STUDIES, StudyPlan, headline, pretraining_arms, run_study, summarize_arm
+from lavita.studies.ablation import (
+    STUDIES,
+    StudyPlan,
+    commands,
+    headline,
+    pretraining_arms,
+    run_study,
+    summarize_arm,
+    variant_arms,
+)
 from lavita.training.config import RunConfig
 
 
@@ -30,6 +39,30 @@ def test_the_combinations_are_all_of_them() -> None:
     models = [load_config(RunConfig, {}, fields).model for fields in STUDIES["combinations"].values()]
     kinds = {(m.variant, m.patch_embedding, m.conditioning, m.temporal_position) for m in models}
     assert len(kinds) == len(models) == 4 * 2 * 2 * 2
+
+
+def test_variant_4_is_compared_at_twice_the_patch_size_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def arms(preset: str, resolution: int) -> dict[str, RunConfig]:
+        data = {"resolution": resolution, "class_folders": True}
+        config = load_config(RunConfig, {"autoencoder": "builtin", "data": data, "model": {"preset": preset}})
+        plan = StudyPlan(Path("out"), "demo", (f"model.preset={preset}", "train.batch_size=2"))
+        found = {}
+        for name, fields in variant_arms(config).items():
+            command = commands(name, fields, plan, 10)[0][0]
+            assert len([word for word in command if word.startswith("model.preset=")]) == 1
+            assert "train.batch_size=2" in command
+            found[name] = load_config(RunConfig, {}, [word for word in command[3:] if "." in word.partition("=")[0]])
+        return found
+
+    found = arms("tiny/2", 64)
+    four = {name: config for name, config in found.items() if name != "variant-4-patch-4"}
+    assert [config.model.variant for config in four.values()] == [1, 2, 3, 4]
+    assert {config.model.preset for config in four.values()} == {"tiny/2"}
+    assert (found["variant-4-patch-4"].model.variant, found["variant-4-patch-4"].model.preset) == (4, "tiny/4")
+    capsys.readouterr()
+    for preset, resolution in (("tiny/8", 64), ("tiny/2", 40)):
+        assert len(arms(preset, resolution)) == 4
+        assert "Variant 4 is not compared at patch size" in capsys.readouterr().out
 
 
 def test_steps_must_rise(tmp_path: Path) -> None:

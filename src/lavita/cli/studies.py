@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lavita.cli.options import Overrides, app
+from lavita.cli.options import Overrides, app, find_config
 
 
 @app.command()
@@ -146,7 +146,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5), joint-training, "
+            help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5; variant has "
+            "Variant 4 at twice the patch size, too, as the paper's Table 3 has it), joint-training, "
             "pretraining, or combinations: every variant with every embedding, conditioning and position."
         ),
     ],
@@ -172,7 +173,9 @@ def study(
 ) -> None:
     """Compare configurations that differ in one field. Run the same command again to continue an interrupted study."""
     from lavita.core.commands import CommandFailed
-    from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
+    from lavita.core.config import load_config, read_yaml
+    from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study, variant_arms
+    from lavita.training.config import RunConfig
 
     if name not in (*STUDIES, "pretraining"):
         raise ValueError(f"name is {name!r}; allowed: {', '.join((*STUDIES, 'pretraining'))}")
@@ -183,6 +186,11 @@ def study(
     if not all(part.strip().isdecimal() for part in steps.split(",")):
         raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
     arms = STUDIES[name] if weights is None else pretraining_arms(weights)
+    if name == "variant":
+        for override in overrides or ():
+            if override.partition("=")[0] in ("model", "model.variant"):
+                raise ValueError(f"{override!r} sets model.variant, or may; it is what the study of variants compares")
+        arms = variant_arms(load_config(RunConfig, read_yaml(find_config(config)), overrides or (), source=config))
     points = tuple(int(part) for part in steps.split(","))
     plan = StudyPlan(
         out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics, tuple(protocol or ())

@@ -18,8 +18,8 @@ class ModelConfig(StrictConfig):
     """Size and patch: one of S, B, L, XL, or `tiny`, `mini`, `small` for laptops, then /1, /2, /4 or /8."""
     variant: Literal[1, 2, 3, 4] = 2
     """Order of spatial and temporal attention (Sec. 3.2 of the paper). 1: all spatial blocks, then all temporal ones;
-    2: alternating blocks; 3: spatial, then temporal attention in each block; 4: half of the heads spatial, half
-    temporal."""
+    2: alternating blocks; 3: spatial, then temporal attention in each block; 4: both side by side, with half of the
+    heads each."""
     patch_embedding: Literal["uniform", "compression"] = "uniform"
     """What becomes a token (Sec. 3.3): `uniform`: a patch of one frame; `compression`: a tube of several frames."""
     tube_size: int | None = Field(None, ge=2)

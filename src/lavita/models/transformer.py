@@ -33,7 +33,7 @@ from lavita.models.embeddings import (
     spatial_positions,
     temporal_positions,
 )
-from lavita.models.inputs import check_fields, check_inputs, frames_per_tube
+from lavita.models.inputs import check_fields, check_inputs, check_whole, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
 
 
@@ -96,7 +96,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             patch_size: P; divides `sample_size`.
             hidden_size: D; a multiple of 4 and of `num_heads`.
             num_blocks: spatial and temporal blocks together; even for Variants 1 and 2.
-            num_heads: attention heads; even for Variant 4.
+            num_heads: attention heads; even for Variant 4, whose two attentions have half of them each.
             mlp_ratio: width of the MLP's hidden layer, as a multiple of D.
             variant: 1 to 4, see `block_plan`.
             patch_embedding: `uniform`: each frame is cut into patches (Sec. 3.3); `compression`: tubes of `tube_size`
@@ -184,6 +184,18 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         """
         return cls(**{**preset_sizes(preset, fields.get("variant", 2)), **fields})
 
+    @classmethod
+    def from_pretrained(cls, source: str, **options: Any) -> Any:  # type: ignore[override]
+        """See `ModelMixin.from_pretrained`; weights that lack a tensor, which would stay random, are refused.
+
+        Raises:
+            ValueError: naming what is missing, unless `output_loading_info` asks for that.
+        """
+        wants_report = options.pop("output_loading_info", False)
+        model, report = super().from_pretrained(source, output_loading_info=True, **options)
+        check_whole(model.config, report["missing_keys"], wants_report)
+        return (model, report) if wants_report else model
+
     def initialize_weights(self) -> None:
         """DiT's initialisation: Xavier for linear layers, small embeddings, zeros where a block or the model ends."""
         for module in self.modules():
@@ -237,7 +249,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 `num_images` (B, 1 + I), the video's label and each image's own.
             text_embeds: for a model with texts, pooled embeddings (B, text_dim) or (B, 1 + I, text_dim).
             num_images: I; the last I of the F frames are independent images, not frames of the video: they pass the
-                spatial modules only (Sec. 3.6), in Variant 4 the spatial heads.
+                spatial modules only (Sec. 3.6).
             use_temporal: False treats every frame as an image (A.4).
             return_dict: return a `TransformerOutput` rather than a tuple.
             modulation: the output of `modulate` for these timesteps and conditions, if it is known; not with images.
@@ -325,7 +337,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             return FrameLayout(0, None, rows)
         rotation = None
         if self.config["temporal_position"] == "rope":
-            head_size = self.config["hidden_size"] // self.config["num_heads"]
+            heads = self.config["num_heads"] // (2 if self.config["variant"] == 4 else 1)
+            head_size = self.config["hidden_size"] // heads
             rotation = rotary_positions(self._positions(num_video), head_size).to(x.device)
         return FrameLayout(num_video, rotation, rows)
 

@@ -20,6 +20,10 @@ from rich.table import Column, Table
 
 from lavita.core.commands import run_command
 from lavita.core.files import write_json
+from lavita.models.autoencoder import downsampling, load_autoencoder
+from lavita.models.packaged import autoencoder_source
+from lavita.models.presets import PATCH_SIZES
+from lavita.training.config import RunConfig
 from lavita.video.contact_sheet import contact_sheet
 from lavita.video.reading import iter_frames
 
@@ -60,6 +64,22 @@ STUDIES: dict[str, Arms] = {
     "combinations": _combinations(),
 }
 """All studies by name. Fig. 5 (c), learning from an image model, needs weights: see `pretraining_arms`."""
+
+
+def variant_arms(config: RunConfig) -> Arms:
+    """Fig. 5 (d): the four variants at the configuration's patch size, and Variant 4 at twice this size.
+
+    The paper's Variant 4 did worst, and its operations in Table 3 are those of patch size 4, where the other variants
+    have 2. The fifth arm tells apart which of the two makes the difference. It is left out, with a line that says so,
+    if patches of twice the size do not divide the latents.
+    """
+    size, _, patch = config.model.preset.partition("/")
+    twice = 2 * int(patch)
+    unit = twice * downsampling(load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution)))
+    if twice not in PATCH_SIZES or config.data.resolution % unit:
+        print(f"Variant 4 is not compared at patch size {twice}: data.resolution is {config.data.resolution}")
+        return STUDIES["variant"]
+    return {**STUDIES["variant"], f"variant-4-patch-{twice}": ("model.variant=4", f"model.preset={size}/{twice}")}
 
 
 def pretraining_arms(weights: str) -> Arms:
@@ -130,7 +150,9 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
     arm = plan.out / name
     point = arm / f"step-{steps:08d}"
     run, samples = arm / "train", point / "samples"
-    settings = [f"run_dir={run}", f"train.steps={steps}", *plan.overrides, *fields]
+    own = {field.partition("=")[0] for field in fields}
+    shared = [override for override in plan.overrides if override.partition("=")[0] not in own]
+    settings = [f"run_dir={run}", f"train.steps={steps}", *shared, *fields]
     if not any(override.startswith("train.sample_every=") for override in plan.overrides):
         settings.append("train.sample_every=0")
     sample = ["sample", str(run / "pipeline"), "--out", str(samples)]

@@ -211,11 +211,6 @@ class RunConfig(StrictConfig):
             )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
-        if self.train.freeze is not None and model.variant == 4:
-            raise ValueError(
-                f"train.freeze is {self.train.freeze!r}, but must be left out with model.variant=4: spatial and "
-                "temporal heads share the parameters of a layer"
-            )
         if model.patch_embedding == "compression":
             if data.num_images:
                 raise ValueError(

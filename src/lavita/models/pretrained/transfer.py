@@ -351,11 +351,6 @@ def _transfer_image_blocks(transfer: _Transfer) -> None:
         closed[2 * width : 3 * width] = 0  # the gate follows shift and scale
         return closed
 
-    def close_heads(value: torch.Tensor) -> torch.Tensor:
-        closed = value.clone()
-        closed[:, width // 2 :] = 0  # the second half of the heads attends in time
-        return closed
-
     for index, mixing in enumerate(block_plan(config["variant"], here)):
         for layer in BLOCK_LAYERS:
             for part in ("weight", "bias"):
@@ -367,8 +362,8 @@ def _transfer_image_blocks(transfer: _Transfer) -> None:
                 elif mixing == "time" and layer == "attn.proj" and plain:
                     transfer.new(name, "zero: attention in time adds nothing at first", zero=True)
                     continue
-                elif mixing == "space_and_time" and (layer, part) == ("attn.proj", "weight"):
-                    how, change = "columns of the heads that attend in time are zero at first", close_heads
+                elif mixing == "space_and_time" and layer == "attn.qkv":
+                    how, change = "two heads of the source are one, twice as wide", None
                 else:
                     how, change = "", None
                 how = "; ".join(filter(None, (how, spaced)))
