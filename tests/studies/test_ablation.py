@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny_vae
 from PIL import Image
 from tiny_data import write_videos
 
@@ -18,17 +19,21 @@ from lavita.studies.ablation import (
     STUDIES,
     StudyPlan,
     commands,
+    frame_interval_arms,
     headline,
     pretraining_arms,
     run_study,
     summarize_arm,
     variant_arms,
 )
-from lavita.training.config import RunConfig
+from lavita.training.batches import BatchMaker
+from lavita.training.config import RunConfig, TrainConfig
 
 
 def test_every_arm_of_every_study_is_a_configuration_of_its_own() -> None:
-    for name, arms in {**STUDIES, "pretraining": pretraining_arms("dit.pt")}.items():
+    intervals = frame_interval_arms(load_config(RunConfig, {}))
+    studies = {**STUDIES, "pretraining": pretraining_arms("dit.pt"), "frame-interval": intervals}
+    for name, arms in studies.items():
         configs = [load_config(RunConfig, {}, fields) for fields in arms.values()]
         assert len(arms) >= 2
         for index, config in enumerate(configs):
@@ -63,6 +68,24 @@ def test_variant_4_is_compared_at_twice_the_patch_size_too(capsys: pytest.Captur
     for preset, resolution in (("tiny/8", 64), ("tiny/2", 40)):
         assert len(arms(preset, resolution)) == 4
         assert "Variant 4 is not compared at patch size" in capsys.readouterr().out
+
+
+def test_clips_of_all_frame_intervals_start_alike(tmp_path: Path) -> None:
+    """The arms see the same first frames of the same videos, and a video too short for the longest clip in none."""
+    write_videos(tmp_path / "videos", num_frames=12)
+    write_videos(tmp_path / "videos" / "short", num_frames=8)
+    values = {"data": {"path": str(tmp_path / "videos"), "num_frames": 3, "resolution": 16}}
+    starts, intervals = [], []
+    for fields in frame_interval_arms(load_config(RunConfig, values)).values():
+        data = load_config(RunConfig, values, fields).data
+        batches = BatchMaker(data, TrainConfig(), make_tiny_vae(), 0.1)
+        draws = [batches.sampler.draw(step, index) for step in range(50) for index in range(2)]
+        starts.append([(draw.video.name, draw.start, draw.flip) for draw in draws])
+        intervals.append(data.frame_interval)
+    assert intervals == [1, 2, 3, 4]
+    assert starts[0] == starts[1] == starts[2] == starts[3]
+    assert {start for _, start, _ in starts[0]} == set(range(12 - 8))
+    assert not any("short" in name for name, _, _ in starts[0])
 
 
 def test_steps_must_rise(tmp_path: Path) -> None:
@@ -140,3 +163,8 @@ def test_a_study_trains_samples_scores_and_goes_on(
     assert Image.open(plan.out / "curves.png").width > 500
     assert Image.open(plan.out / "contact_sheet.png").height >= 2 * 16
     assert "both" in capsys.readouterr().out
+    calls.clear()
+    (plan.out / "study.json").unlink()  # as a version left it whose generators were others
+    with pytest.raises(ValueError, match="holds arms of a version that drew other clips and noise"):
+        run_study(arms, plan)
+    assert not calls

@@ -136,6 +136,7 @@ KEYS: dict[str, Key] = {
     "data.class_folders": Key("false"),
     "data.num_frames": Key("3"),
     "data.frame_interval": Key("1"),
+    "data.start_span": Key("7"),
     "data.resolution": Key("32"),
     "data.horizontal_flip": Key("false"),
     "data.latent_cache": Key("{cache}", threads),

@@ -174,23 +174,28 @@ def study(
     """Compare configurations that differ in one field. Run the same command again to continue an interrupted study."""
     from lavita.core.commands import CommandFailed
     from lavita.core.config import load_config, read_yaml
-    from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study, variant_arms
+    from lavita.studies import ablation
+    from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
     from lavita.training.config import RunConfig
 
-    if name not in (*STUDIES, "pretraining"):
-        raise ValueError(f"name is {name!r}; allowed: {', '.join((*STUDIES, 'pretraining'))}")
+    by_config = {"frame-interval": ablation.frame_interval_arms, "variant": ablation.variant_arms}
+    names = sorted({*by_config, *STUDIES, "pretraining"})
+    if name not in names:
+        raise ValueError(f"name is {name!r}; allowed: {', '.join(names)}")
     if (weights is None) == (name == "pretraining"):
         raise ValueError("the study pretraining needs --weights, and only that one takes it")
     if protocol and real is None:
         raise ValueError(f"protocol is {protocol}, but has no effect without --real")
     if not all(part.strip().isdecimal() for part in steps.split(",")):
         raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
-    arms = STUDIES[name] if weights is None else pretraining_arms(weights)
-    if name == "variant":
-        for override in overrides or ():
-            if override.partition("=")[0] in ("model", "model.variant"):
-                raise ValueError(f"{override!r} sets model.variant, or may; it is what the study of variants compares")
-        arms = variant_arms(load_config(RunConfig, read_yaml(find_config(config)), overrides or (), source=config))
+    if weights is not None:
+        arms = pretraining_arms(weights)
+    elif name in by_config:
+        if name == "variant" and any(override.startswith("model=") for override in overrides or ()):
+            raise ValueError("the study variant changes model.preset in an arm: set fields as model.preset=S/2")
+        arms = by_config[name](load_config(RunConfig, read_yaml(find_config(config)), overrides or (), source=config))
+    else:
+        arms = STUDIES[name]
     points = tuple(int(part) for part in steps.split(","))
     plan = StudyPlan(
         out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics, tuple(protocol or ())

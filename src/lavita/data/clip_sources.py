@@ -305,7 +305,7 @@ def open_videos(data: DataConfig, vae: Autoencoder, precision: Precision) -> Cli
     Raises:
         ValueError: if there are no usable videos, or if the cache does not fit the configuration.
     """
-    span = clip_span(data.num_frames, data.frame_interval)
+    span = data.clip_span
     latent_size(vae, data.resolution)
     if data.latent_cache is not None:
         cache = CacheSource(data.latent_cache, data.has_classes, span, data.broken)

@@ -16,7 +16,7 @@ from lavita.core.files import folded, inside, replacing
 from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
-from lavita.core.seeds import generator
+from lavita.core.seeds import DRAWS, generator
 from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
 from lavita.models.adapters import apply_adapter
@@ -132,6 +132,7 @@ def generate(
         "use_temporal": not images,
         "frame_interval": config["frame_interval"],
         "fps": config["fps"],
+        "draws": DRAWS,
     }
     check_generation(out, settings)
     texts = {job.path: job.prompt for job in jobs}

@@ -20,6 +20,8 @@ from rich.table import Column, Table
 
 from lavita.core.commands import run_command
 from lavita.core.files import write_json
+from lavita.core.seeds import DRAWS
+from lavita.data.clips import clip_span
 from lavita.models.autoencoder import downsampling, load_autoencoder
 from lavita.models.packaged import autoencoder_source
 from lavita.models.presets import PATCH_SIZES
@@ -30,6 +32,7 @@ from lavita.video.reading import iter_frames
 Arms = Mapping[str, tuple[str, ...]]
 """For the name of each arm, the fields in which it differs, as `a.b=c`."""
 
+INTERVALS = (1, 2, 3, 4)
 VARIANTS = (1, 2, 3, 4)
 PATCH_EMBEDDINGS = ("uniform", "compression")
 CONDITIONINGS = ("s_adaln", "all_tokens")
@@ -55,7 +58,6 @@ def _combinations() -> Arms:
 
 
 STUDIES: dict[str, Arms] = {
-    "frame-interval": _one_field("data.frame_interval", (1, 2, 3, 4)),  # Fig. 5 (a)
     "temporal-position": _one_field("model.temporal_position", TEMPORAL_POSITIONS),  # Fig. 5 (b)
     "variant": _one_field("model.variant", VARIANTS),  # Fig. 5 (d), Table 4
     "patch-embedding": _one_field("model.patch_embedding", PATCH_EMBEDDINGS),  # Fig. 5 (e)
@@ -63,7 +65,17 @@ STUDIES: dict[str, Arms] = {
     "joint-training": _one_field("data.num_images", (0, 8)),  # Tables 1 and 2: LAVITA, LAVITA+IMG
     "combinations": _combinations(),
 }
-"""All studies by name. Fig. 5 (c), learning from an image model, needs weights: see `pretraining_arms`."""
+"""Studies whose arms do not depend on the shared configuration. Those that do: `variant_arms` (its four variants are
+here, too) and `frame_interval_arms`. Fig. 5 (c), learning from an image model, needs weights: `pretraining_arms`."""
+
+
+def frame_interval_arms(config: RunConfig) -> Arms:
+    """Fig. 5 (a): intervals of 1 to 4 frames, where the clips of all arms start at the same frames of the same videos.
+
+    So only starts are drawn that leave room for the longest clip, with interval 4.
+    """
+    span = clip_span(config.data.num_frames, max(INTERVALS))
+    return {f"frame_interval-{n}": (f"data.frame_interval={n}", f"data.start_span={span}") for n in INTERVALS}
 
 
 def variant_arms(config: RunConfig) -> Arms:
@@ -92,7 +104,7 @@ class StudyPlan:
     """How the arms of a study are trained, sampled and scored."""
 
     out: Path
-    """Folder of the study: one folder per arm, `results.json`, `curves.png` and `contact_sheet.png`."""
+    """Folder of the study: one folder per arm, `study.json`, `results.json`, `curves.png` and `contact_sheet.png`."""
     config: str
     """Configuration shared by all arms: a YAML file, or the name of a packaged one."""
     overrides: tuple[str, ...] = ()
@@ -122,11 +134,21 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
         One row per arm: see `summarize_arm`.
 
     Raises:
-        ValueError: if the steps do not increase.
+        ValueError: if the steps do not increase, or finished parts drew other random numbers than this version does.
         CommandFailed: if a command failed; the same call continues from there.
     """
     if not plan.steps or list(plan.steps) != sorted(set(plan.steps)) or plan.steps[0] < 1:
         raise ValueError(f"steps is {plan.steps}, but must be increasing numbers of at least 1")
+    record = plan.out / "study.json"
+    if any((plan.out / name).exists() for name in arms):
+        drawn = json.loads(record.read_text(encoding="utf-8"))["draws"] if record.exists() else 1
+        if drawn != DRAWS:
+            raise ValueError(
+                f"{plan.out}: holds arms of a version that drew other clips and noise from the same seed, so that they "
+                "cannot be compared with new ones; use another out"
+            )
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"draws": DRAWS})
     rows = []
     for number, (name, fields) in enumerate(arms.items(), start=1):
         print(f"\n[{number}/{len(arms)}] {name}", flush=True)
@@ -150,8 +172,8 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
     arm = plan.out / name
     point = arm / f"step-{steps:08d}"
     run, samples = arm / "train", point / "samples"
-    own = {field.partition("=")[0] for field in fields}
-    shared = [override for override in plan.overrides if override.partition("=")[0] not in own]
+    own = any(field.startswith("model.preset=") for field in fields)
+    shared = [override for override in plan.overrides if not (own and override.startswith("model.preset="))]
     settings = [f"run_dir={run}", f"train.steps={steps}", *shared, *fields]
     if not any(override.startswith("train.sample_every=") for override in plan.overrides):
         settings.append("train.sample_every=0")

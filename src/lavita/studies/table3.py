@@ -61,17 +61,12 @@ def table3_to_json(rows: Sequence[Table3Row]) -> list[dict[str, Any]]:
 def print_table3(rows: Sequence[Table3Row], console: Console | None = None) -> None:
     """Prints the paper's Table 3 next to our count, and explains the differences."""
     console = console or Console()
-    table = Table(title=f"Table 3: XL, unconditional, {TABLE3_BATCH} clips of 16 x 4 x 32 x 32", title_justify="left")
-    for heading in (
-        "variant",
-        "patch",
-        "blocks",
-        "paper\nparams, M",
-        "\nFLOPs, G",
-        "ours\nparams, M",
-        "\nFLOPs, G",
-        "executed\nMACs, G",
-    ):
+    table = Table(
+        title=f"Table 3: XL, unconditional, {TABLE3_BATCH} clips of 16 x 4 x 32 x 32",
+        title_justify="left",
+        pad_edge=False,
+    )
+    for heading in ("variant", "patch", "blocks", "paper\nM", "\nG", "ours\nM", "\nG", "executed\nG"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -88,9 +83,9 @@ def print_table3(rows: Sequence[Table3Row], console: Console | None = None) -> N
     third, fourth = (rows[index].counted for index in (2, 3))
     small = count_variant(4, "XL/2")
     for note in (
-        "FLOPs: the paper counts multiply-accumulates as the profiler thop does, and so do we here: linear and "
-        "convolution layers, 2 per element of a LayerNorm, no attention products, S-AdaLN layers repeated for every "
-        "frame and every patch, truncated decimals.",
+        "M: millions of parameters. G: billions of operations, the FLOPs of the paper, which are multiply-accumulates "
+        "as the profiler thop counts them, and here, too: linear and convolution layers, 2 per element of a LayerNorm, "
+        "no attention products, S-AdaLN layers repeated for every frame and every patch, truncated decimals.",
         "executed: the multiply-accumulates that our model really executes, with the attention products, and with the "
         "S-AdaLN vectors computed once per sample.",
         "Variants 3 and 4: counted without their patch embeddings, as in the paper; with them, the models have "
