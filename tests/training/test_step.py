@@ -237,6 +237,20 @@ def test_a_restored_state_takes_the_same_steps(make_state: MakeState, tmp_path: 
     assert restored.facts() == state.facts()
 
 
+def test_the_average_moves_at_the_rate_of_its_step(make_state: MakeState) -> None:
+    """Steps count from 1: after the first one the average keeps 2 / 11 of the initial weights."""
+    settings = make_settings(ema_decay=0.9999)
+    state = make_state(settings)
+    expected = {name: weights.double() for name, weights in state.ema.weights.items()}
+    for number in (1, 2, 3):
+        train_step(state, random_batch(state.model.config, 4, seed=number), settings)
+        rate = (1 + number) / (10 + number)
+        for name, parameter in state.model.named_parameters():
+            expected[name] = rate * expected[name] + (1 - rate) * parameter.detach().double()
+    for name, weights in state.ema.weights.items():
+        torch.testing.assert_close(weights.double(), expected[name], rtol=1e-6, atol=1e-7)
+
+
 def test_frozen_parameters_stay(make_transformer: MakeTransformer) -> None:
     settings, model = make_settings(), make_transformer().train()
     model.x_embedder.requires_grad_(False)
