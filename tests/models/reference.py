@@ -195,6 +195,7 @@ class SlowTransformer:
         }[self.config["variant"]]
         positions = squeezed(num_video, self.config["num_frames"] // self.tube)
         first = next(index for index, kind in enumerate(plan) if "t" in kind)
+        first = 0 if self.config["temporal_position"] == "absolute_input" else first
         for index, kind in enumerate(plan):
             if index == first and not self.rope:
                 for f, position in enumerate(positions):

@@ -92,6 +92,47 @@ def test_at_first_every_frame_is_the_image_models(variant: int, tmp_path: Path) 
     assert_equal(frames_of(model, clips()), image_by_image(dit, clips()))
 
 
+@pytest.mark.parametrize("position", ["absolute", "absolute_input", "rope"])
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_which_models_start_as_the_image_model(variant: int, position: str, tmp_path: Path) -> None:
+    """Applied to every frame, without changes: Variant 3 alone, with rotary positions or without time."""
+    dit = make_dit()
+    model, _ = video_model(dit, write_folder(dit, tmp_path), variant=variant, temporal_position=position)
+    expected = image_by_image(dit, clips())
+    for use_temporal in (True, False):
+        same = (frames_of(model, clips(), use_temporal=use_temporal) - expected).norm() < 1e-5 * expected.norm()
+        assert same == (variant == 3 and (position == "rope" or not use_temporal))
+
+
+@pytest.mark.parametrize("write", [write_pt, write_folder])
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_the_papers_start_adapts_positions_and_labels_only(
+    variant: int, write: Callable[..., str], tmp_path: Path, make_transformer: MakeTransformer
+) -> None:
+    dit = make_dit()
+    model = make_transformer(**SIZES, variant=variant)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = initialize(model, write(dit, tmp_path), closed=False)
+    after, state = model.state_dict(), layout(dit)
+    for name in after:
+        if ".temporal_attn." in name or name == "temp_embed":
+            assert torch.equal(after[name], before[name]) and name in report.new
+        elif name == "y_embedder.embedding_table.weight":
+            assert not after[name].any() and name in report.new
+        else:
+            assert torch.equal(after[name], state[name]), name
+    other = clips()
+    other[:, 2] += 1
+    seen = frames_of(model, other) - frames_of(model, clips())
+    assert seen[:, [0, 1, 3]].abs().amax() > 1e-3, "frames see each other from the start"
+
+
+def test_a_video_model_has_nothing_to_close(save_pipeline: SavePipeline, make_transformer: MakeTransformer) -> None:
+    model = make_transformer()
+    with pytest.raises(ValueError, match="is a video model, whose attention in time init_closed=false would not"):
+        initialize(model, save_pipeline(make_transformer()), closed=False)
+
+
 @pytest.mark.parametrize("conditioning", ["s_adaln", "all_tokens"])
 @pytest.mark.parametrize("position", ["absolute", "rope"])
 @pytest.mark.parametrize("variant", [1, 2, 3, 4])

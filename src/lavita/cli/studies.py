@@ -29,7 +29,7 @@ def info(
         str | None, typer.Option(help="s_adaln or all_tokens. Default: s_adaln.", show_default=False)
     ] = None,
     temporal_position: Annotated[
-        str | None, typer.Option(help="absolute or rope. Default: absolute.", show_default=False)
+        str | None, typer.Option(help="absolute, absolute_input or rope. Default: absolute.", show_default=False)
     ] = None,
     num_classes: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
     text_dim: Annotated[

@@ -26,8 +26,10 @@ class ModelConfig(StrictConfig):
     """Frames per tube, with `compression`; 2 by default."""
     conditioning: Literal["s_adaln", "all_tokens"] = "s_adaln"
     """How timestep and label enter (Sec. 3.4): `s_adaln`: they modulate norms and gates; `all_tokens`: as tokens."""
-    temporal_position: Literal["absolute", "rope"] = "absolute"
-    """Positions of the frames (Sec. 3.5): `absolute`: sin-cos, added to the tokens; `rope`: rotary."""
+    temporal_position: Literal["absolute", "absolute_input", "rope"] = "absolute"
+    """Positions of the frames (Sec. 3.5): `absolute`: sin-cos, added to the tokens before the first temporal attention,
+    in Variant 1 after half of the blocks, as in the published code; `absolute_input`: added at the input, as Sec. 3.3
+    says; `rope`: rotary."""
     text_encoder: str | None = None
     """Path or hub id of the text encoder, with `data.captions`: any of transformers' with a pooled output; by default
     the CLIP of Stable Diffusion 1.4."""

@@ -16,7 +16,7 @@ from lavita.models.presets import block_plan
 
 PATCH_EMBEDDINGS = ("uniform", "compression")
 CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
-TEMPORAL_POSITIONS = ("absolute", "rope")
+TEMPORAL_POSITIONS = ("absolute", "absolute_input", "rope")
 
 
 MOST_BLOCKS, MOST_VALUES = 2**12, 2**31

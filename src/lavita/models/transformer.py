@@ -104,8 +104,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             tube_size: S; divides `num_frames` and the length of every clip. Ignored with `uniform`.
             conditioning: `s_adaln`: timestep and label modulate norms and gates; `all_tokens`: they are tokens of
                 every frame, in plain blocks (Sec. 3.4).
-            temporal_position: `absolute`: sin-cos, added once, before the first temporal attention; `rope`: rotary, in
-                every temporal attention (Sec. 3.5).
+            temporal_position: `absolute`: sin-cos, added once, before the first block with temporal attention, as the
+                published weights have it; `absolute_input`: the same, added to the input of the first block (Sec. 3.3);
+                `rope`: rotary, in every temporal attention (Sec. 3.5).
             num_classes: number of classes; 0 for a model without classes.
             class_names: names of the classes, in the order of their labels.
             text_dim: width of the pooled text embeddings of a text-conditional model (Sec. 4.4); 0 for none.
@@ -143,10 +144,11 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         elif text_dim:
             self.y_embedder = TextEmbedder(text_dim, hidden_size)
         self.register_buffer("pos_embed", spatial_positions(grid, hidden_size))  # (1, N, D)
-        if temporal_position == "absolute":
+        if temporal_position != "rope":
             steps = np.arange(num_frames // self.tube_size, dtype=np.float64)
             self.register_buffer("temp_embed", temporal_positions(steps, hidden_size))  # (1, T, D)
-        self.first_temporal = next(index for index, mixing in enumerate(plan) if mixing != "space")
+        first = next(index for index, mixing in enumerate(plan) if mixing != "space")
+        self.first_temporal = 0 if temporal_position == "absolute_input" else first
         kind: Conditioning = "all_tokens" if conditioning == "all_tokens" else "s_adaln"
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, num_heads, mlp_ratio, mixing, kind) for mixing in plan
@@ -277,7 +279,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 num_tokens = tokens.shape[2]
                 x = torch.cat([tokens, x], dim=2)  # (B, T, K + N, D)
         for index, block in enumerate(self.blocks):
-            if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
+            if index == self.first_temporal and frames.num_video and self.config["temporal_position"] != "rope":
                 x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
             x = block(x, condition, frames, vectors[index])  # (B, T, K + N, D)
         patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)

@@ -95,8 +95,13 @@ def variant_arms(config: RunConfig) -> Arms:
 
 
 def pretraining_arms(weights: str) -> Arms:
-    """Fig. 5 (c): training from random weights, and from an image model (`train.init_from`)."""
-    return {"from-scratch": (), "pretrained": (f"train.init_from={weights}",)}
+    """Fig. 5 (c): training from random weights, and from an image model (`train.init_from`).
+
+    From the image model in the paper's way, where only positions and labels are adapted, and in ours, where attention
+    in time adds nothing at first.
+    """
+    given = f"train.init_from={weights}"
+    return {"from-scratch": (), "pretrained": (given, "train.init_closed=false"), "pretrained-closed": (given,)}
 
 
 @dataclass(frozen=True)
