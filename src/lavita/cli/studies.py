@@ -69,7 +69,8 @@ def info(
     ] = None,
     sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 instead of DDP for several processes.")] = False,
     table: Annotated[
-        int | None, typer.Option(help="3: print the paper's Table 3 next to our count instead.", show_default=False)
+        int | None,
+        typer.Option(help="Print a table of the paper instead. 3: next to our count; 4: quoted.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -98,10 +99,17 @@ def info(
     fields, batch, training = (
         {key: value for key, value in given.items() if value is not None} for given in (fields, batch, training)
     )
-    if table not in (None, 3):
-        raise ValueError(f"table is {table}; allowed: 3")
+    if table not in (None, 3, 4):
+        raise ValueError(f"table is {table}; allowed: 3, 4")
     if (table is None) == (model is None) or (table is not None and (fields or batch or training)):
-        raise ValueError("give either a model, with options, or --table 3 alone")
+        raise ValueError("give either a model, with options, or --table alone")
+    if table == 4:
+        from lavita.studies.table4 import print_table4
+
+        if as_json:
+            raise ValueError("json is set, but has no effect with --table 4")
+        print_table4()
+        return
     from lavita.studies import complexity, memory, table3
 
     if model is None:

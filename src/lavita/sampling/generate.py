@@ -68,6 +68,7 @@ def generate(
     classes: str | Sequence[str] = "all",
     prompts: Sequence[str] = (),
     prompt_table: Path | None = None,
+    most: int | None = None,
     seeds: str = "0-3",
     recipe: Recipe = RECIPES["default"],
     num_frames: int | None = None,
@@ -91,6 +92,7 @@ def generate(
         prompts: texts for a text-conditional model.
         prompt_table: table of prompts, in a format of `captions.read_captions`; the videos of a row are written to
             `out/<file>-<seed>.mp4`, see `names.table_prefixes`.
+        most: generate the first of the videos only, at most so many.
         seeds: see `parse_seeds`.
         recipe: sampler, steps, guidance, and what makes sampling faster.
         num_frames: length of the videos; by default that of the training clips.
@@ -120,7 +122,7 @@ def generate(
     if adapter is not None:
         apply_adapter(pipeline.transformer, adapter, adapter_scale)
     config = pipeline.transformer.config
-    jobs = _plan_jobs(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
+    jobs = _plan_jobs(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)[:most]
     if images:
         num_frames = 1
 
