@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from lavita.core.seeds import generator
+
+
+def words_of(random: torch.Generator) -> npt.NDArray[np.uint64]:
+    return random.get_state().numpy().view(np.uint64)[3 : 3 + 624]
 
 
 @pytest.mark.slow
@@ -23,11 +28,19 @@ def test_samples_26970_and_160031_differ() -> None:
 
 def test_the_numbers_are_a_mersenne_twisters() -> None:
     found = generator(5, "step", 3)
-    words = found.get_state().numpy().view(np.uint64)[3 : 3 + 624].astype(np.uint32)
+    words = words_of(found).astype(np.uint32)
     twister = np.random.MT19937()
     twister.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
     expected = twister.random_raw(2000) % 2**20
     assert torch.randint(2**20, (2000,), generator=found).tolist() == expected.tolist()
+
+
+def test_no_seed_of_32_bits_gives_the_state() -> None:
+    """Torch's seeding sets the first word to the seed, and computes the others from it."""
+    words = words_of(generator(5, "step", 3))
+    others = words_of(torch.Generator().manual_seed(int(words[0])))
+    assert words[0] == others[0]
+    assert (words[1:] != others[1:]).all()
 
 
 def test_a_generator_is_fresh() -> None:
