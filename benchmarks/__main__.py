@@ -207,6 +207,32 @@ def recipes(
 
 
 @app.command()
+def autoencoder_losses(
+    data: Annotated[list[Path], typer.Option(help="Folder of training videos; may be given several times.")],
+    held_out: Annotated[list[Path], typer.Option(help="Folder of videos to score on; may be given several times.")],
+    out: OutFolder,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=8, help="Side of the scored frames; may be given several times. Default: 64.", show_default=False
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings of lavita autoencoder train: init_from=builtin steps=1000.", show_default=False),
+    ] = None,
+) -> None:
+    """Compare the terms of an autoencoder's loss.
+
+    L1, edges and motion, the perceptual and the adversarial term are added one by one, each from the same start. A
+    stopped run resumes in the same folder.
+    """
+    from benchmarks.evaluation.autoencoder_losses import compare_losses
+
+    compare_losses(data, held_out, out, resolution or [64], settings or [])
+
+
+@app.command()
 def crash(
     data: Annotated[Path, typer.Option(help="Videos, one folder per class.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; an existing one is replaced.")] = Path("runs/crash"),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from tiny_data import write_videos
 
-from benchmarks.evaluation import coverage, monotone, recipes
+from benchmarks.evaluation import autoencoder_losses, coverage, monotone, recipes
 from benchmarks.speed import startup
 from lavita.evaluation.distances.frechet import frechet_distance
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.recipes import Recipe
+from lavita.training.autoencoder import discriminator
 
 
 def test_the_exact_distance_of_the_gaussians() -> None:
@@ -65,6 +70,58 @@ def test_recipes_are_timed_in_turn(
     assert lines[0] == "| recipe | steps | time | exact | kernel-video |"
     assert lines[2] == "| slow | 4 | 1.0000 | 0.250 | 1 (0.5 to 2) |"
     assert lines[3].startswith("| taylor | 4 | ") and lines[3].endswith(" |  |  |")
+
+
+def test_arms_add_one_term_after_another() -> None:
+    settings = {
+        "steps": 9,
+        "edge_weight": 0.7,
+        "perceptual_weight": 0.2,
+        "adversarial_weight": 1,
+        "adversarial_start": 3,
+    }
+    arms = [autoencoder_losses.arm_settings(settings, arm) for arm in autoencoder_losses.ADDED]
+    assert arms == [
+        {"steps": 9, "edge_weight": 0, "motion_weight": 0},
+        {"steps": 9, "edge_weight": 0.7},
+        {"steps": 9, "edge_weight": 0.7, "perceptual_weight": 0.2},
+        settings,
+    ]
+
+
+def test_terms_of_an_autoencoders_loss_are_compared_and_a_stopped_study_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(clips: torch.Tensor) -> torch.Tensor:
+        """The pixels of the frames, as many as the features are, in place of a network of 128 pixels."""
+        return clips.flatten(2).float().repeat(1, 1, 12)[..., :2280] / 255
+
+    monkeypatch.setattr(autoencoder_losses, "load_network", lambda spec, device: SimpleNamespace(run=run))
+    monkeypatch.setattr(discriminator, "WIDTHS", (8, 16, 16, 32))
+    write_videos(tmp_path / "videos", [f"{number}.mp4" for number in range(4)], num_frames=16)
+    overrides = ["steps=1", "resolution=8", "batch_size=2", "block_out_channels=[4,8]", "downsampling=2", "device=cpu"]
+    folders = [tmp_path / "videos"], [tmp_path / "videos"], tmp_path / "out", [8], overrides
+    autoencoder_losses.compare_losses(*folders)
+    found = json.loads((tmp_path / "out" / "losses.json").read_text(encoding="utf-8"))
+    assert [row["arm"] for row in found["rows"]] == ["L1", "+ edges and motion", "+ perceptual", "+ adversarial"]
+    assert all(row["frechet"] > 0 and row["floor"] > 0 and row["feature_distance"] > 0 for row in found["rows"])
+    assert found["rows"][0]["psnr"] > 0 and found["rows"][0]["frames"] == 64
+    metrics = [json.loads(line) for n in range(4) for line in (tmp_path / f"out/{n}/metrics.jsonl").open()]
+    assert [{"perceptual", "adversarial"} & set(line) for line in metrics] == [
+        set(),
+        set(),
+        {"perceptual"},
+        {"perceptual", "adversarial"},
+    ]
+    text = (tmp_path / "out" / "losses.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.endswith(text + "\n") and text.count("\n") == 6
+
+    weights = (tmp_path / "out/3/autoencoder/diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out/3/autoencoder")
+    autoencoder_losses.compare_losses(*folders)
+    again = json.loads((tmp_path / "out" / "losses.json").read_text(encoding="utf-8"))
+    assert [row | {"seconds": None} for row in found["rows"]] == again["rows"]
+    assert (tmp_path / "out/3/autoencoder/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
 def test_times_of_help_and_of_loading(

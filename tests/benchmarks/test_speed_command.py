@@ -190,6 +190,7 @@ def test_help_lists_the_commands(bench: Bench) -> None:
         "monotone",
         "evaluation-speed",
         "recipes",
+        "autoencoder-losses",
         "crash",
         "fuzz",
         "mutants",

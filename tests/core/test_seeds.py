@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -53,7 +55,7 @@ def test_a_generator_is_fresh() -> None:
 
 
 def test_every_part_of_the_place_counts() -> None:
-    places = [(0,), (1,), (0, 0), (0, "a"), (0, "a", 1), (0, "b", 1), (0, 1, "a"), (2**32,), (2**64 + 1,)]
+    places: list[Any] = [(0,), (1,), (0, 0), (0, "a"), (0, "a", 1), (0, "b", 1), (0, 1, "a"), (2**32,), (2**64 + 1,)]
     drawn = [torch.randn(4, generator=generator(*place)).numpy().tobytes() for place in places]
     assert len(set(drawn)) == len(places)
     assert len({generator(*place).initial_seed() for place in places}) == len(places)

@@ -155,7 +155,7 @@ def test_videos_outside_class_folders_are_refused(tmp_path: Path, vae: Autoencod
 
 
 def another_autoencoder(root: Path, cache: Path, vae: AutoencoderKL) -> None:
-    vae.decoder.conv_out.weight.data += 1
+    vae.encoder.conv_out.weight.data += 1
 
 
 def longer_source(root: Path, cache: Path, vae: AutoencoderKL) -> None:

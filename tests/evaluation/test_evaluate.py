@@ -391,7 +391,8 @@ def test_the_papers_protocol_samples_by_the_papers_recipe(
         raise ValueError("enough")
 
     monkeypatch.setattr(evaluate_module, "sample_model", record)
-    for options in ({"preset": "paper"}, {"preset": "latte"}, {"preset": "paper", "recipe": "fast"}):
+    cases: list[dict[str, Any]] = [{"preset": "paper"}, {"preset": "latte"}, {"preset": "paper", "recipe": "fast"}]
+    for options in cases:
         with pytest.raises(ValueError, match="enough"):
             evaluate(EvaluationOptions(tmp_path, tmp_path / "model", metrics=["kernel-video"], **options))
     assert recipes == [RECIPES["paper"], RECIPES["default"], RECIPES["fast"]]

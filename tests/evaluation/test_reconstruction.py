@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from lavita.evaluation import reconstruction
+from lavita.evaluation.features.perceptual import FeatureDistance
+from lavita.models.autoencoder import AutoencoderKL, to_pixels
 from lavita.video.writing import write_video
 
 
@@ -21,7 +24,7 @@ def moving_square(tmp_path: Path) -> Path:
     return tmp_path
 
 
-NO_AUTOENCODER: Any = None  # encoding and decoding are replaced
+NO_AUTOENCODER: Any = SimpleNamespace(config={})  # encoding and decoding are replaced
 
 
 def fake_autoencoder(monkeypatch: pytest.MonkeyPatch, everywhere: int, bright: int) -> None:
@@ -78,7 +81,35 @@ def test_no_error_and_no_motion_have_no_number(tmp_path: Path, monkeypatch: pyte
     assert row["psnr"] is None and row["moving_psnr"] is None
 
 
-def test_the_report_is_written(tmp_path: Path) -> None:
-    quality = {"videos": {"all": {"psnr": 30.0, "moving_psnr": None, "frames": 4}}}
+def test_the_feature_distance_is_the_mean_over_frames(moving_square: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_autoencoder(monkeypatch, everywhere=20, bright=0)
+    monkeypatch.setattr(reconstruction, "frames_at_once", lambda device, side: 4)  # 6 frames in two calls
+    distance = FeatureDistance.load()
+    assert distance is not None
+    row = reconstruction.reconstruction_quality(NO_AUTOENCODER, moving_square, 32, distance)["all"]
+    ((_, real, made),) = reconstruction.reconstructions(NO_AUTOENCODER, moving_square, 32)
+    expected = [distance(to_pixels(a[None]), to_pixels(b[None])).item() for a, b in zip(made, real, strict=True)]
+    assert row["feature_distance"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert row["feature_distance"] > 0.01
+    assert reconstruction.reconstruction_quality(NO_AUTOENCODER, moving_square, 32)["all"]["feature_distance"] is None
+
+
+def test_several_resolutions_are_several_rows(
+    moving_square: Path, tiny_vae: AutoencoderKL, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality = reconstruction.quality_at(tiny_vae, [moving_square], [16, 32], None)
+    assert list(quality) == [f"{moving_square} at 16 px", f"{moving_square} at 32 px"]
+    for side in (16, 32):
+        expected = reconstruction.reconstruction_quality(tiny_vae, moving_square, side)
+        assert quality[f"{moving_square} at {side} px"] == expected
+    assert list(reconstruction.quality_at(tiny_vae, [moving_square], [16], None)) == [str(moving_square)]
+    with pytest.raises(ValueError, match="resolution is 17, but this autoencoder needs a multiple of"):
+        reconstruction.quality_at(tiny_vae, [moving_square], [16, 17], None)
+
+
+def test_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quality = {"videos": {"all": {"psnr": 30.0, "moving_psnr": None, "feature_distance": None, "frames": 4}}}
     reconstruction.show_quality(quality, tmp_path / "deep" / "quality.json")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "30.00" in line]
+    assert line.replace("│", " ").split() == ["videos", "all", "30.00", "-", "-", "4"]
     assert json.loads((tmp_path / "deep" / "quality.json").read_text()) == quality

@@ -19,15 +19,11 @@ from tiny_data import paint, write_videos
 from lavita.core.config import ConfigError, load_config
 from lavita.data.catalog import scan
 from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder
-from lavita.training import autoencoder as module
-from lavita.training.autoencoder import (
-    autoencoder_loss,
-    draw_pairs,
-    learning_rate,
-    load_frames,
-    motion_weights,
-    train_autoencoder,
-)
+from lavita.training.autoencoder import train as module
+from lavita.training.autoencoder.frames import draw_clips, load_frames
+from lavita.training.autoencoder.losses import autoencoder_losses, motion_weights
+from lavita.training.autoencoder.network import build_autoencoder
+from lavita.training.autoencoder.train import learning_rate, train_autoencoder
 from lavita.training.checkpoint import list_checkpoints
 from lavita.training.config import AutoencoderConfig
 
@@ -98,7 +94,7 @@ def test_the_loss_in_closed_form() -> None:
             return SimpleNamespace(sample=torch.tensor(output))
 
     config = load_config(AutoencoderConfig, {"data": ["x"], "kl_weight": 0.3, "edge_weight": 0.7, "motion_weight": 3})
-    loss, parts = autoencoder_loss(
+    losses = autoencoder_losses(
         cast(AutoencoderKL, Fake()),
         torch.tensor(pixels, dtype=torch.float32),
         torch.tensor(noise),
@@ -114,6 +110,7 @@ def test_the_loss_in_closed_form() -> None:
     weights = motion_weights(torch.tensor(pixels), 3.0).numpy()
     reconstruction = (weights * np.abs(output - pixels)).mean()
     edges = sum(np.abs(np.diff(output, axis=axis) - np.diff(pixels, axis=axis)).mean() for axis in (-1, -2))
+    loss, parts = losses.total, losses.parts
     assert parts["kl"] == pytest.approx(kl, rel=1e-5)
     assert parts["reconstruction"] == pytest.approx(reconstruction, rel=1e-5)
     assert loss.item() == pytest.approx(reconstruction + 0.7 * edges + 0.3 * kl, rel=1e-5)
@@ -151,7 +148,7 @@ def test_pairs_are_successive_frames_under_one_crop(tmp_path: Path) -> None:
     columns = np.arange(20, dtype=np.uint8)
     video = np.stack([np.broadcast_to(10 * columns[None, :, None], (16, 20, 3)) + t for t in range(10)])
     config = make_config(tmp_path, "resolution=16", "batch_size=8")
-    pairs = np.concatenate([draw_pairs([[video]], config, step) for step in range(20)])
+    pairs = np.concatenate([draw_clips([[video]], config, step) for step in range(20)])
     assert pairs.shape == (160, 16, 16, 3)
     assert pairs.dtype == np.uint8
     first, second = pairs[::2].astype(int), pairs[1::2].astype(int)
@@ -161,8 +158,8 @@ def test_pairs_are_successive_frames_under_one_crop(tmp_path: Path) -> None:
     assert ((slopes == 10).all(axis=1) | flipped).all()
     assert 0.25 < flipped.mean() < 0.75
     assert set(first.min(axis=(1, 2, 3)) // 10) == {0, 1, 2, 3, 4}, "every place of the crop"
-    np.testing.assert_array_equal(draw_pairs([[video]], config, 3), pairs[24:32])
-    unflipped = draw_pairs([[video]], make_config(tmp_path, "resolution=16", "horizontal_flip=false"), 3)
+    np.testing.assert_array_equal(draw_clips([[video]], config, 3), pairs[24:32])
+    unflipped = draw_clips([[video]], make_config(tmp_path, "resolution=16", "horizontal_flip=false"), 3)
     assert (np.diff(unflipped[:, 0, :, 0].astype(int), axis=1) == 10).all()
 
 
@@ -171,12 +168,12 @@ def test_folders_are_drawn_by_their_weights(tmp_path: Path) -> None:
     config = load_config(
         AutoencoderConfig, {"data": ["x", "y"], "data_weights": [1, 3], "resolution": 8, "batch_size": 400}
     )
-    pairs = draw_pairs([[black], [white, white]], config, 0)
+    pairs = draw_clips([[black], [white, white]], config, 0)
     assert (pairs[::2] == 255).all(axis=(1, 2, 3)).mean() == pytest.approx(0.75, abs=0.1)
 
 
 def test_small_videos_are_enlarged(tmp_path: Path) -> None:
-    pairs = draw_pairs([[paint(3, height=6, width=9)]], make_config(tmp_path, "resolution=16"), 0)
+    pairs = draw_clips([[paint(3, height=6, width=9)]], make_config(tmp_path, "resolution=16"), 0)
     assert pairs.shape == (4, 16, 16, 3)
 
 
@@ -230,7 +227,7 @@ def test_what_is_saved_has_unit_variance_and_the_averaged_weights(tmp_path: Path
     vae = load_autoencoder(str(folder))
 
     sources = [load_frames(scan(config.data[0]), 8, 1.0, 0)]
-    frames = np.concatenate([draw_pairs(sources, config, 1000 + step) for step in range(100)])
+    frames = np.concatenate([draw_clips(sources, config, 1000 + step) for step in range(100)])
     mean, std = encode(vae, frames, "fp32")
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     latents = mean + std * noise
@@ -275,6 +272,6 @@ def test_the_network_has_the_asked_for_shape(tmp_path: Path) -> None:
     config = make_config(tmp_path, "downsampling=8", "block_out_channels=null", "layers_per_block=2")
     assert config.widths == [32, 64, 128, 256]
     with torch.device("meta"):
-        vae = module.build_autoencoder(make_config(tmp_path, "downsampling=4", "block_out_channels=[8, 8, 16]"))
+        vae = build_autoencoder(make_config(tmp_path, "downsampling=4", "block_out_channels=[8, 8, 16]"))
     assert isinstance(vae, AutoencoderKL)
     assert vae.encode(torch.zeros(1, 3, 16, 16, device="meta")).latent_dist.mean.shape == (1, 2, 4, 4)

@@ -110,6 +110,7 @@ def info(
             raise ValueError("json is set, but has no effect with --table 4")
         print_table4()
         return
+    from lavita.models.autoencoder import latent_frames, pixel_frames, temporal_downsampling
     from lavita.studies import complexity, memory, table3
 
     if model is None:
@@ -121,12 +122,14 @@ def info(
         return
     config = complexity.model_config(model, fields, num_frames)
     setting = memory.Setting(**training)
+    autoencoder = memory.autoencoder_config(model, config.get("in_channels", 4))
+    if num_frames is not None:
+        batch["num_frames"] = latent_frames(autoencoder, num_frames)
     cost = complexity.measure(config, **batch)
     settings = [setting] if precision else [replace(setting, precision=name) for name in ("fp32", "bf16")]
     peaks = {f"training, {each.precision}": memory.training_memory(config, **batch, setting=each) for each in settings}
     sampled = {key: value for key, value in batch.items() if key != "num_images"}
     guidance = bool(cost.config["num_classes"] or cost.config["text_dim"])
-    autoencoder = memory.autoencoder_config(model, cost.config["in_channels"])
     peaks[f"sampling, {setting.precision}"] = memory.sampling_memory(
         config, **sampled, guidance=guidance, precision=setting.precision, autoencoder=autoencoder
     )
@@ -135,6 +138,9 @@ def info(
         print(json.dumps({"model": model, **cost.to_json(), "memory_bytes": predicted}, indent=1))
     else:
         complexity.print_complexity(model, cost)
+        if (factor := temporal_downsampling(autoencoder)) > 1:
+            length = pixel_frames(autoencoder, cost.num_frames)
+            print(f"The autoencoder merges groups of {factor} frames: {cost.num_frames} latents are {length} frames.")
         memory.print_memory(peaks, setting)
 
 

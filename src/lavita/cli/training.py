@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -44,7 +45,7 @@ def autoencoder_train(
     if run_dir:
         chosen["run_dir"] = str(run_dir)
     settings: AutoencoderConfig = _load(AutoencoderConfig, config, overrides, chosen)
-    from lavita.training.autoencoder import train_autoencoder
+    from lavita.training.autoencoder.train import train_autoencoder
 
     _train(train_autoencoder, settings)
 
@@ -53,19 +54,29 @@ def autoencoder_train(
 def autoencoder_evaluate(
     data: Annotated[list[Path], typer.Option(help="Folder of videos; may be given several times.")],
     autoencoder: Annotated[str, typer.Argument(help="Folder, hub id, or builtin.")] = "builtin",
-    resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 64,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=8, help="Side of the frames in pixels; may be given several times. default: 64", show_default=False
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.", show_default=False)] = None,
 ) -> None:
-    """PSNR of reconstructed frames: the whole picture, and the pixels that move."""
+    """Score reconstructed frames: PSNR of the whole picture and of the pixels that move, and a feature distance.
+
+    The distance of the feature maps of a network needs the extra `evaluate`; without it a dash stands in its place.
+    """
     from lavita.core.files import check_outside
-    from lavita.evaluation.reconstruction import reconstruction_quality, show_quality
+    from lavita.evaluation.features.perceptual import FeatureDistance
+    from lavita.evaluation.reconstruction import quality_at, show_quality
     from lavita.models.autoencoder import load_autoencoder
     from lavita.models.packaged import autoencoder_source
 
     if out is not None:
         check_outside("out", out, *data)
-    vae = load_autoencoder(autoencoder_source(autoencoder, resolution))
-    show_quality({str(root): reconstruction_quality(vae, root, resolution) for root in data}, out)
+    sides = list(dict.fromkeys(resolution or [64]))
+    vae = load_autoencoder(autoencoder_source(autoencoder, max(sides)))
+    show_quality(quality_at(vae, data, sides, FeatureDistance.load()), out)
 
 
 @app.command()
@@ -75,18 +86,31 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Folder of videos.", show_default=False)] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
     recipe: TrainingRecipeOption = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Finish within this time, and choose everything that is not given: encode, train, and write samples "
+            "and a page.",
+            show_default=False,
+        ),
+    ] = None,
+    hours: Annotated[float | None, typer.Option(help="The same in hours.", show_default=False)] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Open the data, take two steps in memory and print what the run needs and takes; write nothing.",
+            help="Open the data, take two steps in memory and print what the run needs and takes; write nothing. With "
+            "--minutes: print the choices.",
         ),
     ] = False,
 ) -> None:
     """Train a model. Run the same command again to resume; Ctrl-C saves a checkpoint first.
 
+    With --minutes or --hours, a folder of videos is enough: everything else is chosen for this time (docs/training.md).
+
     On several GPUs or machines: torchrun --nproc-per-node 8 -m lavita train ... (docs/training.md).
     """
+    started = time.monotonic()
     from lavita.training.config import RunConfig
 
     chosen: dict[str, Any] = {}
@@ -94,6 +118,9 @@ def train(
         chosen["data"] = {"path": str(data)}
     if run_dir:
         chosen["run_dir"] = str(run_dir)
+    if minutes is not None or hours is not None:
+        _train_within(minutes, hours, _values(config, overrides, chosen, recipe)[0], overrides or [], dry_run, started)
+        return
     settings: RunConfig = _load(RunConfig, config, overrides, chosen, recipe)
     if dry_run:
         from lavita.studies.dry_run import dry_run as rehearse
@@ -128,16 +155,26 @@ def average(
     )
 
 
-def _train(run: Callable[[Any], Path], settings: Any) -> None:
+def _train(run: Callable[[Any], Path | None], settings: Any) -> None:
     from lavita.training.run_folder import Stopped
 
     try:
         result = run(settings)
-        if os.environ.get("RANK", "0") == "0":
+        if result is not None and os.environ.get("RANK", "0") == "0":
             print(result)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from stopped
+
+
+def _train_within(
+    minutes: float | None, hours: float | None, values: dict[str, Any], words: list[str], dry_run: bool, started: float
+) -> None:
+    from lavita.studies.budget.run import budget_seconds, train_within
+
+    seconds = budget_seconds(minutes, hours)
+    assert seconds is not None
+    _train(lambda _: train_within(values, words, seconds, dry_run, started=started), None)
 
 
 def _load(
@@ -148,7 +185,17 @@ def _load(
     recipe: TrainingRecipe | None = None,
 ) -> Any:
     """The configuration file wins over the recipe, the options of a command over the file, `a.b=c` over all."""
-    from lavita.core.config import ConfigError, check_given_once, load_config, merge, read_yaml
+    from lavita.core.config import load_config
+
+    values, source = _values(config, overrides, chosen, recipe)
+    return load_config(cls, values, overrides or [], source=source)
+
+
+def _values(
+    config: str | None, overrides: list[str] | None, chosen: dict[str, Any], recipe: TrainingRecipe | None
+) -> tuple[dict[str, Any], str]:
+    """What is given besides the overrides, and the file that it comes from."""
+    from lavita.core.config import ConfigError, check_given_once, merge, read_yaml
 
     words = overrides or []
     check_given_once(words)
@@ -161,4 +208,4 @@ def _load(
         file = packaged if "/" not in config and packaged.exists() else Path(config)
         merge(values, read_yaml(file))
     merge(values, chosen)
-    return load_config(cls, values, words, source=str(file) if file else "")
+    return values, str(file) if file else ""

@@ -115,11 +115,24 @@ def load_config(
     Raises:
         ConfigError: for an unknown key, or a value that does not fit.
     """
+    merged = combine(values, overrides, source or cls.__name__)
+    try:
+        return cls.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_first_error(cls, error, source)) from error
+
+
+def combine(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    """Values and dotted overrides as nested fields, before any of them is checked; see `load_config`.
+
+    Raises:
+        ConfigError: for an override that is none, or values that contain themselves.
+    """
     merged: dict[str, Any] = {}
     try:
         merge(merged, values)
     except RecursionError as error:  # an anchor of YAML can be part of itself
-        raise ConfigError(f"{source or cls.__name__}: a value contains itself, or is nested too deeply") from error
+        raise ConfigError(f"{source}: a value contains itself, or is nested too deeply") from error
     for override in overrides:
         key, value = _parse(override)
         nested: dict[str, Any] = {}
@@ -129,10 +142,7 @@ def load_config(
             inner = inner.setdefault(parent, {})
         inner[last] = value
         merge(merged, nested)
-    try:
-        return cls.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(_first_error(cls, error, source)) from error
+    return merged
 
 
 def check_given_once(overrides: Sequence[str]) -> None:

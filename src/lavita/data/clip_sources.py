@@ -27,16 +27,18 @@ from lavita.data.datasets import list_dataset, open_dataset
 from lavita.data.latent_cache.manifest import MANIFEST, read_manifest
 from lavita.data.latent_cache.shards import TENSORS, read_rows, read_shard
 from lavita.data.latent_cache.statistics import cache_statistics, spread_frames
-from lavita.models.autoencoder import Autoencoder, encode, latent_size
-from lavita.models.fingerprint import fingerprint
+from lavita.models.autoencoder import Autoencoder, encode, latent_frames, latent_size, temporal_downsampling
+from lavita.models.fingerprint import encoder_fingerprint, fingerprint
 from lavita.models.latent_statistics import LatentMoments, LatentStatistics
 from lavita.video.formats import Frames, VideoError, VideoInfo
 from lavita.video.tree import find_videos
 
 MEASURED_FRAMES = 128
 """Frames whose latents are measured without a cache: each of them has to be decoded and encoded."""
+MEASURED_GROUPS = 3
+"""Groups of merged frames after the first frame of the clips that are measured with temporal downsampling."""
 LatentClip = tuple[torch.Tensor, torch.Tensor]
-"""Mean and standard deviation of the latents of a clip, each float32 (F, C, h, w)."""
+"""Mean and standard deviation of the latents of a clip, each float32 (K, C, h, w); see `autoencoder.encode`."""
 
 
 class ClipSource(Protocol):
@@ -116,9 +118,15 @@ class VideoSource:
             ValueError: if none of them can be read.
         """
         moments, videos = LatentMoments(), self.catalog.videos
-        for number, frame in spread_frames([video.info.num_frames for video in videos], MEASURED_FRAMES):
+        factor = temporal_downsampling(self.vae.config)
+        # Latents of several frames differ from those of one: short clips are measured then.
+        groups = MEASURED_GROUPS if factor > 1 else 0
+        lengths = [video.info.num_frames for video in videos]
+        for number, frame in spread_frames(lengths, MEASURED_FRAMES // (1 + groups)):
+            num_frames = 1 + factor * min(groups, (lengths[number] - 1) // factor)
+            start = min(frame, lengths[number] - num_frames)
             with suppress(VideoError):
-                moments.add(*self.read(ClipDraw(videos[number], frame, False), 1, 1))
+                moments.add(*self.read(ClipDraw(videos[number], start, False), num_frames, 1))
         return moments.statistics()
 
 
@@ -200,7 +208,7 @@ class CacheSource:
         path: Path | None,
         names: Collection[str] | None = None,
     ) -> None:
-        """Checks that the cache fits a run: the same autoencoder and resolution, and the same videos.
+        """Checks that the cache fits a run: the same encoder of frames and resolution, and the same videos.
 
         Videos are compared by name and size; `lavita encode` compares their contents.
 
@@ -215,7 +223,9 @@ class CacheSource:
             ValueError: if something differs: the autoencoder, the resolution, mirrored frames, or the videos in `path`.
         """
         manifest = self.manifest
-        if manifest["autoencoder"] != fingerprint(vae):
+        same = manifest["autoencoder"] == fingerprint(vae)
+        # Only the decoder may be another one. Caches from before the encoder was recorded do not have it.
+        if not same and manifest.get("encoder") != encoder_fingerprint(vae):
             raise ValueError(f"{self.folder}: was made with another autoencoder than that of this run; encode again")
         if manifest["resolution"] != resolution:
             raise ValueError(
@@ -294,6 +304,20 @@ def _class_of(row: dict[str, Any], folder: Path) -> str:
     return normal_name(Path(row["name"]).parent.name)
 
 
+def _check_sizes(data: DataConfig, vae: Autoencoder) -> None:
+    latent_size(vae, data.resolution)
+    latent_frames(vae.config, data.num_frames, "data.num_frames")
+
+
+def _check_merging(key: str, folder: Path, vae: Autoencoder) -> None:
+    """Refuses a cache of videos if latents depend on the frame that a clip begins with."""
+    if (factor := temporal_downsampling(vae.config)) > 1:
+        raise ConfigError(
+            f"{key} is {folder}, a latent cache, but this autoencoder merges groups of {factor} frames, which begin "
+            "where a clip does: name the folder of the videos instead, whose clips are encoded as they are drawn"
+        )
+
+
 def open_videos(data: DataConfig, vae: Autoencoder, precision: Precision) -> ClipSource:
     """Opens the training clips: the latent cache if `data.latent_cache` is set, else the videos of `data.path`.
 
@@ -306,8 +330,9 @@ def open_videos(data: DataConfig, vae: Autoencoder, precision: Precision) -> Cli
         ValueError: if there are no usable videos, or if the cache does not fit the configuration.
     """
     span = data.clip_span
-    latent_size(vae, data.resolution)
+    _check_sizes(data, vae)
     if data.latent_cache is not None:
+        _check_merging("data.latent_cache", data.latent_cache, vae)
         cache = CacheSource(data.latent_cache, data.has_classes, span, data.broken)
         members = None
         if data.dataset != "folder" and data.path is not None:
@@ -343,8 +368,9 @@ def open_validation(data: DataConfig, vae: Autoencoder, precision: Precision) ->
     """Opens `data.validation`: a folder of held-out videos or a latent cache of one; see `open_videos`."""
     assert data.validation is not None
     span = clip_span(data.num_frames, data.frame_interval)
-    latent_size(vae, data.resolution)
+    _check_sizes(data, vae)
     if (data.validation / MANIFEST).exists():
+        _check_merging("data.validation", data.validation, vae)
         cache = CacheSource(data.validation, data.has_classes, span, data.broken)
         cache.check(vae, data.resolution, False, None)
         return cache

@@ -3,58 +3,133 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lavita.core.files import write_json
-from lavita.data.catalog import scan
+from lavita.data.catalog import Video, scan
 from lavita.data.clips import center_crop_resize
-from lavita.models.autoencoder import Autoencoder, decode, encode
+from lavita.evaluation.features.perceptual import FeatureDistance
+from lavita.models.autoencoder import (
+    Autoencoder,
+    decode,
+    encode,
+    frames_at_once,
+    latent_size,
+    pixel_frames,
+    temporal_downsampling,
+    to_pixels,
+)
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
+Reconstruction = tuple[Video, Frames, Frames]
+"""A video, its first frames, uint8 (F, R, R, 3), and what becomes of them."""
+Errors = tuple[float, int, float, int, int]
+"""Sum of the squared errors and number of values, the same for the moving pixels alone, and number of frames."""
 NUM_FRAMES = 16
-"""Number of frames that are scored, from the first one of each video on."""
+"""Number of frames that are scored, from the first one of each video on; less if an autoencoder cannot take it."""
 
 
-def reconstruction_quality(vae: Autoencoder, root: Path, resolution: int) -> dict[str, Any]:
-    """Computes the PSNR of reconstructed frames, and that of their moving pixels, for each group of videos.
+def reconstructions(vae: Autoencoder, root: Path, resolution: int) -> Iterator[Reconstruction]:
+    """Encodes and decodes the first frames of each video, at most `NUM_FRAMES`, after center crop and resize."""
+    for video in scan(root).videos:
+        real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), NUM_FRAMES))), resolution)
+        real = real[: pixel_frames(vae.config, 1 + (len(real) - 1) // temporal_downsampling(vae.config))]
+        mean, _ = encode(vae, real)
+        yield video, real, decode(vae, mean)
+
+
+def reconstruction_quality(
+    vae: Autoencoder, root: Path, resolution: int, distance: FeatureDistance | None = None
+) -> dict[str, Any]:
+    """The scores of an autoencoder on a folder of videos, see `score_reconstructions`.
 
     Args:
         vae: the autoencoder.
-        root: folder of videos; groups are the parent folders of the videos.
+        root: folder of videos.
         resolution: side of the frames in pixels, after center crop and resize.
+        distance: the perceptual distance.
+    """
+    return score_reconstructions(reconstructions(vae, root, resolution), distance)
+
+
+def score_reconstructions(
+    pairs: Iterable[Reconstruction], distance: FeatureDistance | None = None
+) -> dict[str, dict[str, Any]]:
+    """Scores reconstructed frames, for each group of videos: PSNR, that of moving pixels, and the feature distance.
+
+    Args:
+        pairs: as `reconstructions` yields them; groups are the parent folders of the videos.
+        distance: the perceptual distance.
 
     Returns:
-        `{group: {"psnr": dB, "moving_psnr": dB, "frames": n}}` with the group `all` last, and None for a PSNR of no
-        pixels or without error. A pixel moves if it differs by more than 10% of the range from the frame before or
-        after.
+        `{group: {"psnr": dB, "moving_psnr": dB, "feature_distance": mean over the frames, "frames": n}}` with the group
+        `all` last; None for a PSNR of no pixels or without error, and for a distance that was not asked for. A pixel
+        moves if it differs by more than 10% of the range from the frame before or after.
     """
-    errors: dict[str, list[tuple[float, int, float, int, int]]] = {}
-    for video in scan(root).videos:
-        real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), NUM_FRAMES))), resolution)
-        mean, _ = encode(vae, real)
-        squared = (decode(vae, mean).astype(np.float64) - real) ** 2
-        moving = _moving_pixels(real)
-        row = (squared.sum(), squared.size, squared[moving].sum(), squared[moving].size, len(real))
-        errors.setdefault(video.info.path.parent.name, []).append(row)
-    errors["all"] = [row for rows in list(errors.values()) for row in rows]
+    rows: dict[str, list[tuple[Errors, float]]] = {}
+    for video, real, made in pairs:
+        far = 0.0 if distance is None else _sum_of_distances(distance, made, real)
+        rows.setdefault(video.info.path.parent.name, []).append((reconstruction_errors(real, made), far))
+    rows["all"] = [row for group in list(rows.values()) for row in group]
     result = {}
-    for group, rows in errors.items():
-        total, size, moving_total, moving_size, count = (sum(column) for column in zip(*rows, strict=True))
-        result[group] = {
-            "psnr": _psnr(total, size),
-            "moving_psnr": _psnr(moving_total, moving_size),
-            "frames": count,
-        }
+    for group, found in rows.items():
+        quality = quality_of([errors for errors, _ in found])
+        mean = None if distance is None else round(sum(far for _, far in found) / quality["frames"], 4)
+        result[group] = quality | {"feature_distance": mean}
     return result
+
+
+def reconstruction_errors(real: Frames, reconstructed: Frames) -> Errors:
+    """The squared errors of the frames of a clip, uint8 (F, H, W, 3), for `quality_of`."""
+    squared = (reconstructed.astype(np.float64) - real) ** 2
+    moving = _moving_pixels(real)
+    return squared.sum(), squared.size, squared[moving].sum(), squared[moving].size, len(real)
+
+
+def quality_of(errors: Sequence[Errors]) -> dict[str, Any]:
+    """`{"psnr": dB, "moving_psnr": dB, "frames": n}` of some clips, see `score_reconstructions`."""
+    total, size, moving_total, moving_size, count = (sum(column) for column in zip(*errors, strict=True))
+    return {"psnr": _psnr(total, size), "moving_psnr": _psnr(moving_total, moving_size), "frames": count}
+
+
+def quality_at(
+    vae: Autoencoder, roots: Sequence[Path], resolutions: Sequence[int], distance: FeatureDistance | None
+) -> dict[str, dict[str, Any]]:
+    """`reconstruction_quality` of several folders at several resolutions, for `show_quality`.
+
+    Raises:
+        ValueError: if the autoencoder cannot encode frames of one of the resolutions.
+    """
+    for resolution in resolutions:
+        latent_size(vae, resolution)  # before minutes of work
+    return {
+        str(root) if len(resolutions) == 1 else f"{root} at {resolution} px": reconstruction_quality(
+            vae, root, resolution, distance
+        )
+        for root in roots
+        for resolution in resolutions
+    }
+
+
+@torch.no_grad()
+def _sum_of_distances(distance: FeatureDistance, made: Frames, real: Frames) -> float:
+    size = frames_at_once(distance.device, real.shape[1])
+    parts = [
+        distance(*(to_pixels(frames[start : start + size], distance.device) for frames in (made, real)))
+        for start in range(0, len(real), size)
+    ]
+    return float(torch.cat(parts).double().sum())
 
 
 def _moving_pixels(frames: Frames) -> npt.NDArray[np.bool_]:
@@ -73,11 +148,13 @@ def _psnr(squared_error: float, count: int) -> float | None:
 
 def show_quality(quality: dict[str, dict[str, Any]], out: Path | None = None) -> None:
     """Prints the results of `reconstruction_quality` for several folders, and writes them to a JSON file, `out`."""
-    table = Table("folder", "videos of", "PSNR, dB", "PSNR of moving pixels, dB", "frames")
+    numbers = {"psnr": ("PSNR, dB", 2), "moving_psnr": ("PSNR of moving pixels, dB", 2)}
+    numbers["feature_distance"] = ("feature distance", 4)
+    table = Table("folder", "videos of", *(title for title, _ in numbers.values()), "frames")
     for folder, groups in quality.items():
         for group, row in groups.items():
-            numbers = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("psnr", "moving_psnr"))
-            table.add_row(escape(folder), escape(group), *numbers, str(row["frames"]))
+            texts = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for key, (_, digits) in numbers.items())
+            table.add_row(escape(folder), escape(group), *texts, str(row["frames"]))
     Console().print(table)
     if out is not None:
         write_json(out, quality)

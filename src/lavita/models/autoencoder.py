@@ -1,18 +1,20 @@
-"""The autoencoder between frames and latents: diffusers' `AutoencoderKL` or `AutoencoderTiny`.
+"""The autoencoder between frames and latents, one of the classes in `AUTOENCODERS`.
 
-The configuration of each holds the scaling factor of its latents.
+Those of diffusers see each frame alone; a `LavitaCausalAutoencoder` merges groups of frames of a clip. The
+configuration of each holds the scaling factor of its latents.
 
-Legend: N frames, H W pixels, C channels of the latents, h w latent size. Frames are uint8 (..., H, W, 3), latents
-float32 (..., C, h, w).
+Legend: N frames, K latents, fewer than N only with temporal downsampling, H W pixels, C channels of the latents, h w
+latent size. Frames are uint8 (..., H, W, 3), latents float32 (..., C, h, w).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +25,24 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Autoen
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as AutoencoderTiny
 
 from lavita.core.precision import Precision, autocast, without_fp16
+from lavita.models.causal_autoencoder import (
+    FRAME_AUTOENCODERS,
+    FrameAutoencoder,
+    LavitaCausalAutoencoder,
+    Past,
+    Posterior,
+    frames_problem,
+)
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
 from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
-from lavita.models.pooled_autoencoder import LavitaPooledAutoencoder, load_tiny_files, tiny_files
+from lavita.models.pooled_autoencoder import load_tiny_files, tiny_files
 
-Autoencoder = AutoencoderKL | AutoencoderTiny | LavitaPatchAutoencoder
+Autoencoder = AutoencoderKL | AutoencoderTiny | LavitaPatchAutoencoder | LavitaCausalAutoencoder
 """An autoencoder of any class that loads."""
 AUTOENCODERS: dict[str, type[Autoencoder]] = {
-    kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny, LavitaPatchAutoencoder, LavitaPooledAutoencoder)
+    **FRAME_AUTOENCODERS,
+    LavitaCausalAutoencoder.__name__: LavitaCausalAutoencoder,
 }
 """The classes by the names that configurations hold."""
 
@@ -63,22 +74,22 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
     if folder.exists() and not (folder / "config.json").exists():
         if (files := tiny_files(folder)) is None:
             raise ValueError(f"{source}: holds no autoencoder (no config.json in it)")
-        vae = load_tiny_files(*files)
-        check_autoencoder(source, vae)
-        return vae.eval().requires_grad_(False).to(device)
+        tiny: Any = load_tiny_files(*files)
+        check_autoencoder(source, tiny)
+        return cast(Autoencoder, tiny.eval().requires_grad_(False).to(device))
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
     path = str(folder) if folder.exists() else source
     options = hub_options(path)
     try:
-        kind = autoencoder_class(AutoencoderKL.load_config(path, **options))
+        kind: Any = autoencoder_class(AutoencoderKL.load_config(path, **options))
         vae, report = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
         raise cannot_load(source, "an autoencoder", error, options) from error
     if report["missing_keys"]:
         raise ValueError(f"{source}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     check_autoencoder(source, vae)
-    return vae.float().eval().requires_grad_(False).to(device)
+    return cast(Autoencoder, vae.float().eval().requires_grad_(False).to(device))
 
 
 def autoencoder_class(config: Mapping[str, Any]) -> type[Autoencoder]:
@@ -95,6 +106,7 @@ def check_autoencoder(source: str, vae: Autoencoder) -> None:
     scale, shift = _scale_and_shift(vae)
     if not (math.isfinite(scale) and scale and math.isfinite(shift)):
         raise ValueError(f"{source}: scaling_factor is {scale} and shift_factor {shift}, but must be finite, and not 0")
+    vae = frame_network(vae)
     if isinstance(vae, AutoencoderTiny):
         levels = len(vae.config["decoder_block_out_channels"]) - 1
         if (enlarged := int(vae.config["upsampling_scaling_factor"]) ** levels) != downsampling(vae):
@@ -104,8 +116,14 @@ def check_autoencoder(source: str, vae: Autoencoder) -> None:
             )
 
 
+def frame_network(vae: Autoencoder) -> FrameAutoencoder:
+    """The autoencoder of frames whose layers an autoencoder has: its own network if it is causal, else itself."""
+    return cast(FrameAutoencoder, vae.network if isinstance(vae, LavitaCausalAutoencoder) else vae)
+
+
 def downsampling(vae: Autoencoder) -> int:
     """Side of a latent pixel in pixels: H / h."""
+    vae = frame_network(vae)
     if isinstance(vae, LavitaPatchAutoencoder):
         return int(vae.config["patch_size"])
     tiny = isinstance(vae, AutoencoderTiny)
@@ -122,6 +140,33 @@ def latent_size(vae: Autoencoder, resolution: int) -> int:
     if resolution % factor:
         raise ValueError(f"resolution is {resolution}, but this autoencoder needs a multiple of {factor}")
     return resolution // factor
+
+
+def temporal_downsampling(config: Mapping[str, Any]) -> int:
+    """Frames that an autoencoder merges into one latent, after the first one, by its configuration; 1 for none."""
+    return int(config.get("temporal_downsampling", 1))
+
+
+def latent_frames(config: Mapping[str, Any], num_frames: int, name: str = "num_frames") -> int:
+    """Number of latents of a clip.
+
+    Args:
+        config: the autoencoder's.
+        num_frames: frames of the clip.
+        name: what the message calls their number.
+
+    Raises:
+        ValueError: if the autoencoder takes no clip of so many frames.
+    """
+    factor = temporal_downsampling(config)
+    if (num_frames - 1) % factor:
+        raise ValueError(frames_problem(name, num_frames, factor))
+    return 1 + (num_frames - 1) // factor
+
+
+def pixel_frames(config: Mapping[str, Any], num_latents: int) -> int:
+    """Number of frames of a clip with so many latents, by the autoencoder's configuration."""
+    return 1 + (num_latents - 1) * temporal_downsampling(config)
 
 
 def to_pixels(frames: npt.NDArray[np.uint8], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -158,21 +203,41 @@ def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
         yield [min(index, count - 1) for index in range(start, stop)]
 
 
-def posterior(vae: Autoencoder, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes pixels to the mean and standard deviation of their latents, neither shifted nor scaled.
+def clip_parts(config: Mapping[str, Any], count: int, resolution: int, device: torch.device) -> Iterator[slice]:
+    """Divides the latents of a clip into parts that a causal autoencoder takes one after the other.
+
+    Args:
+        config: the autoencoder's.
+        count: K.
+        resolution: side of the frames in pixels.
+        device: where they are encoded or decoded.
+
+    Yields:
+        Slices of the latents, of about `frames_at_once` frames.
+    """
+    size = max(1, frames_at_once(device, resolution) // temporal_downsampling(config))
+    yield slice(0, min(count, 1 + size))
+    for start in range(1 + size, count, size):
+        yield slice(start, min(count, start + size))
+
+
+def posterior(vae: Autoencoder, pixels: torch.Tensor) -> Posterior:
+    """Encodes pixels to the distribution of their latents, neither shifted nor scaled; differentiable.
 
     Args:
         vae: the autoencoder.
-        pixels: floats (N, 3, H, W) in [-1, 1].
+        pixels: floats (N, 3, H, W) in [-1, 1]; (B, F, 3, H, W) for a `LavitaCausalAutoencoder`.
 
     Returns:
-        Two tensors (N, C, h, w). An `AutoencoderTiny` gives latents, not a distribution: its deviation is 0.
+        Tensors (N, C, h, w) or (B, K, C, h, w).
     """
+    if isinstance(vae, LavitaCausalAutoencoder):
+        return vae.encode(pixels)
+    encoded: Any = vae.encode(pixels)
     if isinstance(vae, AutoencoderTiny):
-        latents = vae.encode(pixels).latents
-        return latents, torch.zeros_like(latents)
-    distribution = vae.encode(pixels).latent_dist
-    return distribution.mean, distribution.std
+        return Posterior(encoded.latents, torch.zeros_like(encoded.latents), None)
+    found = encoded.latent_dist
+    return Posterior(found.mean, found.std, found.logvar)
 
 
 @torch.no_grad()
@@ -182,43 +247,94 @@ def encode(
     """Encodes frames to the mean and standard deviation of their scaled latents.
 
     A latent is `mean + std * noise` (Rombach et al. 2022, Sec. 3.1), already shifted and scaled, so that the latents of
-    a data set have about unit variance. On a CPU a frame's latents depend on this frame alone, to the bit.
+    a data set have about unit variance. On a CPU a frame's latents depend on this frame alone, to the bit; with
+    temporal downsampling they depend on the clip, up to the last of the frames that they are of.
 
     Args:
         vae: the autoencoder.
-        frames: uint8 (N, H, W, 3).
+        frames: uint8 (N, H, W, 3); with temporal downsampling they are one clip.
         precision: see `low_precision`; fp16 is treated as fp32.
 
     Returns:
-        Two float32 tensors (N, C, h, w) on the CPU.
+        Two float32 tensors (K, C, h, w) on the CPU.
+
+    Raises:
+        ValueError: if the autoencoder takes no clip of N frames.
     """
+    count = latent_frames(vae.config, len(frames))
     scale, shift = _scale_and_shift(vae)
     precision = without_fp16(vae.device, precision)
     means, stds = [], []
-    for indices in pieces(len(frames), frames_at_once(vae.device, frames.shape[1]), vae.device):
+    for found in _encoded(vae, frames, count, precision):
+        means.append(((found.mean.float() - shift) * scale).cpu())
+        stds.append((found.std.float() * scale).cpu())
+    return torch.cat(means)[:count], torch.cat(stds)[:count]
+
+
+def _encoded(vae: Autoencoder, frames: npt.NDArray[np.uint8], count: int, precision: Precision) -> Iterator[Posterior]:
+    """The latents of frames, in parts of (N, C, h, w); there may be more than `count` of them."""
+    side, past = frames.shape[1], Past()
+    if isinstance(vae, LavitaCausalAutoencoder):
+        for part in clip_parts(vae.config, count, side, vae.device):
+            first, last = (pixel_frames(vae.config, latents) if latents else 0 for latents in (part.start, part.stop))
+            with autocast(vae.device, precision):
+                found = vae.encode(to_pixels(frames[first:last], vae.device)[None], past)
+            yield Posterior(found.mean[0], found.std[0], None)
+        return
+    for indices in pieces(len(frames), frames_at_once(vae.device, side), vae.device):
         with autocast(vae.device, precision):
-            mean, std = posterior(vae, to_pixels(frames[indices], vae.device))
-        means.append(((mean.float() - shift) * scale).cpu())
-        stds.append((std.float() * scale).cpu())
-    return torch.cat(means)[: len(frames)], torch.cat(stds)[: len(frames)]
+            yield posterior(vae, to_pixels(frames[indices], vae.device))
 
 
 @torch.no_grad()
 def decode(vae: Autoencoder, latents: torch.Tensor, precision: Precision = "auto") -> npt.NDArray[np.uint8]:
     """Decodes scaled latents (..., C, h, w) to frames, uint8 (..., H, W, 3).
 
-    On a CPU a frame depends on its own latents alone, to the bit. `precision` is as in `encode`.
+    On a CPU a frame depends on its own latents alone, to the bit. With temporal downsampling the latents (..., K, C, h,
+    w) are those of clips, of which there are more frames, see `pixel_frames`. `precision` is as in `encode`.
+    """
+    precision = without_fp16(vae.device, precision)
+    frames = np.concatenate(list(map(to_frames, decoded(vae, latents, lambda: autocast(vae.device, precision)))))
+    if isinstance(vae, LavitaCausalAutoencoder):
+        return frames.reshape(*latents.shape[:-4], -1, *frames.shape[1:])
+    frames = frames[: latents.shape[:-3].numel()]
+    return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
+
+
+def decoded(
+    vae: Autoencoder, latents: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[torch.Tensor]:
+    """Decodes latents in parts.
+
+    Args:
+        vae: the autoencoder.
+        latents: scaled (..., C, h, w); (..., K, C, h, w) for a `LavitaCausalAutoencoder`.
+        autocast: makes the context of a pass.
+
+    Yields:
+        Pixels (N, 3, H, W) in about [-1, 1]; at the end there may be more than belong to the latents, see `pieces`.
     """
     scale, shift = _scale_and_shift(vae)
-    precision = without_fp16(vae.device, precision)
+    side = latents.shape[-1] * downsampling(vae)
+
+    def decode_part(part: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+        unscaled = part.to(vae.device).float() / scale + shift
+        with autocast():
+            if isinstance(vae, LavitaCausalAutoencoder):
+                return vae.decode(unscaled[None], past)[0]
+            output: Any = vae.decode(unscaled)
+            return cast(torch.Tensor, output.sample)
+
+    # Nothing is bound to a name here, which would keep it while the next part is computed.
+    if isinstance(vae, LavitaCausalAutoencoder):
+        for clip in latents.flatten(0, -5) if latents.dim() > 4 else [latents]:
+            past = Past()
+            for part in clip_parts(vae.config, len(clip), side, vae.device):
+                yield decode_part(clip[part], past)
+        return
     flat = latents.flatten(0, -4)
-    parts = []
-    for indices in pieces(len(flat), frames_at_once(vae.device, flat.shape[-1] * downsampling(vae)), vae.device):
-        unscaled = flat[indices].to(vae.device).float() / scale + shift
-        with autocast(vae.device, precision):
-            parts.append(to_frames(vae.decode(unscaled).sample))
-    frames = np.concatenate(parts)[: len(flat)]
-    return frames.reshape(*latents.shape[:-3], *frames.shape[1:])
+    for indices in pieces(len(flat), frames_at_once(vae.device, side), vae.device):
+        yield decode_part(flat[indices])
 
 
 def _scale_and_shift(vae: Autoencoder) -> tuple[float, float]:

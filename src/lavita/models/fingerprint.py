@@ -11,10 +11,14 @@ LATER_FIELDS = {"flow_shift", "latent_mean", "latent_std"}
 """Fields of the transformer that its first models did not have; their default is None."""
 
 
-def fingerprint(model: ModelMixin) -> str:
+def fingerprint(model: ModelMixin, parts: tuple[str, ...] = ("",)) -> str:
     """SHA-256 of a diffusers model's configuration and weights in float32: equal models have equal fingerprints.
 
     A field of `LATER_FIELDS` counts only if it is set, so that the models from before it keep their fingerprints.
+
+    Args:
+        model: the model.
+        parts: what the names of the weights that count begin with; by default all count.
     """
     digest = hashlib.sha256()
     public = {
@@ -24,6 +28,13 @@ def fingerprint(model: ModelMixin) -> str:
     }
     digest.update(json.dumps(public, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        if name.startswith(parts):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def encoder_fingerprint(vae: ModelMixin) -> str:
+    """The fingerprint of what an autoencoder's latents depend on: equal for two that differ in the decoder alone."""
+    parts = ("encoder.", "quant_conv.")
+    return fingerprint(vae, (*parts, *(f"network.{part}" for part in parts)))  # a causal one has those of its network

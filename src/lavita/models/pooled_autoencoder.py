@@ -54,13 +54,14 @@ class PooledBlock(AutoencoderTinyBlock):
 class LavitaPooledAutoencoder(AutoencoderTiny):
     """An `AutoencoderTiny` with a pool path in the last stage of its encoder and the first stage of its decoder."""
 
-    @functools.wraps(AutoencoderTiny.__init__)
+    @functools.wraps(AutoencoderTiny.__init__)  # type: ignore[misc]  # keeps the fields' names for `from_config`
     def __init__(self, *args: Any, **fields: Any) -> None:
         """Takes the fields of `AutoencoderTiny`."""
         super().__init__(*args, **fields)
         for layers, last in ((self.encoder.layers, True), (self.decoder.layers, False)):
             for index in _stage(layers, last):
-                channels = layers[index].conv[0].in_channels
+                block: Any = layers[index]
+                channels = block.conv[0].in_channels
                 layers[index] = PooledBlock(channels, self.config["act_fn"])
 
 

@@ -194,7 +194,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             ValueError: naming what is missing, unless `output_loading_info` asks for that.
         """
         wants_report = options.pop("output_loading_info", False)
-        model, report = super().from_pretrained(source, output_loading_info=True, **options)
+        loaded: Any = super().from_pretrained(source, output_loading_info=True, **options)
+        model, report = loaded
         check_whole(model.config, report["missing_keys"], wants_report)
         return (model, report) if wants_report else model
 

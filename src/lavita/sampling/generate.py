@@ -20,6 +20,7 @@ from lavita.core.seeds import DRAWS, generator
 from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
 from lavita.models.adapters import apply_adapter
+from lavita.models.autoencoder import pixel_frames
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
 from lavita.sampling.class_choice import ALL, parse_classes
@@ -130,7 +131,7 @@ def generate(
         "transformer": fingerprint(pipeline.transformer),
         "autoencoder": fingerprint(pipeline.vae),
         **recipe.settings(config),
-        "num_frames": num_frames or config["num_frames"],
+        "num_frames": num_frames or pixel_frames(pipeline.vae.config, config["num_frames"]),
         "use_temporal": not images,
         "frame_interval": config["frame_interval"],
         "fps": config["fps"],

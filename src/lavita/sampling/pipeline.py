@@ -22,7 +22,7 @@ from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
 from lavita.core.text import normal_name
 from lavita.models.adapters import Adapters
-from lavita.models.autoencoder import AUTOENCODERS, Autoencoder, check_autoencoder, decode
+from lavita.models.autoencoder import AUTOENCODERS, Autoencoder, check_autoencoder, decode, latent_frames, pixel_frames
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
@@ -132,8 +132,9 @@ class LavitaPipeline(DiffusionPipeline):
             prompt_embeds: pooled embeddings (B, text_dim), instead of `prompt`.
             negative_prompt_embeds: pooled embeddings (B, text_dim), instead of `negative_prompt`.
             num_videos: number of videos of an unconditional model; 1 by default.
-            num_frames: F; by default the length of the training clips. Positions of longer clips are interpolated
-                (see `embeddings.frame_positions`), with a warning.
+            num_frames: frames of a video; by default the length of the training clips. Positions of longer clips are
+                interpolated (see `embeddings.frame_positions`), with a warning. F is the number of their latents, which
+                is smaller only with temporal downsampling.
             num_inference_steps: steps; each is one evaluation of the network (with the sampler `heun` two, except for
                 the last step), on twice the batch with guidance.
             guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
@@ -158,8 +159,11 @@ class LavitaPipeline(DiffusionPipeline):
         embeds = self._embeds(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided)
         given = labels if labels is not None else None if embeds is None else embeds[0]
         batch = len(given) if given is not None else (1 if num_videos is None else num_videos)
-        frames = config["num_frames"] if num_frames is None else num_frames
-        self._check(given, num_videos, frames, num_inference_steps, guided, output_type)
+        # An image is a clip of one frame, which no other frame is merged with.
+        merging = self.vae.config if use_temporal else {}
+        frames = pixel_frames(merging, config["num_frames"]) if num_frames is None else num_frames
+        count = latent_frames(merging, frames)
+        self._check(given, num_videos, frames, count, num_inference_steps, guided, output_type)
         if guidance_interval is not None and not guided:
             raise ValueError("guidance_interval has no effect with a guidance_scale of 1")
         if batch < 1:
@@ -167,7 +171,7 @@ class LavitaPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator has {len(generator)} generators, but this call makes {batch} videos")
         size, channels = config["sample_size"], config["in_channels"]
-        shape = (batch, frames, channels, size, size)
+        shape = (batch, count, channels, size, size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
@@ -200,8 +204,12 @@ class LavitaPipeline(DiffusionPipeline):
             )
         if (statistics := LatentStatistics.of(config)) is not None:
             latents = statistics.denormalize(latents)
-        result = decode(self.vae, latents, precision) if output_type == "uint8" else latents
-        return LavitaPipelineOutput(frames=result)
+        if output_type == "latent":
+            return LavitaPipelineOutput(frames=latents)
+        if use_temporal:
+            return LavitaPipelineOutput(frames=decode(self.vae, latents, precision))
+        images = decode(self.vae, latents.flatten(0, 1)[:, None], precision)
+        return LavitaPipelineOutput(frames=images.reshape(batch, frames, *images.shape[2:]))
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Embeds texts with the model's text encoder, which is loaded once.
@@ -274,15 +282,18 @@ class LavitaPipeline(DiffusionPipeline):
         given: Sized | None,
         num_videos: int | None,
         frames: int,
+        count: int,
         steps: int,
         guided: bool,
         output_type: str,
     ) -> None:
         trained, tube = self.transformer.config["num_frames"], self.transformer.tube_size
-        if not 1 <= frames <= MOST_FRAMES or frames % tube:
-            allowed = f"in {tube}..{MOST_FRAMES}" + (f" and a multiple of {tube}, a tube's frames" if tube > 1 else "")
+        if not 1 <= frames <= MOST_FRAMES or count % tube:
+            what = f"a multiple of {tube}, a tube's frames" if count == frames else f"have a multiple of {tube} latents"
+            allowed = f"in {tube}..{MOST_FRAMES}" + (f" and {what}" if tube > 1 else "")
             raise ValueError(f"num_frames is {frames}, but must be {allowed}")
-        if frames > trained:
+        if count > trained:
+            trained = trained if count == frames else pixel_frames(self.vae.config, trained)
             logger.warning(
                 f"{frames} frames were asked for, but the model was trained on {trained}: its temporal positions are "
                 "interpolated"

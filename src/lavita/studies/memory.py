@@ -2,7 +2,8 @@
 
 A rehearsal runs the real code, step by step, under `FakeTensorMode`, and tracks which storages are alive. The peak
 therefore follows the code as it is: which tensors autograd keeps, which attention kernel is chosen, which temporary
-tensors the optimizer makes. A rehearsal takes seconds and hardly any memory, whatever the size of the model.
+tensors the optimizer makes. A rehearsal takes seconds and hardly any memory, whatever the size of the model. What it
+cannot see is the scratch memory of a library within one operation, as of a matrix product in bf16 on a CPU.
 
 Legend: B batch, F frames (a clip's, then images), C channels, H W latent size.
 """
@@ -24,7 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lavita.core.precision import store_linear_weights
-from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, downsampling, frames_at_once, pieces
+from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, decoded
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.transformer import LavitaTransformer3DModel
@@ -188,7 +189,8 @@ def sampling_memory(
     with meta_model(config, samples, num_frames, 0) as (model, inputs), LiveStorages() as live, torch.no_grad():
         try:
             fields = dict(autoencoder or STABLE_DIFFUSION_AUTOENCODER)
-            vae = autoencoder_class(fields).from_config(fields).eval()
+            built: Any = autoencoder_class(fields).from_config(fields)
+            vae = built.eval()
         except Exception as error:  # diffusers checks no fields
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"vae/config.json describes no autoencoder ({type(error).__name__}: {why})") from error
@@ -204,15 +206,9 @@ def sampling_memory(
             output = model(**inputs).sample.float()
         del output, inputs
         live.begin("decoder")
-        flat = state[0].flatten(0, 1)
-        frames: list[torch.Tensor] = []
         # The decoder's activations may overflow in fp16: it then computes in float32.
-        decoded: Precision = "fp32" if setting.precision == "fp16" else setting.precision
-        at_once = frames_at_once(flat.device, flat.shape[-1] * downsampling(vae))
-        for numbers in pieces(len(flat), at_once, flat.device):
-            with _autocast(decoded):
-                frames.append(_to_bytes(vae.decode(flat[numbers] / 1.0).sample))
-        torch.cat(frames)
+        lower: Precision = "fp32" if setting.precision == "fp16" else setting.precision
+        torch.cat(list(map(_to_bytes, decoded(vae, state[0], lambda: _autocast(lower)))))
     return live.peak
 
 

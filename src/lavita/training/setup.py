@@ -20,7 +20,7 @@ from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.text import normal_name
 from lavita.data.text_embeddings import embed_texts, texts_folder
-from lavita.models.autoencoder import Autoencoder, downsampling, latent_size, load_autoencoder
+from lavita.models.autoencoder import Autoencoder, downsampling, latent_frames, latent_size, load_autoencoder
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
@@ -32,7 +32,8 @@ from lavita.models.pretrained.transfer import initialize
 from lavita.models.text_encoder import DEFAULT_TEXT_ENCODER
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.batches import BatchMaker
-from lavita.training.checkpoint import list_checkpoints, load_last_checkpoint
+from lavita.training.budget import Budget
+from lavita.training.checkpoint import Checkpoint, list_checkpoints, load_last_checkpoint
 from lavita.training.config import RunConfig, TrainConfig
 from lavita.training.data_record import check_contents, write_contents
 from lavita.training.finetune import prepare, read_fresh, trained_parameters, write_fresh
@@ -49,6 +50,8 @@ from lavita.training.validation import Validation
 class Run:
     """Everything that the training loop works with."""
 
+    config: RunConfig
+    """With the number of steps that a budget gives."""
     device: torch.device
     vae: Autoencoder
     batches: BatchMaker
@@ -66,15 +69,16 @@ class Run:
 
 
 @contextmanager
-def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
+def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -> Iterator[Run]:
     """Builds a run, resumed from the last checkpoint of its folder, and closes its files at the end.
 
     Args:
         config: the run.
         team: the processes that share it.
+        budget: the time that decides the number of steps; None for those of the configuration.
 
     Raises:
-        ValueError: if configuration, data, autoencoder and run folder do not fit together.
+        ValueError: if configuration, data, autoencoder and run folder do not fit together, or the budget is spent.
         OSError: if the run folder cannot be written to.
     """
     settings, run_dir = config.train, config.run_dir
@@ -98,7 +102,11 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
     model = build_model(config, vae, batches).to(device)
     fresh = _initialize(model, config, team)
     state = build_state(model, settings, fresh, device, team)
-    _resume(state, run_dir, vae, team)
+    checkpoint = _resume(state, run_dir, vae, team)
+    if budget is not None:
+        plan = budget.begin(state.step, None if checkpoint is None else checkpoint.facts.get("budget"))
+        settings = settings.model_copy(update={"steps": plan.steps, "decay_steps": plan.decay_steps})
+        config = config.model_copy(update={"train": settings})
     team.wait()  # all processes have read the folder before the first one writes to it
     if team.is_first:
         save_config(config, run_dir / "config.yaml")
@@ -121,6 +129,7 @@ def open_run(config: RunConfig, team: Processes) -> Iterator[Run]:
         tracked = config.model_dump(mode="json")
         trackers = Trackers(settings.trackers if team.is_first else [], run_dir, tracked, state.step)
         yield Run(
+            config=config,
             device=device,
             vae=vae,
             batches=batches,
@@ -176,7 +185,7 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
         flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         sample_size=latent_size(vae, config.data.resolution),
         in_channels=vae.config["latent_channels"],
-        num_frames=config.data.num_frames,
+        num_frames=latent_frames(vae.config, config.data.num_frames, "data.num_frames"),
         num_classes=len(names),
         class_names=names or None,
         text_dim=0 if table is None else table.shape[1],
@@ -244,15 +253,15 @@ def _initialize(model: LavitaTransformer3DModel, config: RunConfig, team: Proces
     return set()
 
 
-def _resume(state: TrainState, run_dir: Path, vae: Autoencoder, team: Processes) -> None:
-    """Restores the last checkpoint of the run folder, if there is one.
+def _resume(state: TrainState, run_dir: Path, vae: Autoencoder, team: Processes) -> Checkpoint | None:
+    """Restores the last checkpoint of the run folder, and returns it; None if there is none.
 
     Raises:
         ValueError: if the checkpoint belongs to another model or autoencoder.
     """
     checkpoint = load_last_checkpoint(run_dir / "checkpoints", team)
     if checkpoint is None:
-        return
+        return None
     facts = model_facts(state.model)
     for key, value in checkpoint.facts["model_config"].items():
         if key == "class_names" and value:  # other Unicode forms in older checkpoints
@@ -265,6 +274,7 @@ def _resume(state: TrainState, run_dir: Path, vae: Autoencoder, team: Processes)
     if checkpoint.facts["autoencoder"] != fingerprint(vae):
         raise ValueError(f"{run_dir} was trained with another autoencoder; use another run_dir")
     state.restore(checkpoint)
+    return checkpoint
 
 
 def _open_scorer(config: RunConfig, device: torch.device, team: Processes) -> TrainingScorer:

@@ -12,7 +12,7 @@ import torch
 from lavita.core.processes import Processes, whole
 from lavita.core.seeds import generator
 from lavita.models.adapters import adapter_scale, merge_state
-from lavita.models.autoencoder import downsampling
+from lavita.models.autoencoder import downsampling, pixel_frames
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.batches import BatchMaker
@@ -76,7 +76,8 @@ def write_samples(
             print(f"step {step:,}: samples {part.start} to {part.stop - 1} are black: {error}", file=sys.stderr)
             config, side = pipeline.transformer.config, downsampling(pipeline.vae)
             side *= config["sample_size"]
-            frames = np.zeros((len(part), config["num_frames"], side, side, 3), np.uint8)
+            length = pixel_frames(pipeline.vae.config, config["num_frames"])
+            frames = np.zeros((len(part), length, side, side, 3), np.uint8)
         own.append(np.asarray(frames))
     sheet = folder / f"step-{step:08d}.png"
     videos = [video for batch in team.collect(own) for video in batch]

@@ -106,19 +106,29 @@ class TrainState:
         self.step, self.losses = checkpoint.step, checkpoint.facts["losses"]
 
 
-def training_tensors(model: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """All tensors of a training run by name: the weights, their averages, and the state of the optimizers."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in ema.weights.items()}
+def training_tensors(
+    model: nn.Module, ema: EMA | None, optimizers: list[torch.optim.Optimizer], prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """All tensors of a training run by name: the weights, their averages if any, and the state of the optimizers.
+
+    The names begin with `prefix`, so that a checkpoint can hold several models.
+    """
+    tensors = {f"{prefix}model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"{prefix}ema.{name}": tensor for name, tensor in ema.weights.items()}
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            tensors |= {f"optimizer.{names[parameter]}.{key}": tensor for key, tensor in state.items()}
+            tensors |= {f"{prefix}optimizer.{names[parameter]}.{key}": tensor for key, tensor in state.items()}
     return tensors
 
 
 def restore_training(
-    checkpoint: Checkpoint, model: nn.Module, ema: EMA, optimizers: list[torch.optim.Optimizer]
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    ema: EMA | None,
+    optimizers: list[torch.optim.Optimizer],
+    prefix: str = "",
 ) -> None:
     """Reads the tensors that `training_tensors` named into a model, its averages and its optimizers.
 
@@ -128,11 +138,11 @@ def restore_training(
     for optimizer in optimizers:
         learning = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in model.named_parameters():
-            prefix = f"optimizer.{name}."
+            start = f"{prefix}optimizer.{name}."
             for key, outline in checkpoint.outlines.items():
-                if parameter in learning and key.startswith(prefix):
+                if parameter in learning and key.startswith(start):
                     # A moment has its parameter's shape and is sharded like it; step counts are scalars on the CPU.
                     is_moment = outline.shape == parameter.shape
                     empty = torch.zeros_like(parameter) if is_moment else torch.zeros_like(outline, device="cpu")
-                    optimizer.state[parameter][key.removeprefix(prefix)] = empty.detach()
-    checkpoint.read(training_tensors(model, ema, optimizers))
+                    optimizer.state[parameter][key.removeprefix(start)] = empty.detach()
+    checkpoint.read(training_tensors(model, ema, optimizers, prefix))

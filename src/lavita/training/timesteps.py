@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lavita.models.autoencoder import Autoencoder, latent_size
+from lavita.models.autoencoder import Autoencoder, latent_frames, latent_size
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.flow import FLOW, auto_shift, shift_time
 from lavita.training.config import RunConfig, TimestepSampling
@@ -30,7 +30,8 @@ class Timesteps:
             return cls()
         shift = settings.timestep_shift
         if shift == "auto":
-            shift = auto_shift(data.num_frames * latent_size(vae, data.resolution) ** 2)
+            frames = latent_frames(vae.config, data.num_frames, "data.num_frames")
+            shift = auto_shift(frames * latent_size(vae, data.resolution) ** 2)
         return cls(True, settings.timestep_sampling, shift)
 
     def draw(self, random: torch.Generator) -> torch.Tensor:

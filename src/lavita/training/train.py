@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+from lavita.core.config import save_config
 from lavita.core.files import check_outside
 from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes, processes
@@ -14,8 +16,9 @@ from lavita.models.adapters import saved_adapters
 from lavita.models.fingerprint import fingerprint
 from lavita.sampling.pipeline import make_pipeline, save_pipeline
 from lavita.training.batches import Batch
+from lavita.training.budget import Budget
 from lavita.training.checkpoint import Keep, save_checkpoint
-from lavita.training.config import RunConfig
+from lavita.training.config import RunConfig, TrainConfig
 from lavita.training.power_ema import save_snapshot
 from lavita.training.run_folder import Stopped, only_run, stop_requested
 from lavita.training.setup import Run, model_facts, open_run
@@ -27,7 +30,7 @@ TIMEOUT = timedelta(hours=2)
 """How long a process waits for one that writes or samples."""
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, budget: Budget | None = None) -> Path:
     """Trains a model, resuming from the run folder's last checkpoint, and writes `<run_dir>/pipeline`.
 
     Under `torchrun` the processes share each batch; they need one run folder that all of them see. It also holds
@@ -36,6 +39,8 @@ def train(config: RunConfig) -> Path:
 
     Args:
         config: the run.
+        budget: the time that it may take, which then decides the number of steps instead of `train.steps` and
+            `train.decay_steps`; `config.yaml` has the last decision. Only in one process.
 
     Returns:
         The pipeline's folder; its transformer has the averaged weights.
@@ -50,17 +55,21 @@ def train(config: RunConfig) -> Path:
     with (
         processes(TIMEOUT) as team,
         only_run(config.run_dir) if team.is_first else nullcontext(),
-        open_run(config, team) as run,
+        open_run(config, team, budget) as run,
         stop_requested() as stop,
     ):
-        _loop(config, run, team, stop)
+        _loop(run, team, stop, budget)
     return config.run_dir / "pipeline"
 
 
-def _loop(config: RunConfig, run: Run, team: Processes, stop: list[int]) -> None:
-    settings, run_dir, state = config.train, config.run_dir, run.state
+def _loop(run: Run, team: Processes, stop: list[int], budget: Budget | None) -> None:
+    config, state = run.config, run.state
+    settings, run_dir = config.train, config.run_dir
     keep = Keep(settings.keep_checkpoints, settings.keep_every, settings.keep_best)
     steps = range(state.step, settings.steps)
+    if budget is not None and steps:
+        steps = range(state.step, sys.maxsize)  # the budget ends them
+        _write_plan(budget, run, settings, budget.describe(state.step), team)
     since, clips = time.monotonic(), 0
 
     def due(every: int) -> bool:
@@ -72,6 +81,8 @@ def _loop(config: RunConfig, run: Run, team: Processes, stop: list[int]) -> None
             clips += settings.batch_size
             if result.verdict in ("spike", "not-finite"):
                 _report_bad_step(config, run, team, batch, result)
+            if budget is not None:
+                settings = _follow(budget, run, settings, team)
             stopping = team.any(bool(stop)) and state.step < settings.steps
 
             if due(settings.log_every) and state.losses:
@@ -89,6 +100,7 @@ def _loop(config: RunConfig, run: Run, team: Processes, stop: list[int]) -> None
             saving = due(settings.checkpoint_every) or stopping
             if not saving and not any(map(due, (settings.sample_every, settings.score_every, settings.validate_every))):
                 continue
+            outputs_begin = 0.0 if budget is None else budget.spent()
             pipeline = make_pipeline(averaged_model(state.model, state.ema), run.vae)
             validation_loss = None
             if run.validation is not None and due(settings.validate_every):
@@ -113,16 +125,42 @@ def _loop(config: RunConfig, run: Run, team: Processes, stop: list[int]) -> None
                     "autoencoder": fingerprint(run.vae),
                     **state.facts(),
                     "validation_loss": validation_loss,
+                    **({} if budget is None else {"budget": budget.facts()}),
                 }
                 if state.power and due(settings.checkpoint_every):
                     save_snapshot(run_dir, state.step, state.power, team)
                 save_checkpoint(run_dir / "checkpoints", state.step, state.tensors(), facts, keep, team)
             since, clips = time.monotonic(), 0
+            if budget is not None:
+                budget.leave_out(budget.spent() - outputs_begin)
             if stopping:
                 run.events.write(step=state.step, event="stop")
                 raise Stopped(state.step, settings.steps, stop)
             if state.step == settings.steps:
                 run.events.write(step=state.step, event="end")
+                if budget is not None and team.is_first:
+                    save_config(config.model_copy(update={"train": settings}), run_dir / "config.yaml")
+                break
+
+
+def _follow(budget: Budget, run: Run, settings: TrainConfig, team: Processes) -> TrainConfig:
+    """The settings with the number of steps that the budget decides on; what changes much is written down."""
+    step = run.state.step
+    if not budget.replan(step):
+        return settings
+    plan = budget.plan
+    settings = settings.model_copy(update={"steps": plan.steps, "decay_steps": plan.decay_steps})
+    run.progress.total = plan.steps
+    if (news := budget.news(step)) is not None:
+        _write_plan(budget, run, settings, news, team)
+    return settings
+
+
+def _write_plan(budget: Budget, run: Run, settings: TrainConfig, note: str, team: Processes) -> None:
+    plan = budget.plan
+    run.events.write(step=run.state.step, event="plan", steps=plan.steps, decay_steps=plan.decay_steps, note=note)
+    if team.is_first:
+        save_config(run.config.model_copy(update={"train": settings}), run.config.run_dir / "config.yaml")
 
 
 def _report_bad_step(config: RunConfig, run: Run, team: Processes, batch: Batch, result: StepResult) -> None:

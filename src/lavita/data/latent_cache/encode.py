@@ -43,8 +43,8 @@ from lavita.data.latent_cache.shards import (
     write_shard,
 )
 from lavita.data.latent_cache.statistics import cache_statistics
-from lavita.models.autoencoder import Autoencoder, encode, latent_size
-from lavita.models.fingerprint import fingerprint
+from lavita.models.autoencoder import Autoencoder, encode, latent_size, temporal_downsampling
+from lavita.models.fingerprint import encoder_fingerprint, fingerprint
 from lavita.video.formats import Frames, VideoError
 from lavita.video.reading import iter_frames
 
@@ -105,11 +105,17 @@ def encode_dataset(
 
     Raises:
         ValueError: if `folder` holds a cache with other settings or of other videos, if a new one would be inside the
-            folder of the videos, or if no video can be decoded.
+            folder of the videos, if no video can be decoded, or if the autoencoder merges frames of videos.
     """
     team = team or Processes()
     check_target(folder, catalog.root)
     size = latent_size(vae, resolution)
+    factor = temporal_downsampling(vae.config)
+    if factor > 1 and any(video.info.num_frames > 1 for video in catalog.videos):
+        raise ValueError(
+            f"{folder}: cannot hold the latents of videos by an autoencoder that merges groups of {factor} frames, "
+            "which begin where a clip does; `lavita train` encodes clips as it draws them, without a cache"
+        )
     settings: dict[str, Any] = team.first_says(
         {
             "version": VERSION,
@@ -164,7 +170,8 @@ def encode_dataset(
     rows = _manifest_rows(catalog, sources, shards)
     if not rows:
         raise ValueError(f"{catalog.root}: no video could be decoded; the first: {problems[0]}")
-    manifest = {**settings, **cache_statistics(rows, shards).fields(), "videos": rows, "broken": problems}
+    facts = {"encoder": encoder_fingerprint(vae), **cache_statistics(rows, shards).fields()}
+    manifest = {**settings, **facts, "videos": rows, "broken": problems}
     write_manifest(folder, manifest)
     for file in shards.keys() - {row["shard"] for row in rows}:
         (folder / file).unlink()

@@ -23,6 +23,7 @@ _STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
+_MAPS = (0, 2, 4, 10, 15)  # the last blocks of their strides
 _EPSILON = 1e-3  # epsilon of the batch normalisation
 NUM_FEATURES = 1280
 NUM_CLASSES = 1000
@@ -87,6 +88,24 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(NUM_FEATURES, NUM_CLASSES)
         # 1.5 times as fast on a CPU as channels first.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """The outputs of the last blocks before the image gets smaller, and of the last block of all.
+
+        Args:
+            images: as in `forward`, of any size, also other than square.
+
+        Returns:
+            Five maps, `(N, C, S / stride, S / stride)`, rounded up: C 16, 24, 40, 112, 320, stride 2, 4, 8, 16, 32.
+        """
+        images = images.contiguous(memory_format=torch.channels_last)
+        images = F.relu6(self.stem(images), inplace=True)
+        maps = []
+        for number, block in enumerate(self.blocks):
+            images = block(images)
+            if number in _MAPS:
+                maps.append(images)
+        return maps
 
     def forward(self, images: Tensor) -> Tensor:
         """Features before the classifier.

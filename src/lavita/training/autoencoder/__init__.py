@@ -1,0 +1,1 @@
+"""Training of autoencoders: `lavita autoencoder train`."""
