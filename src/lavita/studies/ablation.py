@@ -1,8 +1,9 @@
 """The paper's ablations (Fig. 5, Table 4) as runnable studies of configurations that differ in one field.
 
 Each arm of a study is a configuration. Everything else is the same for all arms, including the seeds and therefore the
-clips and the noise of every step. Each arm goes through the public commands: train, sample, evaluate. Finished parts
-are kept, so an interrupted study continues when the same command is run again.
+clips, timesteps and noise of every step; where the frame interval differs, the clips have the same first frames. Each
+arm goes through the public commands: train, sample, evaluate. Finished parts are kept, so an interrupted study goes on
+when the same command is run again.
 """
 
 from __future__ import annotations
