@@ -12,6 +12,7 @@ import torch
 from lavita.models.autoencoder import load_autoencoder
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import autoencoder_source, model_source
+from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
 from lavita.sampling.pipeline import load_pipeline
 
 ARCADE = Path(model_source("builtin"))
@@ -37,12 +38,22 @@ def test_the_package_holds_each_weight_once() -> None:
         assert "_name_or_path" not in json.loads(file.read_text(encoding="utf-8")), f"{file}: a path of some machine"
 
 
-def test_the_packaged_autoencoder_is_the_arcade_models() -> None:
-    assert autoencoder_source("auto", 64) == autoencoder_source("builtin", 256) == str(ARCADE / "vae")
+def test_the_packaged_autoencoder_is_for_videos_of_all_kinds() -> None:
+    source = autoencoder_source("builtin", 256)
+    assert autoencoder_source("auto", 64) == source != autoencoder_source("arcade", 64)
+    vae = load_autoencoder(source)
+    assert isinstance(vae, LavitaPatchAutoencoder) and vae.dtype == torch.float32
+    sizes = {file.suffix: file.stat().st_size for file in Path(source).iterdir()}
+    assert sum(sizes.values()) < 8e6
+    assert set(sizes) == {".json", ".md", ".safetensors"}
+
+
+def test_the_arcade_models_autoencoder_has_a_name_of_its_own() -> None:
+    assert autoencoder_source("arcade", 64) == str(ARCADE / "vae")
     expected = fingerprint(load_pipeline(ARCADE).vae)
     # Latent caches and folders of samples made with the first release record this.
     assert expected == "648ea696f26a88bba4c42117f8a529b3a558178cfa1c21f48e5e35809d5dcd87"
-    for source in (autoencoder_source("builtin", 64), str(ARCADE)):
+    for source in (autoencoder_source("arcade", 64), str(ARCADE)):
         vae = load_autoencoder(source)
         assert fingerprint(vae) == expected and vae.dtype == torch.float32
 

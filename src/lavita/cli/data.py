@@ -78,7 +78,9 @@ def encode(
     out: Annotated[Path, typer.Option(help="Folder of the cache, outside of that of the videos.")],
     autoencoder: Annotated[
         str,
-        typer.Option(help="Folder, hub id, builtin, or auto: builtin up to 128 pixels, Stable Diffusion's above."),
+        typer.Option(
+            help="Folder, hub id, builtin, arcade, or auto: builtin up to 128 pixels, Stable Diffusion's above."
+        ),
     ] = "auto",
     resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 256,
     flip: Annotated[bool, typer.Option(help="Also encode the mirrored frames, for data.horizontal_flip=true.")] = True,

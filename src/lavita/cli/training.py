@@ -53,7 +53,7 @@ def autoencoder_train(
 @autoencoder_app.command("evaluate")
 def autoencoder_evaluate(
     data: Annotated[list[Path], typer.Option(help="Folder of videos; may be given several times.")],
-    autoencoder: Annotated[str, typer.Argument(help="Folder, hub id, or builtin.")] = "builtin",
+    autoencoder: Annotated[str, typer.Argument(help="Folder, hub id, builtin or arcade.")] = "builtin",
     resolution: Annotated[
         list[int] | None,
         typer.Option(

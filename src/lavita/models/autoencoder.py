@@ -78,7 +78,7 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> Autoenc
         check_autoencoder(source, tiny)
         return cast(Autoencoder, tiny.eval().requires_grad_(False).to(device))
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-        raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, or `builtin`")
+        raise ValueError(f"{source}: no such folder; an autoencoder is a folder, a hub id, `builtin` or `arcade`")
     path = str(folder) if folder.exists() else source
     options = hub_options(path)
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 BUILTIN = "builtin"
+ARCADE = "arcade"
 # Stable Diffusion's autoencoder, the paper's: hub id and architecture. The presets are for its latents.
 STABLE_DIFFUSION = "stabilityai/sd-vae-ft-ema"
 STABLE_DIFFUSION_AUTOENCODER: dict[str, Any] = {
@@ -27,10 +28,12 @@ def autoencoder_source(name: str, resolution: int) -> str:
     """Path or hub id of an autoencoder.
 
     Args:
-        name: a path or hub id; `builtin`, the package's; or `auto`: `builtin` up to 128 pixels, Stable Diffusion's
-            above.
+        name: a path or hub id; `builtin`, the package's for videos of all kinds; `arcade`, that of the package's arcade
+            model; or `auto`: `builtin` up to 128 pixels, Stable Diffusion's above.
         resolution: side of the frames in pixels.
     """
     if name == "auto":
         name = BUILTIN if resolution <= 128 else STABLE_DIFFUSION
-    return str(Path(model_source(BUILTIN)) / "vae") if name == BUILTIN else name
+    if name == ARCADE:
+        return str(Path(model_source(BUILTIN)) / "vae")
+    return str(files("lavita") / "weights" / "autoencoder") if name == BUILTIN else name

@@ -188,8 +188,9 @@ class RunConfig(StrictConfig):
     run_dir: Path = Path("runs/train")
     """Folder of the run: checkpoints, metrics, samples and the pipeline."""
     autoencoder: str = "auto"
-    """Path or hub id of an autoencoder, see autoencoder.md for those that load, or `builtin`, the one in the package;
-    `auto` is `builtin` up to 128 pixels and Stable Diffusion's above."""
+    """Path or hub id of an autoencoder, see autoencoder.md for those that load, or `builtin`, the package's for
+    videos of all kinds; `arcade`, that of the package's arcade model; `auto` is `builtin` up to 128 pixels and Stable
+    Diffusion's above."""
     data: DataConfig = DataConfig()
     """The videos, and the clips that are taken from them."""
     model: ModelConfig = ModelConfig()
