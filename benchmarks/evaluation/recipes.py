@@ -37,7 +37,7 @@ INTERVAL = (100, 800)
 EXACT = Recipe(steps=100, spacing="karras")
 NUM_EXACT_CLIPS = 8
 GRID = {
-    "ddpm250": RECIPES["paper"],
+    "ddpm250": Recipe(sampler="ddpm", steps=250),
     "unipc25": Recipe(),
     "unipc12": FEW,
     "unipc8": replace(FEW, steps=8),

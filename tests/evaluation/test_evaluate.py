@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import MakeTransformer, Run, SavePipeline
 from tiny_data import paint, write_broken, write_videos
 
 from lavita.data import content_hash as content_hash_module
 from lavita.data.catalog import probe_all
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation import clips as clips_module
+from lavita.evaluation import evaluate as evaluate_module
 from lavita.evaluation import sources as sources_module
 from lavita.evaluation.classes import classifier as classifier_module
 from lavita.evaluation.classes.classifier import train_classifier
@@ -35,6 +36,7 @@ from lavita.evaluation.features.networks import NETWORKS, load_network
 from lavita.evaluation.report.page import write_page
 from lavita.evaluation.result import Evaluation
 from lavita.sampling.pipeline import LavitaPipeline
+from lavita.sampling.recipes import RECIPES, Recipe
 from lavita.video.formats import VideoError
 from lavita.video.reading import read_clip
 from lavita.video.writing import write_video
@@ -343,6 +345,57 @@ def test_a_model_is_sampled_without_loss_and_recorded(
     assert content["protocol"]["generated"] == "samples"
     assert content["sides"]["generated"]["codecs"] == {"ffv1 bgr0": 6}
     refuse((*arguments, "frame_interval=3"), "frame_interval is 3, but the model of samples has 1")
+
+
+def test_a_model_with_texts_is_scored_in_one_command(
+    run: Run,
+    refuse: Refuse,
+    tmp_path: Path,
+    make_transformer: MakeTransformer,
+    save_pipeline: SavePipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts in the order of the table, no more videos than are scored; fewer prompts have several seeds."""
+    monkeypatch.setattr(
+        LavitaPipeline, "encode_text", lambda _, texts: torch.tensor([[float(len(t))] * 3 for t in texts])
+    )
+    save_pipeline(make_transformer(text_dim=3, text_encoder="letters"), "model")
+    write_videos(tmp_path / "clips", [f"{i}.mp4" for i in range(6)], 9)
+    (tmp_path / "many.csv").write_text("file,caption\n" + "".join(f"{i}.mp4,text {i}\n" for i in range(9)))
+    (tmp_path / "two.csv").write_text("file,caption\na.mp4,one\nb.mp4,two\n")
+    arguments = (
+        *("--real", "clips", "--generated", "model", "--metrics", "kernel-image", "--steps", "1"),
+        *("image_extractor=inception", "num_real_clips=6", "num_generated_clips=5", "floor=false", "frame_interval=1"),
+    )
+    for table, expected in (
+        ("many", [f"{i}-7" for i in range(5)]),
+        ("two", ["a-7", "a-8", "a-9", "b-7", "b-8"]),
+    ):
+        code, _, err = run(*arguments, "--prompts", f"{table}.csv", "--samples", table, "--first-seed", "7")
+        assert code == 0, err
+        assert sorted(path.stem for path in (tmp_path / table).rglob("*.mkv")) == expected
+    refuse(arguments, "generated is model, a model that needs texts: give a table of them with --prompts")
+    save_pipeline(make_transformer(), "plain")
+    others = ["plain" if word == "model" else word for word in arguments]
+    refuse((*others, "--prompts", "two.csv"), "generated is plain, a model that takes no prompts")
+
+
+def test_the_papers_protocol_samples_by_the_papers_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipeline: LavitaPipeline
+) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    recipes: list[Recipe] = []
+
+    def record(*arguments: Any) -> None:
+        recipes.append(next(each for each in arguments if isinstance(each, Recipe)))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(evaluate_module, "sample_model", record)
+    cases: list[dict[str, Any]] = [{"preset": "paper"}, {"preset": "latte"}, {"preset": "paper", "recipe": "fast"}]
+    for options in cases:
+        with pytest.raises(ValueError, match="enough"):
+            evaluate(EvaluationOptions(tmp_path, tmp_path / "model", metrics=["kernel-video"], **options))
+    assert recipes == [RECIPES["paper"], RECIPES["default"], RECIPES["fast"]]
 
 
 def test_the_offline_extractor_does_not_call_itself_fvd(run: Run, refuse: Refuse, world: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lavita.evaluation.features.extractors import EXTRACTORS
 from lavita.evaluation.protocol import PRESETS, Protocol, make_protocol
 from lavita.evaluation.report.compare import differences
 from lavita.evaluation.report.paper_numbers import quoted_rows
+from lavita.sampling.recipes import RECIPES
 
 
 def test_presets_are_those_of_the_field() -> None:
@@ -24,8 +25,13 @@ def test_presets_are_those_of_the_field() -> None:
         "first",
         "inception_stylegan",
     )
-    assert stylegan.image_ddof == 0
     assert (latte.frame_interval, latte.real_videos) == (3, "random")
+    for protocol in (stylegan, latte):  # the FID of StyleGAN's tools
+        fid = (protocol.image_extractor, protocol.image_ddof, protocol.real_frames)
+        assert fid == ("inception_stylegan", 0, "all")
+    assert make_protocol("latte", ["dataset=taichi_hd"]).frame_interval == 6
+    assert make_protocol("latte", ["dataset=taichi_hd", "frame_interval=4"]).frame_interval == 4
+    assert make_protocol("paper", ["dataset=taichi_hd"]).frame_interval == 3
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
@@ -103,7 +109,7 @@ def test_names_of_scores_say_which_network() -> None:
 def test_the_papers_scores_are_quoted_only_for_its_protocol() -> None:
     def rows(name: str, *overrides: str, preset: str = "paper") -> dict[str, float]:
         settings = make_protocol(preset, overrides).model_dump()
-        found = quoted_rows(name, settings)
+        found = quoted_rows(name, settings, None)
         assert all("quoted" in row.source for row in found)
         return {row.method: row.value for row in found}
 
@@ -129,3 +135,68 @@ def test_the_papers_scores_are_quoted_only_for_its_protocol() -> None:
         assert rows("fvd", "dataset=faceforensics", change), "which has nothing to do with images"
     assert rows("is", "dataset=ucf101", "inception_score=tgan") == {}
     assert rows("fvd", "dataset=ucf101", preset="stylegan-v") == {}
+
+
+TABLE_2 = """
+    MoCoGAN 124.7 206.6 2886.9 -
+    MoCoGAN-Style 55.62 85.88 1821.4 -
+    VideoGPT 185.9 222.7 2880.6 -
+    MoCoGAN-HD 111.8 164.1 1729.6 128.1
+    DIGAN 62.5 83.11 1630.2 156.7
+    StyleGAN-V 47.41 79.52 1431.0 -
+    PVDM 355.92 436.62 2064.0 540.2
+    LAVITA 34.00 59.82 863.41 159.60
+    LAVITA+IMG 27.08 42.67 800.54 116.83
+"""
+TABLE_1 = """
+    MoCoGAN 10.09 23.97
+    MoCoGAN-Style 15.26 10.82
+    VideoGPT 12.61 22.7
+    MoCoGAN-HD 23.39 7.12
+    DIGAN 23.16 19.1
+    StyleGAN-V 23.94 9.445
+    PVDM 20.55 41.74
+    LAVITA 68.53 5.02
+    LAVITA+IMG 73.31 3.87
+"""
+COLUMNS = [
+    (TABLE_2, 1, "fvd", "faceforensics"),
+    (TABLE_2, 2, "fvd", "sky_timelapse"),
+    (TABLE_2, 3, "fvd", "ucf101"),
+    (TABLE_2, 4, "fvd", "taichi_hd"),
+    (TABLE_1, 1, "is", "ucf101"),
+    (TABLE_1, 2, "fid", "faceforensics"),
+    ("LAVITA 378.20", 1, "fvd", "webvid"),
+    ("LAVITA 47.72", 1, "fid", "webvid"),
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "score", "dataset"), COLUMNS, ids=[f"{score}-{dataset}" for _, _, score, dataset in COLUMNS]
+)
+def test_the_quoted_scores_are_the_papers(table: str, column: int, score: str, dataset: str) -> None:
+    """Against a second copy of its tables."""
+    lines = [line.split() for line in table.strip().splitlines()]
+    expected = {line[0]: float(line[column]) for line in lines if line[column] != "-"}
+    found = quoted_rows(score, make_protocol("paper", [f"dataset={dataset}"]).model_dump(), None)
+    assert {row.method: row.value for row in found} == expected
+    for row in found:
+        is_own = row.method.startswith("LAVITA") or (row.method, score) == ("PVDM", "fvd")
+        assert ("another protocol" in row.source) != is_own, row.source
+
+
+def test_no_score_is_quoted_beside_another_way_of_sampling() -> None:
+    settings = make_protocol("paper", ["dataset=ucf101"]).model_dump()
+    classes = {"num_classes": 101, "text_dim": 0}
+    assert quoted_rows("fvd", settings, {"fps": 8.0, **RECIPES["paper"].settings(classes)})
+    for name, recipe in RECIPES.items():
+        assert bool(quoted_rows("fvd", settings, recipe.settings(classes))) == (name == "paper")
+    for change in (
+        {"steps": 100},
+        {"sampler": "ddim"},
+        {"guidance_scale": 1.5},
+        {"cache": "pab"},
+        {"quantize": "int8"},
+    ):
+        recipe = RECIPES["paper"].changed(**change)
+        assert not quoted_rows("fvd", settings, recipe.settings(classes)), change

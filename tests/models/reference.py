@@ -56,7 +56,7 @@ class SlowTransformer:
         self.config = model.config
         self.weights = {name: value.detach().double().numpy() for name, value in model.named_parameters()}
         self.tube = model.config["tube_size"] if model.config["patch_embedding"] == "compression" else 1
-        self.heads = list(range(model.config["num_heads"]))
+        self.heads = model.config["num_heads"] // (2 if model.config["variant"] == 4 else 1)
         self.rope = model.config["temporal_position"] == "rope"
         self.all_tokens = model.config["conditioning"] == "all_tokens"
 
@@ -66,13 +66,13 @@ class SlowTransformer:
     def mlp(self, x: np.ndarray, first: str, second: str, activation: Callable[..., np.ndarray]) -> np.ndarray:
         return self.linear(activation(self.linear(x, first)), second)
 
-    def attend(self, x: np.ndarray, name: str, heads: list[int], positions: list[float] | None) -> np.ndarray:
-        """One sequence (M, D): what the given heads bring, zeros where the others would."""
+    def attend(self, x: np.ndarray, name: str, positions: list[float] | None) -> np.ndarray:
+        """One sequence (M, D), without the last layer."""
         width = x.shape[1]
-        size = width // len(self.heads)
+        size = width // self.heads
         qkv = self.linear(x, f"{name}.qkv")
         mixed = np.zeros_like(x)
-        for start in (head * size for head in heads):
+        for start in range(0, width, size):
             query, key, value = (qkv[:, part + start : part + start + size] for part in (0, width, 2 * width))
             if positions is not None and self.rope:
                 query, key = turn(query, positions), turn(key, positions)
@@ -80,17 +80,14 @@ class SlowTransformer:
             mixed[:, start : start + size] = scores / scores.sum(-1, keepdims=True) @ value
         return mixed
 
-    def attention(
-        self, x: np.ndarray, name: str, in_space: list[int], in_time: list[int], positions: list[float]
-    ) -> np.ndarray:
-        """Tokens (T, M, D): some heads look along each frame, some along each place of the video's frames."""
-        mixed = np.zeros_like(x)
-        num_video = len(positions)
-        for f in range(len(x)):
-            mixed[f] += self.attend(x[f], name, in_space, None)
-        for n in range(x.shape[1] if num_video else 0):
-            mixed[:num_video, n] += self.attend(x[:num_video, n], name, in_time, positions)
-        return self.linear(mixed, f"{name}.proj")
+    def in_space(self, x: np.ndarray, name: str) -> np.ndarray:
+        """Tokens (T, M, D), frame by frame."""
+        return self.linear(np.stack([self.attend(frame, name, None) for frame in x]), f"{name}.proj")
+
+    def in_time(self, x: np.ndarray, name: str, positions: list[float]) -> np.ndarray:
+        """Tokens of the video's frames (V, M, D), place by place."""
+        places = [self.attend(x[:, n], name, positions) for n in range(x.shape[1])]
+        return self.linear(np.stack(places, axis=1), f"{name}.proj")
 
     def add(
         self, x: np.ndarray, condition: np.ndarray, block: str, norm: str, layer: Callable[[np.ndarray], np.ndarray]
@@ -114,13 +111,13 @@ class SlowTransformer:
             return self.mlp(y, f"{name}.mlp.fc1", f"{name}.mlp.fc2", gelu)
 
         def time(y: np.ndarray, attn: str) -> np.ndarray:
-            return self.attention(y, f"{name}.{attn}", [], self.heads, positions)
+            return self.in_time(y, f"{name}.{attn}", positions) if num_video else y
 
         def space(y: np.ndarray) -> np.ndarray:
-            half = len(self.heads) // 2
+            mixed = self.in_space(y, f"{name}.attn")
             if kind == "s+t":
-                return self.attention(y, f"{name}.attn", self.heads[:half], self.heads[half:], positions)
-            return self.attention(y, f"{name}.attn", self.heads, [], positions)
+                mixed[video] += time(y[video], "temporal_attn")
+            return mixed
 
         if kind == "t":
             moved = self.add(x[video], condition[video], name, "norm1", lambda y: time(y, "attn"))
@@ -198,6 +195,7 @@ class SlowTransformer:
         }[self.config["variant"]]
         positions = squeezed(num_video, self.config["num_frames"] // self.tube)
         first = next(index for index, kind in enumerate(plan) if "t" in kind)
+        first = 0 if self.config["temporal_position"] == "absolute_input" else first
         for index, kind in enumerate(plan):
             if index == first and not self.rope:
                 for f, position in enumerate(positions):
@@ -223,7 +221,7 @@ def masked_attention(attention: Attention, x: torch.Tensor, mixing: Mixing, num_
     frame = torch.arange(num_frames).repeat_interleave(num_places)
     place = torch.arange(num_places).repeat(num_frames)
     in_video = frame < num_video
-    in_time = torch.arange(heads) >= {"space": heads, "time": 0, "space_and_time": heads // 2}[mixing]
+    in_time = torch.full((heads,), mixing == "time")
     sees_in_space = frame[:, None] == frame
     sees_in_time = (place[:, None] == place) & in_video[:, None] & in_video
     sees_in_time |= torch.eye(len(frame), dtype=torch.bool)  # softmax needs something; images' part is removed below

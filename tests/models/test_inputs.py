@@ -90,7 +90,7 @@ def test_conditions_that_do_not_fit_are_refused(
         ({"variant": 0}, "variant is 0; allowed: 1, 2, 3, 4"),
         ({"patch_embedding": "tubes"}, "patch_embedding is 'tubes'; allowed: uniform, compression"),
         ({"conditioning": "adaln"}, "conditioning is 'adaln'; allowed: s_adaln, all_tokens"),
-        ({"temporal_position": "none"}, "temporal_position is 'none'; allowed: absolute, rope"),
+        ({"temporal_position": "none"}, "temporal_position is 'none'; allowed: absolute, absolute_input, rope"),
         ({"num_classes": 3, "text_dim": 5}, "num_classes is 3 and text_dim 5, but a model has classes or texts"),
         ({"num_blocks": 3}, "num_blocks is 3, but must be even for variant 2"),
         ({"num_blocks": 3, "variant": 1}, "num_blocks is 3, but must be even for variant 1"),
@@ -138,6 +138,7 @@ def test_sizes_that_do_not_fit_are_refused(fields: dict[str, Any], message: str)
         {"hidden_size": 36, "num_heads": 4, "temporal_position": "absolute"},
         {"num_frames": 3, "tube_size": 2},
         {"num_blocks": 3, "variant": 4},
+        {"hidden_size": 36, "num_heads": 4, "variant": 4, "temporal_position": "rope"},
     ],
 )
 def test_what_one_choice_refuses_another_takes(fields: dict[str, Any]) -> None:

@@ -87,9 +87,50 @@ def test_at_first_every_frame_is_the_image_models(variant: int, tmp_path: Path) 
         linear = dit.transformer_blocks[index].norm1.linear
         linear.weight[64:96], linear.bias[64:96] = 0, 0
     if variant == 4:
-        for block in dit.transformer_blocks:
-            block.attn1.to_out[0].weight[:, 16:] = 0
+        for block in dit.transformer_blocks:  # an attention has half of the heads: two of the DiT's become one
+            block.attn1.heads = 1
     assert_equal(frames_of(model, clips()), image_by_image(dit, clips()))
+
+
+@pytest.mark.parametrize("position", ["absolute", "absolute_input", "rope"])
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_which_models_start_as_the_image_model(variant: int, position: str, tmp_path: Path) -> None:
+    """Applied to every frame, without changes: Variant 3 alone, with rotary positions or without time."""
+    dit = make_dit()
+    model, _ = video_model(dit, write_folder(dit, tmp_path), variant=variant, temporal_position=position)
+    expected = image_by_image(dit, clips())
+    for use_temporal in (True, False):
+        same = (frames_of(model, clips(), use_temporal=use_temporal) - expected).norm() < 1e-5 * expected.norm()
+        assert same == (variant == 3 and (position == "rope" or not use_temporal))
+
+
+@pytest.mark.parametrize("write", [write_pt, write_folder])
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_the_papers_start_adapts_positions_and_labels_only(
+    variant: int, write: Callable[..., str], tmp_path: Path, make_transformer: MakeTransformer
+) -> None:
+    dit = make_dit()
+    model = make_transformer(**SIZES, variant=variant)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = initialize(model, write(dit, tmp_path), closed=False)
+    after, state = model.state_dict(), layout(dit)
+    for name in after:
+        if ".temporal_attn." in name or name == "temp_embed":
+            assert torch.equal(after[name], before[name]) and name in report.new
+        elif name == "y_embedder.embedding_table.weight":
+            assert not after[name].any() and name in report.new
+        else:
+            assert torch.equal(after[name], state[name]), name
+    other = clips()
+    other[:, 2] += 1
+    seen = frames_of(model, other) - frames_of(model, clips())
+    assert seen[:, [0, 1, 3]].abs().amax() > 1e-3, "frames see each other from the start"
+
+
+def test_a_video_model_has_nothing_to_close(save_pipeline: SavePipeline, make_transformer: MakeTransformer) -> None:
+    model = make_transformer()
+    with pytest.raises(ValueError, match="is a video model, whose attention in time init_closed=false would not"):
+        initialize(model, save_pipeline(make_transformer()), closed=False)
 
 
 @pytest.mark.parametrize("conditioning", ["s_adaln", "all_tokens"])
@@ -194,7 +235,7 @@ def test_the_report_leaves_nothing_out(
     expected = {"y_embedder.embedding_table.weight", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias"} & set(after)
     if conditioning == "all_tokens":
         expected |= {"final_layer.linear.weight", "final_layer.linear.bias"}
-    closed = ".temporal_attn.proj." if variant == 3 else ".attn.proj."
+    closed = ".temporal_attn.proj." if variant >= 3 else ".attn.proj."
     assert expected <= zero
     assert all(closed in name for name in zero - expected)
     assert any("y_embedder" in name or "class_embedder" in name for name in report.dropped)

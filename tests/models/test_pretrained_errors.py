@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeTransformer, SavePipeline
+from conftest import MakeTransformer, Run, SavePipeline
 from models.dit import layout, make_dit, write_folder, write_pt
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.pretrained.transfer import initialize
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.latte_files import convert_latte
+from lavita.sampling.pipeline import load_pipeline
 
 SIZES: dict[str, Any] = {"num_classes": 5, "num_frames": 4, "num_blocks": 4}
 
@@ -204,3 +205,36 @@ def test_a_file_with_two_sets_gives_the_one_asked_for(tmp_path: Path, make_trans
     report = initialize(model, str(tmp_path / "both.pt"), "model")
     assert torch.equal(model.get_parameter("x_embedder.proj.bias"), state["x_embedder.proj.bias"])
     assert report.source.endswith("both.pt (model)")
+
+
+def drop_tensors(folder: Path, part: str) -> None:
+    """Removes the tensors whose names contain a text from a saved model."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if part not in name}, file, {"format": "pt"})
+
+
+def test_a_variant_4_of_an_earlier_version_is_refused(
+    save_pipeline: SavePipeline, make_transformer: MakeTransformer, run: Run
+) -> None:
+    """It had one attention of the same name and size, so that its tensors would all fit."""
+    folder = save_pipeline(make_transformer(variant=4))
+    drop_tensors(Path(folder) / "transformer", "temporal_attn")
+    words = "it is a variant 4 of an earlier version, one attention whose heads were split between space and time"
+    for load in (
+        LavitaTransformer3DModel.from_pretrained,
+        lambda source: initialize(make_transformer(variant=4), source),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(f"{folder}/transformer")
+    code, _, error = run("sample", folder, "--out", "samples")
+    assert code == 2 and words in error and "train it again" in error and len(error.splitlines()) == 1
+    assert not Path("samples").exists()
+
+
+def test_a_model_that_lacks_tensors_is_refused(save_pipeline: SavePipeline, make_transformer: MakeTransformer) -> None:
+    folder = save_pipeline(make_transformer())
+    drop_tensors(Path(folder) / "transformer", "temp_embed")  # computed
+    load_pipeline(folder)
+    drop_tensors(Path(folder) / "transformer", "blocks.1.mlp.fc1.bias")
+    with pytest.raises(ValueError, match=r"its weights lack blocks\.1\.mlp\.fc1\.bias"):
+        load_pipeline(folder)

@@ -86,8 +86,10 @@ def test_names_are_dits_and_lattes(kind: dict[str, Any], patch_embedding: str, g
     for i in range(2):
         parts = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
         parts += ["adaLN_modulation.1"] if steered else ["norm1", "norm2"]
-        if kind["variant"] == 3:
-            parts += ["temporal_attn.qkv", "temporal_attn.proj"] + ([] if steered else ["norm_temporal"])
+        if kind["variant"] >= 3:
+            parts += ["temporal_attn.qkv", "temporal_attn.proj"]
+        if kind["variant"] == 3 and not steered:
+            parts += ["norm_temporal"]
         layers += [f"blocks.{i}.{part}" for part in parts]
     expected = {f"{layer}.{end}" for layer in layers for end in ("weight", "bias")} | {"pos_embed"}
     expected |= {"temp_embed"} if kind["temporal_position"] == "absolute" else set()

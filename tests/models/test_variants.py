@@ -95,6 +95,23 @@ def test_other_sizes_equal_the_slow_model(fields: dict[str, Any], make_transform
     check_against_the_slow_model(model, random_latents(2, model.config["num_frames"]))
 
 
+@pytest.mark.parametrize("conditioning", ["s_adaln", "all_tokens"])
+@pytest.mark.parametrize("variant", [1, 2, 3, 4])
+def test_positions_at_the_input_equal_the_slow_model(
+    variant: int, conditioning: str, make_transformer: MakeTransformer
+) -> None:
+    fields = {"variant": variant, "conditioning": conditioning, "num_blocks": 4, "num_frames": 3, "num_classes": 3}
+    model = make_transformer(**fields, temporal_position="absolute_input")
+    latents = random_latents(2, 5)
+    check_against_the_slow_model(model, latents, num_images=2)
+    check_against_the_slow_model(model, latents, use_temporal=False)
+    late, given = make_transformer(**fields), conditions(model, 2)
+    with torch.no_grad():
+        found, other = (each(latents[:, :3], torch.tensor([3, 40]), **given).sample for each in (model, late))
+    # In Variants 3 and 4, the first block has temporal attention.
+    assert torch.equal(found, other) == (variant >= 3)
+
+
 @pytest.mark.parametrize("num_frames", [2, 6, 8, 12])
 @pytest.mark.parametrize("patch_embedding", ["uniform", "compression"])
 @pytest.mark.parametrize("temporal_position", ["absolute", "rope"])
@@ -125,9 +142,9 @@ def test_every_variant_is_masked_full_attention(
         monkeypatch.setattr(Attention, "forward", masked)
         expected = model(latents, t, **given, num_images=2).sample
     assert_near(output, expected)
-    one_block = {1: ["space"], 2: ["space"], 3: ["space", "time"], 4: ["space_and_time"]}
+    one_block = {1: ["space"], 2: ["space"], 3: ["space", "time"], 4: ["space", "time"]}
     assert calls[: len(one_block[kind["variant"]])] == one_block[kind["variant"]]
-    assert len(calls) == (8 if kind["variant"] == 3 else 4)
+    assert len(calls) == (8 if kind["variant"] >= 3 else 4)
 
 
 # ---- images after a video

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeTransformer
-from sampling.sampled import largest_error, relative, sample
+from sampling.sampled import CLASSES, TEXTS, build_pipeline, largest_error, relative, sample, seeded
 
+from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.presets import VARIANTS
 from lavita.sampling import denoiser
-from lavita.sampling.denoiser import Guidance
+from lavita.sampling.denoiser import Denoiser, Guidance
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.schedulers import make_scheduler
 
@@ -86,6 +87,56 @@ def test_guidance_is_the_formula(pipeline: LavitaPipeline) -> None:
         expected = (state - (1 - signal) ** 0.5 * noise) / signal**0.5
         assert largest_error(latents, expected) < 1e-4
     assert sizes == [2, 4, 4], "without guidance, there is one evaluation per step"
+
+
+def test_guidance_of_texts_leads_away_from_the_negative_ones(
+    make_transformer: MakeTransformer, tiny_vae: AutoencoderKL
+) -> None:
+    """The noise of one step, with prompts and negative prompts whose embeddings are all different."""
+    pipeline = build_pipeline(make_transformer, tiny_vae, text_dim=5)
+    pipeline.scheduler = make_scheduler("ddim")
+    (random,) = seeded(0)
+    state, prompts, negatives = (torch.randn(2, *size, generator=random) for size in ((2, 4, 8, 8), (5,), (5,)))
+    signal = float(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().add(1).prod())  # of timestep 999
+    t = torch.tensor([999, 999])
+    with torch.no_grad():
+        conditional, unconditional = (
+            pipeline.transformer(state, t, text_embeds=texts).sample[:, :, :4] for texts in (prompts, negatives)
+        )
+    assert relative(conditional, unconditional) > 0.1
+    for scale in (0.0, 2.0, 7.5):
+        latents = pipeline(
+            prompt_embeds=prompts,
+            negative_prompt_embeds=negatives,
+            num_inference_steps=1,
+            guidance_scale=scale,
+            latents=state,
+            precision="fp32",
+            output_type="latent",
+        ).frames
+        noise = unconditional + scale * (conditional - unconditional)
+        expected = (state - (1 - signal) ** 0.5 * noise) / signal**0.5
+        assert largest_error(torch.as_tensor(latents), expected) < 1e-4
+
+
+@pytest.mark.parametrize("fields", [CLASSES, TEXTS], ids=["classes", "texts"])
+def test_the_variance_of_a_guided_step_is_that_of_the_condition(
+    fields: dict[str, int], make_transformer: MakeTransformer
+) -> None:
+    model = make_transformer(**fields)
+    latents, timesteps = torch.randn(2, 2, 4, 8, 8, generator=seeded(0)[0]), torch.tensor([700.0])
+    if "num_classes" in fields:
+        name, given, without = "class_labels", torch.tensor([0, 2]), torch.tensor([3, 3])
+    else:
+        name, given, without = "text_embeds", torch.randn(2, 5, generator=seeded(1)[0]), torch.zeros(2, 5)
+    both: dict[str, Any] = {"class_labels": None, "text_embeds": None, name: torch.cat([given, without])}
+    with torch.no_grad():
+        _, variance = Denoiser(model, timesteps, **both, guidance=Guidance(3.0), precision="fp32")(0, latents)
+        expected, other = (
+            model(latents, timesteps.expand(2), **{name: condition}).sample[:, :, 4:] for condition in (given, without)
+        )
+    assert relative(expected, other) > 0.01, "the variance depends on the condition"
+    assert largest_error(variance, expected) < 1e-5
 
 
 def test_guidance_in_an_interval_is_none_elsewhere(pipeline: LavitaPipeline) -> None:

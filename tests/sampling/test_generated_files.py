@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import MakeTransformer
 
-from lavita.core.seeds import generator
+from lavita.core.seeds import DRAWS, generator
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling import generate as module
 from lavita.sampling.generate import generate
@@ -66,3 +67,20 @@ def test_prompts(
     for file, (prompt, seed) in zip(files, cases, strict=True):
         distances = {case: np.abs(written[file] - alone(pipeline, case[1], prompt=[case[0]])).max() for case in cases}
         assert distances.pop((prompt, seed)) <= 1 and min(distances.values()) > 5, file
+
+
+def test_a_folder_does_not_mix_videos_of_other_random_numbers(
+    tmp_path: Path, pipeline: LavitaPipeline, written: dict[Path, np.ndarray]
+) -> None:
+    """Folders from before the version was recorded are of version 1."""
+    pipeline.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"recipe": TWO, "device": "cpu", "classes": "pong"}
+    generate(str(tmp_path / "model"), tmp_path / "out", seeds="0", **options)
+    record = tmp_path / "out" / "generation.json"
+    settings = json.loads(record.read_text())
+    assert settings.pop("draws") == DRAWS
+    record.write_text(json.dumps(settings))
+    written.clear()
+    with pytest.raises(ValueError, match="holds videos of a version that drew other noise from the same seed"):
+        generate(str(tmp_path / "model"), tmp_path / "out", seeds="0-1", **options)
+    assert not written and json.loads(record.read_text()) == settings

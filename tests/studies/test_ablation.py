@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny_vae
 from PIL import Image
 from tiny_data import write_videos
 
@@ -14,12 +15,25 @@ from lavita.core.commands import CommandFailed
 from lavita.core.config import load_config
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.studies import ablation
-from lavita.studies.ablation import STUDIES, StudyPlan, headline, pretraining_arms, run_study, summarize_arm
-from lavita.training.config import RunConfig
+from lavita.studies.ablation import (
+    STUDIES,
+    StudyPlan,
+    commands,
+    frame_interval_arms,
+    headline,
+    pretraining_arms,
+    run_study,
+    summarize_arm,
+    variant_arms,
+)
+from lavita.training.batches import BatchMaker
+from lavita.training.config import RunConfig, TrainConfig
 
 
 def test_every_arm_of_every_study_is_a_configuration_of_its_own() -> None:
-    for name, arms in {**STUDIES, "pretraining": pretraining_arms("dit.pt")}.items():
+    intervals = frame_interval_arms(load_config(RunConfig, {}))
+    studies = {**STUDIES, "pretraining": pretraining_arms("dit.pt"), "frame-interval": intervals}
+    for name, arms in studies.items():
         configs = [load_config(RunConfig, {}, fields) for fields in arms.values()]
         assert len(arms) >= 2
         for index, config in enumerate(configs):
@@ -30,6 +44,48 @@ def test_the_combinations_are_all_of_them() -> None:
     models = [load_config(RunConfig, {}, fields).model for fields in STUDIES["combinations"].values()]
     kinds = {(m.variant, m.patch_embedding, m.conditioning, m.temporal_position) for m in models}
     assert len(kinds) == len(models) == 4 * 2 * 2 * 2
+
+
+def test_variant_4_is_compared_at_twice_the_patch_size_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def arms(preset: str, resolution: int) -> dict[str, RunConfig]:
+        data = {"resolution": resolution, "class_folders": True}
+        config = load_config(RunConfig, {"autoencoder": "builtin", "data": data, "model": {"preset": preset}})
+        plan = StudyPlan(Path("out"), "demo", (f"model.preset={preset}", "train.batch_size=2"))
+        found = {}
+        for name, fields in variant_arms(config).items():
+            command = commands(name, fields, plan, 10)[0][0]
+            assert len([word for word in command if word.startswith("model.preset=")]) == 1
+            assert "train.batch_size=2" in command
+            found[name] = load_config(RunConfig, {}, [word for word in command[3:] if "." in word.partition("=")[0]])
+        return found
+
+    found = arms("tiny/2", 64)
+    four = {name: config for name, config in found.items() if name != "variant-4-patch-4"}
+    assert [config.model.variant for config in four.values()] == [1, 2, 3, 4]
+    assert {config.model.preset for config in four.values()} == {"tiny/2"}
+    assert (found["variant-4-patch-4"].model.variant, found["variant-4-patch-4"].model.preset) == (4, "tiny/4")
+    capsys.readouterr()
+    for preset, resolution in (("tiny/8", 64), ("tiny/2", 40)):
+        assert len(arms(preset, resolution)) == 4
+        assert "Variant 4 is not compared at patch size" in capsys.readouterr().out
+
+
+def test_clips_of_all_frame_intervals_start_alike(tmp_path: Path) -> None:
+    """The arms see the same first frames of the same videos, and a video too short for the longest clip in none."""
+    write_videos(tmp_path / "videos", num_frames=12)
+    write_videos(tmp_path / "videos" / "short", num_frames=8)
+    values = {"data": {"path": str(tmp_path / "videos"), "num_frames": 3, "resolution": 16}}
+    starts, intervals = [], []
+    for fields in frame_interval_arms(load_config(RunConfig, values)).values():
+        data = load_config(RunConfig, values, fields).data
+        batches = BatchMaker(data, TrainConfig(), make_tiny_vae(), 0.1)
+        draws = [batches.sampler.draw(step, index) for step in range(50) for index in range(2)]
+        starts.append([(draw.video.name, draw.start, draw.flip) for draw in draws])
+        intervals.append(data.frame_interval)
+    assert intervals == [1, 2, 3, 4]
+    assert starts[0] == starts[1] == starts[2] == starts[3]
+    assert {start for _, start, _ in starts[0]} == set(range(12 - 8))
+    assert not any("short" in name for name, _, _ in starts[0])
 
 
 def test_steps_must_rise(tmp_path: Path) -> None:
@@ -107,3 +163,8 @@ def test_a_study_trains_samples_scores_and_goes_on(
     assert Image.open(plan.out / "curves.png").width > 500
     assert Image.open(plan.out / "contact_sheet.png").height >= 2 * 16
     assert "both" in capsys.readouterr().out
+    calls.clear()
+    (plan.out / "study.json").unlink()  # as a version left it whose generators were others
+    with pytest.raises(ValueError, match="holds arms of a version that drew other clips and noise"):
+        run_study(arms, plan)
+    assert not calls

@@ -75,6 +75,36 @@ def test_latents_are_samples_of_the_posterior(
     assert not torch.equal(batches.make(6).noise, batch.noise)
 
 
+@pytest.mark.parametrize("captions", [False, True])
+def test_joint_training_sees_the_clips_of_training_on_videos(
+    captions: bool, make_batches: MakeBatches, tmp_path: Path
+) -> None:
+    """The same latents, noise, timesteps and conditions: what follows a clip changes nothing of it."""
+    overrides = ["model.class_dropout=0.5", "train.batch_size=16"]
+    if captions:
+        rows = [f"{name},{number}{name}" for name in ("a/0.mp4", "a/1.mp4", "b/2.mp4") for number in range(9)]
+        table = write_table(tmp_path / "t.csv", "file,caption", *rows)
+        overrides += [f"data.captions={table}", "data.class_folders=false"]
+    video, *joint = (make_batches(*overrides, f"data.num_images={count}") for count in (0, 1, 3))
+    for batches in (video, *joint):
+        if captions:
+            batches.embed_captions(lambda given: torch.arange(float(len(given)))[:, None])
+    alone = video.make(2)
+    for batches in joint:
+        together = batches.make(2)
+        assert torch.equal(together.timesteps, alone.timesteps)
+        assert torch.equal(together.latents[:, :2], alone.latents) and torch.equal(together.noise[:, :2], alone.noise)
+        assert not torch.equal(together.noise[:, 2], alone.noise[:, 0])
+        if captions:
+            assert together.text_embeds is not None and alone.text_embeds is not None
+            assert torch.equal(together.text_embeds[:, 0], alone.text_embeds)
+            assert len(alone.text_embeds.unique()) > 5
+        else:
+            assert together.class_labels is not None and alone.class_labels is not None
+            assert torch.equal(together.class_labels[:, 0], alone.class_labels)
+            assert (alone.class_labels == 2).any() and (alone.class_labels != 2).any()
+
+
 def test_joint_training_draws_the_same_clips(make_batches: MakeBatches) -> None:
     plain, joint = make_batches(), make_batches("data.num_images=3")
     assert [plain.sampler.draw(7, i) for i in range(4)] == [joint.sampler.draw(7, i) for i in range(4)]

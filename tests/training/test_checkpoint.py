@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MakeConfig, Run
 
 from lavita.core import files
+from lavita.core.seeds import DRAWS
 from lavita.training import checkpoint
 from lavita.training.checkpoint import Checkpoint, Keep, list_checkpoints, load_last_checkpoint, save_checkpoint
 from lavita.training.ema import EMA
 from lavita.training.state import restore_training, training_tensors
+from lavita.training.train import train
 
 
 def save(folder: Path, step: int, keep: Keep | None = None, **facts: Any) -> Path:
@@ -315,3 +318,21 @@ def test_a_whole_run_comes_back(tmp_path: Path) -> None:
     assert expected.keys() == found.keys() and any(key.startswith("optimizer.0.weight.exp_avg") for key in found)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("draws", [None, 1, 3])
+def test_a_run_does_not_go_on_with_other_random_numbers(
+    draws: int | None, make_config: MakeConfig, run: Run, tmp_path: Path
+) -> None:
+    """Checkpoints from before the version was recorded are of version 1."""
+    config = make_config("run", "train.steps=1")
+    train(config)
+    state = next((tmp_path / "run" / "checkpoints").glob("step-*")) / "state.json"
+    facts = json.loads(state.read_text())
+    assert facts.pop("draws") == DRAWS
+    state.write_text(json.dumps(facts if draws is None else {**facts, "draws": draws}))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    code, _, error = run("train", "--config", str(tmp_path / "run" / "config.yaml"), "train.steps=2")
+    assert code == 2 and len(error.splitlines()) == 1
+    assert "drew other clips or noise from the same seed" in error and "use another run_dir" in error
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before

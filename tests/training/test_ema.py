@@ -25,15 +25,16 @@ def step(model: nn.Module, seed: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
-def test_equals_the_recursion_in_float64(decay: float) -> None:
+def test_equals_the_recursion_in_float64(decay: float, warmup: bool) -> None:
     model = make_model()
-    ema = EMA(model, decay)
+    ema = EMA(model, decay, warmup)
     expected = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
     for number in range(1, 41):
         step(model, number)
         ema.update(number)
-        rate = min(decay, (1 + number) / (10 + number))
+        rate = min(decay, (1 + number) / (10 + number)) if warmup else decay
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 expected[name] = rate * expected[name] + (1 - rate) * parameter.detach().double()
@@ -48,3 +49,5 @@ def test_the_decay_warms_up_to_its_limit() -> None:
     assert rates == sorted(rates)
     assert rates[-1] == 0.999
     assert decay_at(0.0, 5) == 0.0
+    assert decay_at(0.9999, 89_989) < decay_at(0.9999, 89_990) == 0.9999
+    assert decay_at(0.9999, 1, warmup=False) == 0.9999

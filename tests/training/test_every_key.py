@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from models.dit import make_dit, write_pt
 from PIL import Image
 from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_broken, write_videos
@@ -136,6 +137,7 @@ KEYS: dict[str, Key] = {
     "data.class_folders": Key("false"),
     "data.num_frames": Key("3"),
     "data.frame_interval": Key("1"),
+    "data.start_span": Key("7"),
     "data.resolution": Key("32"),
     "data.horizontal_flip": Key("false"),
     "data.latent_cache": Key("{cache}", threads),
@@ -168,6 +170,7 @@ KEYS: dict[str, Key] = {
     "train.min_snr_gamma": Key("0.01", losses, ("train.loss_weighting=min_snr",)),
     "train.init_from": Key("{pipeline}"),
     "train.init_weights": Key("model", weights, ("train.init_from={published}", "train.init_weights=ema")),
+    "train.init_closed": Key("false", weights, ("train.init_from={dit}", "model.preset=tiny/2", "model.variant=1")),
     "train.freeze": Key("spatial", weights, INIT),
     "train.lora_rank": Key("2", weights, INIT),
     "train.lora_alpha": Key("64", weights, (*INIT, "train.lora_rank=2", "train.lora_targets=[adaLN_modulation]")),
@@ -183,6 +186,7 @@ KEYS: dict[str, Key] = {
     "train.weight_decay": Key("0.5", weights),
     "train.clip_grad_norm": Key("1e-3", weights),
     "train.ema_decay": Key("0.01", weights),
+    "train.ema_warmup": Key("false", weights),
     "train.power_ema": Key("[0.05,0.1]", files),
     "train.gradient_checkpointing": Key("true", passes),
     "train.compile": Key("true", compiled),
@@ -277,6 +281,7 @@ def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> 
         "pipeline": pipeline,
         "published": published,
         "with_broken": with_broken,
+        "dit": lambda: Path(write_pt(make_dit(2, num_attention_heads=2, attention_head_dim=32), tmp_path)),
     }
 
     def place(text: str) -> str:

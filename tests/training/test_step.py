@@ -237,6 +237,36 @@ def test_a_restored_state_takes_the_same_steps(make_state: MakeState, tmp_path: 
     assert restored.facts() == state.facts()
 
 
+def test_without_a_limit_no_gradient_is_scaled_down(make_state: MakeState) -> None:
+    """The gradients of AdamW's moments are those that a limit far above their norm leaves."""
+    settings = make_settings(clip_grad_norm=None)
+    plain, limited, clipped = (make_state(settings) for _ in range(3))
+    batch = random_batch(plain.model.config, 4)
+    result = train_step(plain, batch, settings)
+    train_step(limited, batch, make_settings(clip_grad_norm=1e6))
+    train_step(clipped, batch, make_settings(clip_grad_norm=result.grad_norm / 2))
+    tensors, others = limited.tensors(), clipped.tensors()
+    moments = [name for name in tensors if name.endswith("exp_avg")]
+    assert moments
+    for name in moments:
+        assert torch.equal(plain.tensors()[name], tensors[name]), name
+        torch.testing.assert_close(others[name], tensors[name] / 2, rtol=1e-4, atol=1e-9)
+
+
+def test_the_average_moves_at_the_rate_of_its_step(make_state: MakeState) -> None:
+    """Steps count from 1: after the first one the average keeps 2 / 11 of the initial weights."""
+    settings = make_settings(ema_decay=0.9999)
+    state = make_state(settings)
+    expected = {name: weights.double() for name, weights in state.ema.weights.items()}
+    for number in (1, 2, 3):
+        train_step(state, random_batch(state.model.config, 4, seed=number), settings)
+        rate = (1 + number) / (10 + number)
+        for name, parameter in state.model.named_parameters():
+            expected[name] = rate * expected[name] + (1 - rate) * parameter.detach().double()
+    for name, weights in state.ema.weights.items():
+        torch.testing.assert_close(weights.double(), expected[name], rtol=1e-6, atol=1e-7)
+
+
 def test_frozen_parameters_stay(make_transformer: MakeTransformer) -> None:
     settings, model = make_settings(), make_transformer().train()
     model.x_embedder.requires_grad_(False)

@@ -65,12 +65,19 @@ def evaluate(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave out videos that are broken or too short, and count them.")
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Table of prompts for a model with texts, as for lavita sample.", show_default=False),
+    ] = None,
     samples: Annotated[
         Path | None,
         typer.Option(help="Folder for the samples of a model. default: runs/evaluate/samples", show_default=False),
     ] = None,
     recipe: Annotated[
-        RecipeName | None, typer.Option(help="Recipe for sampling a model. default: default", show_default=False)
+        RecipeName | None,
+        typer.Option(
+            help="Recipe for sampling a model. default: paper with --preset paper, else default", show_default=False
+        ),
     ] = None,
     sampler: Annotated[
         SamplerName | None, typer.Option(help="Sampler for a model. default: the recipe's", show_default=False)
@@ -82,7 +89,10 @@ def evaluate(
         ),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Guidance scale for a model. default: 1.5 with classes", show_default=False)
+        float | None,
+        typer.Option(
+            help="Guidance scale for a model. default: the recipe's; 1.5 with classes or texts", show_default=False
+        ),
     ] = None,
     first_seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the first sample of a model. default: 0", show_default=False)
@@ -132,6 +142,7 @@ def evaluate(
             weights=weights or [],
             manifest=manifest,
             skip_broken=skip_broken,
+            prompts=prompts,
             samples=samples,
             recipe=recipe,
             sampler=sampler,

@@ -82,8 +82,8 @@ TrainingRecipeOption = Annotated[
     TrainingRecipe | None,
     typer.Option(
         "--recipe",
-        help="Objective, optimizer and latents to start from; everything else that you set wins. paper: the paper's "
-        "noise prediction, as by default; modern: a rectified flow",
+        help="Settings to start from; everything else that you set wins. paper: the paper's training to the letter, "
+        "XL/2 (docs/paper.md); modern: a rectified flow, normalised latents and Muon",
         show_default=False,
     ),
 ]

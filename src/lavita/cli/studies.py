@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lavita.cli.options import Overrides, app
+from lavita.cli.options import Overrides, app, find_config
 
 
 @app.command()
@@ -29,7 +29,7 @@ def info(
         str | None, typer.Option(help="s_adaln or all_tokens. Default: s_adaln.", show_default=False)
     ] = None,
     temporal_position: Annotated[
-        str | None, typer.Option(help="absolute or rope. Default: absolute.", show_default=False)
+        str | None, typer.Option(help="absolute, absolute_input or rope. Default: absolute.", show_default=False)
     ] = None,
     num_classes: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
     text_dim: Annotated[
@@ -69,7 +69,8 @@ def info(
     ] = None,
     sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 instead of DDP for several processes.")] = False,
     table: Annotated[
-        int | None, typer.Option(help="3: print the paper's Table 3 next to our count instead.", show_default=False)
+        int | None,
+        typer.Option(help="Print a table of the paper instead. 3: next to our count; 4: quoted.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -98,10 +99,17 @@ def info(
     fields, batch, training = (
         {key: value for key, value in given.items() if value is not None} for given in (fields, batch, training)
     )
-    if table not in (None, 3):
-        raise ValueError(f"table is {table}; allowed: 3")
+    if table not in (None, 3, 4):
+        raise ValueError(f"table is {table}; allowed: 3, 4")
     if (table is None) == (model is None) or (table is not None and (fields or batch or training)):
-        raise ValueError("give either a model, with options, or --table 3 alone")
+        raise ValueError("give either a model, with options, or --table alone")
+    if table == 4:
+        from lavita.studies.table4 import print_table4
+
+        if as_json:
+            raise ValueError("json is set, but has no effect with --table 4")
+        print_table4()
+        return
     from lavita.models.autoencoder import latent_frames, pixel_frames, temporal_downsampling
     from lavita.studies import complexity, memory, table3
 
@@ -152,7 +160,8 @@ def study(
     name: Annotated[
         str,
         typer.Argument(
-            help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5), joint-training, "
+            help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5; variant has "
+            "Variant 4 at twice the patch size, too, as the paper's Table 3 has it), joint-training, "
             "pretraining, or combinations: every variant with every embedding, conditioning and position."
         ),
     ],
@@ -178,17 +187,29 @@ def study(
 ) -> None:
     """Compare configurations that differ in one field. Run the same command again to continue an interrupted study."""
     from lavita.core.commands import CommandFailed
+    from lavita.core.config import load_config, read_yaml
+    from lavita.studies import ablation
     from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
+    from lavita.training.config import RunConfig
 
-    if name not in (*STUDIES, "pretraining"):
-        raise ValueError(f"name is {name!r}; allowed: {', '.join((*STUDIES, 'pretraining'))}")
+    by_config = {"frame-interval": ablation.frame_interval_arms, "variant": ablation.variant_arms}
+    names = sorted({*by_config, *STUDIES, "pretraining"})
+    if name not in names:
+        raise ValueError(f"name is {name!r}; allowed: {', '.join(names)}")
     if (weights is None) == (name == "pretraining"):
         raise ValueError("the study pretraining needs --weights, and only that one takes it")
     if protocol and real is None:
         raise ValueError(f"protocol is {protocol}, but has no effect without --real")
     if not all(part.strip().isdecimal() for part in steps.split(",")):
         raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
-    arms = STUDIES[name] if weights is None else pretraining_arms(weights)
+    if weights is not None:
+        arms = pretraining_arms(weights)
+    elif name in by_config:
+        if name == "variant" and any(override.startswith("model=") for override in overrides or ()):
+            raise ValueError("the study variant changes model.preset in an arm: set fields as model.preset=S/2")
+        arms = by_config[name](load_config(RunConfig, read_yaml(find_config(config)), overrides or (), source=config))
+    else:
+        arms = STUDIES[name]
     points = tuple(int(part) for part in steps.split(","))
     plan = StudyPlan(
         out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics, tuple(protocol or ())

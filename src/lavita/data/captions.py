@@ -274,7 +274,14 @@ class CaptionSampler:
                 self._indices[catalog.root, video.name] = indices
         self.texts = list(index_of)
 
-    def draw(self, root: Path, name: str, step: int, index: int) -> int:
-        """Draws a caption of a file, each equally likely; a pure function of (seed, step, index)."""
+    def draw(self, root: Path, name: str, step: int, *place: int) -> int:
+        """Draws a caption of a file, each equally likely; a pure function of (seed, step, place).
+
+        Args:
+            root: the folder of its catalog.
+            name: its name in the catalog.
+            step: step of the training.
+            place: index of the clip, then of its image, if it is one.
+        """
         indices = self._indices[root, name]
-        return indices[int(numpy_generator(self.seed, "caption", step, index).integers(len(indices)))]
+        return indices[int(numpy_generator(self.seed, "caption", step, *place).integers(len(indices)))]

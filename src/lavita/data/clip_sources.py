@@ -329,7 +329,7 @@ def open_videos(data: DataConfig, vae: Autoencoder, precision: Precision) -> Cli
     Raises:
         ValueError: if there are no usable videos, or if the cache does not fit the configuration.
     """
-    span = clip_span(data.num_frames, data.frame_interval)
+    span = data.clip_span
     _check_sizes(data, vae)
     if data.latent_cache is not None:
         _check_merging("data.latent_cache", data.latent_cache, vae)

@@ -44,13 +44,17 @@ class ClipSampler:
         horizontal_flip: bool,
         seed: int,
         stream: str = "clip",
+        span: int | None = None,
     ) -> None:
         """Prepares the draws; samplers of another `stream` draw independently.
+
+        With `span`, at least that of a clip, clips start only where so many frames of the file are left: samplers that
+        differ in the clip's length or interval only then draw the same starts.
 
         Raises:
             ValueError: if a video is shorter than a clip; `scan(min_frames=clip_span(...))` leaves those out.
         """
-        span = clip_span(num_frames, frame_interval)
+        span = clip_span(num_frames, frame_interval) if span is None else span
         starts = [video.info.num_frames - span + 1 for video in catalog.videos]
         for video, count in zip(catalog.videos, starts, strict=True):
             if count < 1:

@@ -51,6 +51,10 @@ class DataConfig(StrictConfig):
     """Frames of a clip."""
     frame_interval: int = Field(3, ge=1)
     """Step between the frames of a clip, in frames of the file: 1 takes every frame; 3 in the paper."""
+    start_span: int | None = Field(None, ge=1)
+    """Draw a clip's first frame only from those that have so many frames of the file from there on. Default: as many
+    as the clip needs. Runs that differ in `frame_interval` only see clips with the same first frames if all have the
+    number that the longest clip needs."""
     resolution: int = Field(256, ge=8)
     """Side of the square frames in pixels, after a center crop."""
     horizontal_flip: bool = True
@@ -86,6 +90,15 @@ class DataConfig(StrictConfig):
     `error` stops the run at the first."""
 
     @property
+    def clip_span(self) -> int:
+        """Frames of the file that must be left from a clip's first frame on."""
+        return self.start_span or self._shortest_span
+
+    @property
+    def _shortest_span(self) -> int:
+        return (self.num_frames - 1) * self.frame_interval + 1
+
+    @property
     def has_classes(self) -> bool:
         """Whether the model is trained with classes."""
         return self.class_folders or (self.dataset in SETS_WITH_CLASSES and self.use_classes)
@@ -112,6 +125,11 @@ class DataConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> DataConfig:
+        if self.start_span is not None and self.start_span < self._shortest_span:
+            raise ValueError(
+                f"start_span is {self.start_span}, but must be at least {self._shortest_span}, what a clip of "
+                f"{self.num_frames} frames at interval {self.frame_interval} needs"
+            )
         if self.captions is not None and self.class_folders:
             raise ValueError("captions and class_folders are both set, but a model has either texts or classes")
         if self.images is not None and not self.num_images:

@@ -74,6 +74,8 @@ class EvaluationOptions:
     """JSON file of the chosen clips: used if it exists, otherwise written."""
     skip_broken: bool = False
     """Leave out broken and too short videos, and count them, instead of stopping."""
+    prompts: Path | None = None
+    """Table of the prompts of a model with texts."""
     samples: Path | None = None
     """Folder for the samples of a model."""
     recipe: str | None = None
@@ -189,7 +191,7 @@ def _check_options(options: EvaluationOptions) -> None:
         if key and not any(getattr(metric, key) == value for metric in chosen):
             raise ValueError(f"{name} is set, but has no effect on {', '.join(options.metrics)}")
     if not is_model(str(options.generated)):
-        for name in ("samples", "recipe", "sampler", "steps", "guidance_scale", "first_seed"):
+        for name in ("prompts", "samples", "recipe", "sampler", "steps", "guidance_scale", "first_seed"):
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} is set, but has no effect: {options.generated} is not a model to sample")
 
@@ -223,7 +225,7 @@ def _with_samples(
     stated = options.model_weights
     if not is_model(str(options.generated)):
         return options, None if stated is None else {"weights": stated}
-    recipe = find_recipe(options.recipe or "default").changed(
+    recipe = find_recipe(options.recipe or ("paper" if options.preset == "paper" else "default")).changed(
         sampler=options.sampler, steps=options.steps, guidance_scale=options.guidance_scale
     )
     folder = options.samples or DEFAULT_SAMPLES
@@ -236,6 +238,7 @@ def _with_samples(
         options.first_seed or 0,
         options.device,
         team,
+        options.prompts,
     )
     if stated is not None:
         if model["weights"] not in ("not recorded", stated):
@@ -295,7 +298,8 @@ def _evaluate_features(
     rows: list[Neighbour] = []
     if team.is_first:
         all_samples = Samples(**samples)
-        scores = _scores(metrics, all_samples, selection.protocol, seconds)
+        generation = read_generation(folders["generated"].root)
+        scores = _scores(metrics, all_samples, selection.protocol, generation, seconds)
         of_clips = [extractor for extractor in extractors.values() if extractor.level == "clip"]
         if of_clips:
             neighbours, rows = neighbour_report(of_clips[0], all_samples, NUM_SHOWN)
@@ -377,7 +381,9 @@ def _networks_for(
     return [network for network in networks.values() if network.spec.name in wanted]
 
 
-def _scores(metrics: Sequence[str], samples: Samples, protocol: Protocol, seconds: dict[str, float]) -> dict[str, Any]:
+def _scores(
+    metrics: Sequence[str], samples: Samples, protocol: Protocol, generation: Any, seconds: dict[str, float]
+) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for name in metrics:
         metric = FEATURE_METRICS[name]
@@ -386,8 +392,7 @@ def _scores(metrics: Sequence[str], samples: Samples, protocol: Protocol, second
             continue
         start = time.monotonic()
         scores[called] = score_features(name, samples, protocol)
-        quoted = quoted_rows(called, protocol.model_dump())
-        if quoted:
+        if quoted := quoted_rows(called, protocol.model_dump(), generation):
             scores[called]["quoted"] = [asdict(row) for row in quoted]
         seconds[f"score {called}"] = time.monotonic() - start
     return scores

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lavita.core.processes import Processes
+from lavita.data.captions import read_captions
 from lavita.models.packaged import BUILTIN, model_source
 from lavita.sampling.generate import generate
 from lavita.sampling.pipeline import load_pipeline
@@ -29,34 +30,54 @@ def sample_model(
     first_seed: int = 0,
     device: str = "auto",
     team: Processes | None = None,
+    prompts: Path | None = None,
 ) -> dict[str, Any]:
-    """Generates at least `num_clips` videos, equally many of each class; finished ones are kept.
+    """Generates the videos to score: at least `num_clips`, equally many of each class; finished ones are kept.
+
+    With texts exactly `num_clips`: one of each prompt in the order of the table, up to the number that is needed, or if
+    there are fewer prompts, with as many seeds as it takes.
 
     Args:
         model: see `is_model`.
-        out: folder of the samples, `<class>/<seed>.mkv`; `generation.json` in it records how they were made.
+        out: folder of the samples, `<class>/<seed>.mkv`, or for prompts `<file>-<seed>.mkv`; `generation.json` in it
+            records how they were made.
         num_clips: number of clips that are needed.
         num_frames: frames of a video; by default those of the model.
         recipe: how to sample.
         first_seed: seed of the first video of each class; the following seeds follow.
         device: see `core.precision.pick_device`.
         team: processes that share the work.
+        prompts: table of prompts, see `generate`; for a model with texts.
 
     Returns:
         Facts of the model for the report.
 
     Raises:
-        ValueError: if the model cannot be loaded or needs texts, or `out` has videos that were made differently.
+        ValueError: if the model cannot be loaded, prompts are missing or not wanted, or `out` has videos that were made
+            differently.
     """
     source = model_source(model)
     config = load_pipeline(source).transformer.config
-    if config["text_dim"]:
-        raise ValueError(
-            f"generated is {model}, a model that needs texts: use `lavita sample`, then score the folder of its videos"
-        )
-    clips_per_class = -(-num_clips // (config["num_classes"] or 1))
-    seeds = f"{first_seed}-{first_seed + clips_per_class - 1}"
-    generate(model, out, seeds=seeds, recipe=recipe, num_frames=num_frames, suffix=LOSSLESS, device=device, team=team)
+    if bool(config["text_dim"]) != (prompts is not None):
+        needs = "needs texts: give a table of them with --prompts" if config["text_dim"] else "takes no prompts"
+        raise ValueError(f"generated is {model}, a model that {needs}")
+    groups = config["num_classes"] or 1
+    if prompts is not None:
+        groups = min(num_clips, sum(len(set(texts)) for texts in read_captions(prompts).values()))
+    clips_per_group = -(-num_clips // groups)
+    seeds = f"{first_seed}-{first_seed + clips_per_group - 1}"
+    generate(
+        model,
+        out,
+        prompt_table=prompts,
+        most=None if prompts is None else num_clips,
+        seeds=seeds,
+        recipe=recipe,
+        num_frames=num_frames,
+        suffix=LOSSLESS,
+        device=device,
+        team=team,
+    )
     return {"source": model, "weights": _weights(source, model), "seeds": seeds}
 
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from lavita.models.embeddings import rotate
 
-# The tokens that a block's attention mixes: those of one frame; those at one place of all frames; first the former,
-# then the latter, in two attentions; or both at once, with half of the heads each.
+# The tokens that a block's attention mixes: those of one frame; those at one place of all frames; or both, in two
+# attentions, one after the other or side by side.
 Mixing = Literal["space", "time", "space_then_time", "space_and_time"]
 Conditioning = Literal["s_adaln", "all_tokens"]
 Vectors = tuple[torch.Tensor, ...]
@@ -56,7 +56,7 @@ def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.T
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention in space, in time, or in both with half of the heads each.
+    """Multi-head self-attention in space or in time.
 
     The mixin marks it as an attention for diffusers' step caches; it has no processors.
     """
@@ -71,30 +71,14 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(
-        self, x: torch.Tensor, mixing: Literal["space", "time", "space_and_time"], frames: FrameLayout
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mixing: Literal["space", "time"], frames: FrameLayout) -> torch.Tensor:
         """Tokens (B, F, N, D) to tokens (B, F, N, D).
 
-        A token attends to the tokens of its frame (`space`), to those at its place in the other frames (`time`; all
-        frames must be the video's), or to the former with the first half of the heads and to the latter with the second
-        (`space_and_time`). One linear layer then adds the two halves' contributions (Sec. 3.2, Variant 4); for an image
-        the second half's is zero.
+        A token attends to the tokens of its frame (`space`), or to those at its place in the other frames (`time`; all
+        frames must be the video's).
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, F, N, 3, h, d)
-        if mixing == "space":
-            mixed = attend_in_space(qkv)
-        elif mixing == "time":
-            mixed = attend_in_time(qkv, frames.rotation)
-        else:
-            half, video = self.num_heads // 2, frames.num_video
-            parts = [attend_in_space(qkv[..., :half, :])]  # (B, F, N, h/2, d)
-            if video:
-                in_time = attend_in_time(qkv[:, :video, ..., half:, :], frames.rotation)  # (B, V, N, h/2, d)
-                parts.append(F.pad(in_time, (0, 0) * 3 + (0, x.shape[1] - video)))  # (B, F, N, h/2, d)
-            else:
-                parts.append(torch.zeros_like(parts[0]))
-            mixed = torch.cat(parts, dim=3)
+        mixed = attend_in_space(qkv) if mixing == "space" else attend_in_time(qkv, frames.rotation)
         return self.proj(mixed.flatten(-2))
 
 
@@ -154,8 +138,10 @@ class TransformerBlock(nn.Module):
     """The vanilla block (A.2): one or two attentions, then an MLP, each after a LayerNorm and with a residual path.
 
     With S-AdaLN, in its adaLN-Zero form, each layer f adds `gate * f(LayerNorm(x) (1 + scale) + shift)` to x; the two
-    attentions of Variant 3 share their three vectors, as its parameter count in Table 3 implies. With all tokens, the
-    condition is among the tokens, and each layer adds `f(LayerNorm(x))`, where the norm has weights of its own.
+    attentions of Variant 3 share their three vectors, as its parameter count in Table 3 implies. The two of Variant 4
+    have one norm, too, and half of the heads each, twice as wide: their outputs are added, so that together they are
+    one layer f. With all tokens, the condition is among the tokens, and each layer adds `f(LayerNorm(x))`, where the
+    norm has weights of its own.
 
     With `gradient_checkpointing`, set by `LavitaTransformer3DModel.enable_gradient_checkpointing`, autograd keeps only
     the block's input, and the backward pass computes the rest again (Chen et al. 2016). With `compiled`, the block runs
@@ -168,18 +154,20 @@ class TransformerBlock(nn.Module):
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, mixing: Mixing, conditioning: Conditioning = "s_adaln"
     ) -> None:
-        """Builds a block; `space_and_time` needs an even `num_heads`."""
+        """Builds a block; `space_and_time` needs an even `num_heads`, of which each attention gets half."""
         super().__init__()
         self.gradient_checkpointing = False
         self.compiled = False
         self.mixing: Mixing = mixing
-        self.attn = Attention(hidden_size, num_heads)
-        self.temporal_attn = Attention(hidden_size, num_heads) if mixing == "space_then_time" else None
+        heads = num_heads // 2 if mixing == "space_and_time" else num_heads
+        self.attn = Attention(hidden_size, heads)
+        self.temporal_attn = Attention(hidden_size, heads) if mixing in ("space_then_time", "space_and_time") else None
         self.mlp = Mlp(hidden_size, mlp_ratio)
         plain = conditioning == "all_tokens"
         self.adaLN_modulation = None if plain else modulation(hidden_size, 6)
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6) if plain else None
-        self.norm_temporal = nn.LayerNorm(hidden_size, eps=1e-6) if plain and self.temporal_attn else None
+        own_norm = plain and mixing == "space_then_time"
+        self.norm_temporal = nn.LayerNorm(hidden_size, eps=1e-6) if own_norm else None
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6) if plain else None
 
     def forward(
@@ -214,14 +202,23 @@ class TransformerBlock(nn.Module):
                 moving = residual(moving, self.norm2, mlp_vectors, self.mlp)
             return join(moving, still)
         attn_vectors, mlp_vectors = split_vectors(vectors, frames.condition_rows)
-        mixing: Literal["space", "space_and_time"] = "space_and_time" if self.mixing == "space_and_time" else "space"
-        x = residual(x, self.norm1, attn_vectors, lambda y: self.attn(y, mixing, frames))
-        if self.temporal_attn is not None and frames.num_video:
+        x = residual(x, self.norm1, attn_vectors, lambda y: self._attend(y, frames))
+        if self.mixing == "space_then_time" and frames.num_video:
+            assert self.temporal_attn is not None
             moving, still = x[:, : frames.num_video], x[:, frames.num_video :]
             attend, first = self.temporal_attn, attn_vectors and tuple(vector[:, :1] for vector in attn_vectors)
             moving = residual(moving, self.norm_temporal, first, lambda y: attend(y, "time", frames))
             x = join(moving, still)
         return residual(x, self.norm2, mlp_vectors, self.mlp)
+
+    def _attend(self, x: torch.Tensor, frames: FrameLayout) -> torch.Tensor:
+        """Attention in space; of Variant 4 in time, too, whose output is added to that of the video's frames."""
+        mixed = self.attn(x, "space", frames)
+        if self.mixing != "space_and_time" or not frames.num_video:
+            return mixed
+        assert self.temporal_attn is not None
+        moving, still = mixed[:, : frames.num_video], mixed[:, frames.num_video :]
+        return join(moving + self.temporal_attn(x[:, : frames.num_video], "time", frames), still)
 
 
 @cache

@@ -18,16 +18,18 @@ class ModelConfig(StrictConfig):
     """Size and patch: one of S, B, L, XL, or `tiny`, `mini`, `small` for laptops, then /1, /2, /4 or /8."""
     variant: Literal[1, 2, 3, 4] = 2
     """Order of spatial and temporal attention (Sec. 3.2 of the paper). 1: all spatial blocks, then all temporal ones;
-    2: alternating blocks; 3: spatial, then temporal attention in each block; 4: half of the heads spatial, half
-    temporal."""
+    2: alternating blocks; 3: spatial, then temporal attention in each block; 4: both side by side, with half of the
+    heads each."""
     patch_embedding: Literal["uniform", "compression"] = "uniform"
     """What becomes a token (Sec. 3.3): `uniform`: a patch of one frame; `compression`: a tube of several frames."""
     tube_size: int | None = Field(None, ge=2)
     """Frames per tube, with `compression`; 2 by default."""
     conditioning: Literal["s_adaln", "all_tokens"] = "s_adaln"
     """How timestep and label enter (Sec. 3.4): `s_adaln`: they modulate norms and gates; `all_tokens`: as tokens."""
-    temporal_position: Literal["absolute", "rope"] = "absolute"
-    """Positions of the frames (Sec. 3.5): `absolute`: sin-cos, added to the tokens; `rope`: rotary."""
+    temporal_position: Literal["absolute", "absolute_input", "rope"] = "absolute"
+    """Positions of the frames (Sec. 3.5): `absolute`: sin-cos, added to the tokens before the first temporal attention,
+    in Variant 1 after half of the blocks, as in the published code; `absolute_input`: added at the input, as Sec. 3.3
+    says; `rope`: rotary."""
     text_encoder: str | None = None
     """Path or hub id of the text encoder, with `data.captions`: any of transformers' with a pooled output; by default
     the CLIP of Stable Diffusion 1.4."""

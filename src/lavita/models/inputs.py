@@ -6,7 +6,7 @@ Legend: B batch, F frames, C channels, H W latent size, I images after a video, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -16,7 +16,7 @@ from lavita.models.presets import block_plan
 
 PATCH_EMBEDDINGS = ("uniform", "compression")
 CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
-TEMPORAL_POSITIONS = ("absolute", "rope")
+TEMPORAL_POSITIONS = ("absolute", "absolute_input", "rope")
 
 
 MOST_BLOCKS, MOST_VALUES = 2**12, 2**31
@@ -111,7 +111,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
             )
     if config["variant"] == 4 and num_heads % 2:
         raise ValueError(f"num_heads is {num_heads}, but must be even for variant 4: half of them attend in time")
-    if config["temporal_position"] == "rope" and hidden_size // num_heads % 2:
+    is_odd = config["variant"] != 4 and hidden_size // num_heads % 2  # of Variant 4 the heads are twice as wide
+    if config["temporal_position"] == "rope" and is_odd:
         raise ValueError(
             f"hidden_size / num_heads is {hidden_size // num_heads}, but must be even for rope, which rotates pairs"
         )
@@ -119,6 +120,27 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"num_frames is {config['num_frames']}, but must be a multiple of tube_size ({config['tube_size']})"
         )
+
+
+def check_whole(config: Mapping[str, Any], missing: Iterable[str], is_reported: bool = False) -> None:
+    """Checks that a model's saved weights were all there, but for the fixed positions, which are computed.
+
+    Args:
+        config: the model's fields.
+        missing: names of the tensors that were not.
+        is_reported: whether the caller looks at these names itself.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    names = sorted(set(missing) - {"pos_embed", "temp_embed"})
+    if config["variant"] == 4 and "blocks.0.temporal_attn.qkv.weight" in names:
+        raise ValueError(
+            "it is a variant 4 of an earlier version, one attention whose heads were split between space and time; "
+            "this version's has two attentions, so train it again"
+        )
+    if names and not is_reported:
+        raise ValueError(f"its weights lack {', '.join(names[:3])}{' and more' if names[3:] else ''}")
 
 
 def check_inputs(

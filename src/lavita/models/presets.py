@@ -25,8 +25,8 @@ def block_plan(variant: int, num_blocks: int) -> list[Mixing]:
     """Lists what each block's attention mixes (Sec. 3.2, Fig. 2).
 
     Variant 1, late fusion: spatial blocks, then as many temporal ones. Variant 2, interleaved fusion: they alternate.
-    Variant 3: each block attends in space, then in time. Variant 4: each block attends in space with half of its heads
-    and in time with the other half.
+    Variant 3: each block attends in space, then in time. Variant 4: each block attends in space and, side by side, in
+    time, with half of the heads each.
 
     Raises:
         ValueError: for an unknown variant, or a number of blocks that does not fit it.
@@ -52,8 +52,9 @@ def block_plan(variant: int, num_blocks: int) -> list[Mixing]:
 def preset_sizes(preset: str, variant: int = 2) -> dict[str, int]:
     """Fields of the transformer's constructor for a preset such as `XL/2`.
 
-    A block of Variant 3 has a second attention, and so 22 D^2 weights instead of 18 D^2. This variant gets fewer
-    blocks, so that its number of parameters is as close as possible to the others' (23 blocks for XL, as in Table 3).
+    A block of Variants 3 and 4 has a second attention, and so 22 D^2 weights instead of 18 D^2. These variants get
+    fewer blocks, so that their number of parameters is as close as possible to the others' (23 blocks for XL, as in
+    Table 3).
 
     Raises:
         ValueError: for an unknown size or patch.
@@ -67,7 +68,7 @@ def preset_sizes(preset: str, variant: int = 2) -> dict[str, int]:
     hidden_size, num_blocks, num_heads = SIZES[size]
     return {
         "hidden_size": hidden_size,
-        "num_blocks": round(num_blocks * 18 / 22) if variant == 3 else num_blocks,
+        "num_blocks": round(num_blocks * 18 / 22) if variant in (3, 4) else num_blocks,
         "num_heads": num_heads,
         "patch_size": int(patch),
     }

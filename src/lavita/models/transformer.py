@@ -33,7 +33,7 @@ from lavita.models.embeddings import (
     spatial_positions,
     temporal_positions,
 )
-from lavita.models.inputs import check_fields, check_inputs, frames_per_tube
+from lavita.models.inputs import check_fields, check_inputs, check_whole, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
 
 
@@ -96,7 +96,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             patch_size: P; divides `sample_size`.
             hidden_size: D; a multiple of 4 and of `num_heads`.
             num_blocks: spatial and temporal blocks together; even for Variants 1 and 2.
-            num_heads: attention heads; even for Variant 4.
+            num_heads: attention heads; even for Variant 4, whose two attentions have half of them each.
             mlp_ratio: width of the MLP's hidden layer, as a multiple of D.
             variant: 1 to 4, see `block_plan`.
             patch_embedding: `uniform`: each frame is cut into patches (Sec. 3.3); `compression`: tubes of `tube_size`
@@ -104,8 +104,9 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             tube_size: S; divides `num_frames` and the length of every clip. Ignored with `uniform`.
             conditioning: `s_adaln`: timestep and label modulate norms and gates; `all_tokens`: they are tokens of
                 every frame, in plain blocks (Sec. 3.4).
-            temporal_position: `absolute`: sin-cos, added once, before the first temporal attention; `rope`: rotary, in
-                every temporal attention (Sec. 3.5).
+            temporal_position: `absolute`: sin-cos, added once, before the first block with temporal attention, as the
+                published weights have it; `absolute_input`: the same, added to the input of the first block (Sec. 3.3);
+                `rope`: rotary, in every temporal attention (Sec. 3.5).
             num_classes: number of classes; 0 for a model without classes.
             class_names: names of the classes, in the order of their labels.
             text_dim: width of the pooled text embeddings of a text-conditional model (Sec. 4.4); 0 for none.
@@ -143,10 +144,11 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         elif text_dim:
             self.y_embedder = TextEmbedder(text_dim, hidden_size)
         self.register_buffer("pos_embed", spatial_positions(grid, hidden_size))  # (1, N, D)
-        if temporal_position == "absolute":
+        if temporal_position != "rope":
             steps = np.arange(num_frames // self.tube_size, dtype=np.float64)
             self.register_buffer("temp_embed", temporal_positions(steps, hidden_size))  # (1, T, D)
-        self.first_temporal = next(index for index, mixing in enumerate(plan) if mixing != "space")
+        first = next(index for index, mixing in enumerate(plan) if mixing != "space")
+        self.first_temporal = 0 if temporal_position == "absolute_input" else first
         kind: Conditioning = "all_tokens" if conditioning == "all_tokens" else "s_adaln"
         self.blocks = nn.ModuleList(
             TransformerBlock(hidden_size, num_heads, mlp_ratio, mixing, kind) for mixing in plan
@@ -183,6 +185,19 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             ValueError: for an unknown preset, or fields that do not fit together.
         """
         return cls(**{**preset_sizes(preset, fields.get("variant", 2)), **fields})
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options: Any) -> Any:  # type: ignore[override]
+        """See `ModelMixin.from_pretrained`; weights that lack a tensor, which would stay random, are refused.
+
+        Raises:
+            ValueError: naming what is missing, unless `output_loading_info` asks for that.
+        """
+        wants_report = options.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(source, output_loading_info=True, **options)
+        model, report = loaded
+        check_whole(model.config, report["missing_keys"], wants_report)
+        return (model, report) if wants_report else model
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: Xavier for linear layers, small embeddings, zeros where a block or the model ends."""
@@ -237,7 +252,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 `num_images` (B, 1 + I), the video's label and each image's own.
             text_embeds: for a model with texts, pooled embeddings (B, text_dim) or (B, 1 + I, text_dim).
             num_images: I; the last I of the F frames are independent images, not frames of the video: they pass the
-                spatial modules only (Sec. 3.6), in Variant 4 the spatial heads.
+                spatial modules only (Sec. 3.6).
             use_temporal: False treats every frame as an image (A.4).
             return_dict: return a `TransformerOutput` rather than a tuple.
             modulation: the output of `modulate` for these timesteps and conditions, if it is known; not with images.
@@ -265,7 +280,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 num_tokens = tokens.shape[2]
                 x = torch.cat([tokens, x], dim=2)  # (B, T, K + N, D)
         for index, block in enumerate(self.blocks):
-            if index == self.first_temporal and frames.num_video and self.config["temporal_position"] == "absolute":
+            if index == self.first_temporal and frames.num_video and self.config["temporal_position"] != "rope":
                 x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
             x = block(x, condition, frames, vectors[index])  # (B, T, K + N, D)
         patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)
@@ -325,7 +340,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             return FrameLayout(0, None, rows)
         rotation = None
         if self.config["temporal_position"] == "rope":
-            head_size = self.config["hidden_size"] // self.config["num_heads"]
+            heads = self.config["num_heads"] // (2 if self.config["variant"] == 4 else 1)
+            head_size = self.config["hidden_size"] // heads
             rotation = rotary_positions(self._positions(num_video), head_size).to(x.device)
         return FrameLayout(num_video, rotation, rows)
 

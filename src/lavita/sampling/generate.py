@@ -16,7 +16,7 @@ from lavita.core.files import folded, inside, replacing
 from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
-from lavita.core.seeds import generator
+from lavita.core.seeds import DRAWS, generator
 from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
 from lavita.models.adapters import apply_adapter
@@ -69,6 +69,7 @@ def generate(
     classes: str | Sequence[str] = "all",
     prompts: Sequence[str] = (),
     prompt_table: Path | None = None,
+    most: int | None = None,
     seeds: str = "0-3",
     recipe: Recipe = RECIPES["default"],
     num_frames: int | None = None,
@@ -92,6 +93,7 @@ def generate(
         prompts: texts for a text-conditional model.
         prompt_table: table of prompts, in a format of `captions.read_captions`; the videos of a row are written to
             `out/<file>-<seed>.mp4`, see `names.table_prefixes`.
+        most: generate the first of the videos only, at most so many.
         seeds: see `parse_seeds`.
         recipe: sampler, steps, guidance, and what makes sampling faster.
         num_frames: length of the videos; by default that of the training clips.
@@ -121,7 +123,7 @@ def generate(
     if adapter is not None:
         apply_adapter(pipeline.transformer, adapter, adapter_scale)
     config = pipeline.transformer.config
-    jobs = _plan_jobs(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)
+    jobs = _plan_jobs(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)[:most]
     if images:
         num_frames = 1
 
@@ -133,6 +135,7 @@ def generate(
         "use_temporal": not images,
         "frame_interval": config["frame_interval"],
         "fps": config["fps"],
+        "draws": DRAWS,
     }
     check_generation(out, settings)
     texts = {job.path: job.prompt for job in jobs}

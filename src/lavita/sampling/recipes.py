@@ -109,9 +109,10 @@ class Recipe:
         }
 
 
+# Of `paper`, the sampler and the number of steps are the public code's: the paper names none, and no guidance either.
 RECIPES = {
     "default": Recipe(),
-    "paper": Recipe(sampler="ddpm", steps=250),
+    "paper": Recipe(sampler="ddpm", steps=250, guidance_scale=1.0),
     "fast": Recipe(sampler="sde-dpm++", steps=8, guidance_interval=(100, 800)),
 }
 

@@ -25,6 +25,10 @@ def check_generation(out: Path, settings: Mapping[str, Any]) -> None:
         ValueError: for the first setting that differs.
     """
     before = read_generation(out)
+    if before is not None and before.get("draws", 1) != settings["draws"]:
+        raise ValueError(
+            f"{out}: holds videos of a version that drew other noise from the same seed; use another folder"
+        )
     for key in {**settings, **(before or {})}:
         if before is not None and before.get(key) != settings.get(key):
             raise ValueError(

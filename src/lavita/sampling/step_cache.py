@@ -42,8 +42,7 @@ class StepCache:
     """One cache on one model during one sampling loop.
 
     - `pab`: Pyramid Attention Broadcast (Zhao et al. 2024). Between timesteps 850 and 100, spatial attention is
-      computed at every 2nd step, temporal attention at every 4th; their outputs are reused in between. Attention with
-      both kinds of heads (Variant 4) counts as spatial.
+      computed at every 2nd step, temporal attention at every 4th; their outputs are reused in between.
     - `fastercache`: FasterCache (Lyu et al. 2024). Below timestep 641, with guidance, the unconditional half of the
       batch is estimated from the conditional one in 4 of 5 steps. In those steps, and without guidance in all steps
       below 681, every other attention is extrapolated from its last two outputs.

@@ -1,8 +1,9 @@
 """The paper's ablations (Fig. 5, Table 4) as runnable studies of configurations that differ in one field.
 
 Each arm of a study is a configuration. Everything else is the same for all arms, including the seeds and therefore the
-clips and the noise of every step. Each arm goes through the public commands: train, sample, evaluate. Finished parts
-are kept, so an interrupted study continues when the same command is run again.
+clips, timesteps and noise of every step; where the frame interval differs, the clips have the same first frames. Each
+arm goes through the public commands: train, sample, evaluate. Finished parts are kept, so an interrupted study goes on
+when the same command is run again.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ from rich.table import Column, Table
 
 from lavita.core.commands import run_command
 from lavita.core.files import write_json
+from lavita.core.seeds import DRAWS
+from lavita.data.clips import clip_span
+from lavita.models.autoencoder import downsampling, load_autoencoder
+from lavita.models.packaged import autoencoder_source
+from lavita.models.presets import PATCH_SIZES
+from lavita.training.config import RunConfig
 from lavita.video.contact_sheet import contact_sheet
 from lavita.video.reading import iter_frames
 
 Arms = Mapping[str, tuple[str, ...]]
 """For the name of each arm, the fields in which it differs, as `a.b=c`."""
 
+INTERVALS = (1, 2, 3, 4)
 VARIANTS = (1, 2, 3, 4)
 PATCH_EMBEDDINGS = ("uniform", "compression")
 CONDITIONINGS = ("s_adaln", "all_tokens")
@@ -51,7 +59,6 @@ def _combinations() -> Arms:
 
 
 STUDIES: dict[str, Arms] = {
-    "frame-interval": _one_field("data.frame_interval", (1, 2, 3, 4)),  # Fig. 5 (a)
     "temporal-position": _one_field("model.temporal_position", TEMPORAL_POSITIONS),  # Fig. 5 (b)
     "variant": _one_field("model.variant", VARIANTS),  # Fig. 5 (d), Table 4
     "patch-embedding": _one_field("model.patch_embedding", PATCH_EMBEDDINGS),  # Fig. 5 (e)
@@ -59,12 +66,43 @@ STUDIES: dict[str, Arms] = {
     "joint-training": _one_field("data.num_images", (0, 8)),  # Tables 1 and 2: LAVITA, LAVITA+IMG
     "combinations": _combinations(),
 }
-"""All studies by name. Fig. 5 (c), learning from an image model, needs weights: see `pretraining_arms`."""
+"""Studies whose arms do not depend on the shared configuration. Those that do: `variant_arms` (its four variants are
+here, too) and `frame_interval_arms`. Fig. 5 (c), learning from an image model, needs weights: `pretraining_arms`."""
+
+
+def frame_interval_arms(config: RunConfig) -> Arms:
+    """Fig. 5 (a): intervals of 1 to 4 frames, where the clips of all arms start at the same frames of the same videos.
+
+    So only starts are drawn that leave room for the longest clip, with interval 4.
+    """
+    span = clip_span(config.data.num_frames, max(INTERVALS))
+    return {f"frame_interval-{n}": (f"data.frame_interval={n}", f"data.start_span={span}") for n in INTERVALS}
+
+
+def variant_arms(config: RunConfig) -> Arms:
+    """Fig. 5 (d): the four variants at the configuration's patch size, and Variant 4 at twice this size.
+
+    The paper's Variant 4 did worst, and its operations in Table 3 are those of patch size 4, where the other variants
+    have 2. The fifth arm tells apart which of the two makes the difference. It is left out, with a line that says so,
+    if patches of twice the size do not divide the latents.
+    """
+    size, _, patch = config.model.preset.partition("/")
+    twice = 2 * int(patch)
+    unit = twice * downsampling(load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution)))
+    if twice not in PATCH_SIZES or config.data.resolution % unit:
+        print(f"Variant 4 is not compared at patch size {twice}: data.resolution is {config.data.resolution}")
+        return STUDIES["variant"]
+    return {**STUDIES["variant"], f"variant-4-patch-{twice}": ("model.variant=4", f"model.preset={size}/{twice}")}
 
 
 def pretraining_arms(weights: str) -> Arms:
-    """Fig. 5 (c): training from random weights, and from an image model (`train.init_from`)."""
-    return {"from-scratch": (), "pretrained": (f"train.init_from={weights}",)}
+    """Fig. 5 (c): training from random weights, and from an image model (`train.init_from`).
+
+    From the image model in the paper's way, where only positions and labels are adapted, and in ours, where attention
+    in time adds nothing at first.
+    """
+    given = f"train.init_from={weights}"
+    return {"from-scratch": (), "pretrained": (given, "train.init_closed=false"), "pretrained-closed": (given,)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +110,7 @@ class StudyPlan:
     """How the arms of a study are trained, sampled and scored."""
 
     out: Path
-    """Folder of the study: one folder per arm, `results.json`, `curves.png` and `contact_sheet.png`."""
+    """Folder of the study: one folder per arm, `study.json`, `results.json`, `curves.png` and `contact_sheet.png`."""
     config: str
     """Configuration shared by all arms: a YAML file, or the name of a packaged one."""
     overrides: tuple[str, ...] = ()
@@ -102,11 +140,21 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
         One row per arm: see `summarize_arm`.
 
     Raises:
-        ValueError: if the steps do not increase.
+        ValueError: if the steps do not increase, or finished parts drew other random numbers than this version does.
         CommandFailed: if a command failed; the same call continues from there.
     """
     if not plan.steps or list(plan.steps) != sorted(set(plan.steps)) or plan.steps[0] < 1:
         raise ValueError(f"steps is {plan.steps}, but must be increasing numbers of at least 1")
+    record = plan.out / "study.json"
+    if any((plan.out / name).exists() for name in arms):
+        drawn = json.loads(record.read_text(encoding="utf-8"))["draws"] if record.exists() else 1
+        if drawn != DRAWS:
+            raise ValueError(
+                f"{plan.out}: holds arms of a version that drew other clips and noise from the same seed, so that they "
+                "cannot be compared with new ones; use another out"
+            )
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"draws": DRAWS})
     rows = []
     for number, (name, fields) in enumerate(arms.items(), start=1):
         print(f"\n[{number}/{len(arms)}] {name}", flush=True)
@@ -130,7 +178,9 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
     arm = plan.out / name
     point = arm / f"step-{steps:08d}"
     run, samples = arm / "train", point / "samples"
-    settings = [f"run_dir={run}", f"train.steps={steps}", *plan.overrides, *fields]
+    own = any(field.startswith("model.preset=") for field in fields)
+    shared = [override for override in plan.overrides if not (own and override.startswith("model.preset="))]
+    settings = [f"run_dir={run}", f"train.steps={steps}", *shared, *fields]
     if not any(override.startswith("train.sample_every=") for override in plan.overrides):
         settings.append("train.sample_every=0")
     sample = ["sample", str(run / "pipeline"), "--out", str(samples)]

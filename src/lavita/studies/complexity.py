@@ -32,7 +32,6 @@ PATCH_EMBEDDING = "patch embedding"
 CONDITION_EMBEDDING = "condition embedding"
 SPATIAL_ATTENTION = "spatial attention"
 TEMPORAL_ATTENTION = "temporal attention"
-JOINT_ATTENTION = "spatial and temporal attention"
 MLP = "MLP"
 MODULATION = "modulation"
 NORMS = "norms"
@@ -125,8 +124,8 @@ def measure(
     The executed ones are the products of all linear and convolution layers, with S-AdaLN computed once per condition,
     and the products of all attentions. Table 3 counts as the profiler thop does on the authors' code: linear and
     convolution layers only, S-AdaLN repeated for every frame before spatial attention and for every patch before
-    temporal attention, and 2 per element of a LayerNorm. It also leaves out the weights and the work of Variant 3's
-    patch embedding.
+    temporal attention, and 2 per element of a LayerNorm. It also leaves out the weights and the work of the
+    patch embedding in Variants 3 and 4.
 
     Args:
         config: fields of the model's constructor, for example `model.config`.
@@ -165,7 +164,7 @@ def measure(
         paper_macs = sum(macs.values()) - products + counts["Global"].get(torch.ops.aten.native_layer_norm, 0)
         paper_macs += _repeated_modulation(shapes) - macs[MODULATION]
         paper_parameters = sum(parameters.values())
-        if model.config["variant"] == 3:
+        if model.config["variant"] in (3, 4):
             paper_macs -= macs[PATCH_EMBEDDING]
             paper_parameters -= parameters[PATCH_EMBEDDING]
         first = shapes[model.blocks[0]]
@@ -222,9 +221,8 @@ def truncated(count: int, unit: int) -> str:
 def _parts(model: LavitaTransformer3DModel) -> dict[str, str]:
     """The part that each module belongs to, by its path; every layer is in exactly one of these modules."""
     parts = {"x_embedder": PATCH_EMBEDDING, "t_embedder": CONDITION_EMBEDDING, "y_embedder": CONDITION_EMBEDDING}
-    attention = {"space": SPATIAL_ATTENTION, "time": TEMPORAL_ATTENTION, "space_and_time": JOINT_ATTENTION}
     for index, block in enumerate(model.blocks):
-        parts[f"blocks.{index}.attn"] = attention.get(str(block.mixing), SPATIAL_ATTENTION)
+        parts[f"blocks.{index}.attn"] = TEMPORAL_ATTENTION if block.mixing == "time" else SPATIAL_ATTENTION
         parts[f"blocks.{index}.temporal_attn"] = TEMPORAL_ATTENTION
         parts[f"blocks.{index}.mlp"] = MLP
         parts[f"blocks.{index}.adaLN_modulation"] = MODULATION

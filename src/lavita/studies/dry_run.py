@@ -188,7 +188,7 @@ def _fresh_parameters(model: LavitaTransformer3DModel, config: RunConfig, resume
     """Loads `train.init_from` into a new run's model; names of the parameters without pretrained weights."""
     settings = config.train
     if settings.init_from is not None and not resumed:
-        return initialize(model, settings.init_from, settings.init_weights).fresh
+        return initialize(model, settings.init_from, settings.init_weights, settings.init_closed).fresh
     return read_fresh(config.run_dir) if settings.freeze is not None or settings.lora_rank else set()
 
 

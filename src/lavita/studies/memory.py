@@ -2,7 +2,8 @@
 
 A rehearsal runs the real code, step by step, under `FakeTensorMode`, and tracks which storages are alive. The peak
 therefore follows the code as it is: which tensors autograd keeps, which attention kernel is chosen, which temporary
-tensors the optimizer makes. A rehearsal takes seconds and hardly any memory, whatever the size of the model.
+tensors the optimizer makes. A rehearsal takes seconds and hardly any memory, whatever the size of the model. What it
+cannot see is the scratch memory of a library within one operation, as of a matrix product in bf16 on a CPU.
 
 Legend: B batch, F frames (a clip's, then images), C channels, H W latent size.
 """

@@ -138,7 +138,9 @@ class BatchMaker:
             tables.append((captions, self.source.catalog))
         catalog = self.source.catalog
         self.class_names = catalog.class_names
-        self.sampler = ClipSampler(catalog, data.num_frames, data.frame_interval, data.horizontal_flip, seed)
+        self.sampler = ClipSampler(
+            catalog, data.num_frames, data.frame_interval, data.horizontal_flip, seed, span=data.clip_span
+        )
         self.image_source = self.source if data.images is None else open_images(data, vae, settings.precision)
         if data.image_captions is not None:
             captions, self.image_source.catalog = match_captions(
@@ -187,7 +189,9 @@ class BatchMaker:
         """The clips with some indices (from 0) in the batch of a step; by default all of them.
 
         A clip, its noise, timestep and label are pure functions of (seed, step, index): processes that share a batch
-        or cut it into micro-batches train on the same clips as a single process.
+        or cut it into micro-batches train on the same clips as a single process. They do not depend on the images that
+        follow, whose numbers come from a generator of their own, so that joint training sees the same clips with the
+        same noise at the same timesteps as training on videos alone.
 
         Raises:
             VideoError: if a video cannot be read and `data.broken` is `error`, or no clip in place of it can be read.
@@ -199,32 +203,46 @@ class BatchMaker:
         images, image_latents = self._read(self.image_source, self.image_sampler, step, image_indices)
         latents, noises, timesteps, drops = [], [], [], []
         for row, index in enumerate(indices):
-            parts = [clip_latents[row], *image_latents[row * count : (row + 1) * count]]
-            mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))  # (F + I, C, h, w)
-            random = generator(self.seed, "step", step, index)
-            sampled = mean + std * torch.randn(mean.shape, generator=random)
-            latents.append(sampled if self.statistics is None else self.statistics.normalize(sampled))
-            noises.append(torch.randn(mean.shape, generator=random))
+            drawn = [self._noised([clip_latents[row]], random := generator(self.seed, "step", step, index))]
             timesteps.append(self.timesteps.draw(random))
-            drops.append(torch.rand(1 + count, generator=random) < self.dropout)
+            drop = [torch.rand(1, generator=random)]
+            if count:
+                own = image_latents[row * count : (row + 1) * count]
+                drawn.append(self._noised(own, random := generator(self.seed, "images", step, index)))
+                drop.append(torch.rand(count, generator=random))
+            sampled, noise = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))  # (F + I, C, h, w)
+            latents.append(sampled)
+            noises.append(noise)
+            drops.append(torch.cat(drop) < self.dropout)
         batch = Batch(torch.stack(latents), torch.stack(noises), torch.stack(timesteps), None, None, count, clips)
         if not self.class_names and self.captions is None:
             return batch
         dropped = torch.stack(drops) if count else torch.stack(drops)[:, 0]
-        conditions: list[tuple[int, ClipDraw, Catalog]] = []  # each clip, then its images, numbered over the batch
+        conditions: list[
+            tuple[tuple[int, ...], ClipDraw, Catalog]
+        ] = []  # each clip, then its images, with their places
         for row, (index, draw) in enumerate(zip(indices, clips, strict=True)):
-            first = index * (1 + count)
-            conditions.append((first, draw, self.source.catalog))
-            for number, image in enumerate(images[row * count : (row + 1) * count], 1):
-                conditions.append((first + number, image, self.image_source.catalog))
+            conditions.append(((index,), draw, self.source.catalog))
+            for number, image in enumerate(images[row * count : (row + 1) * count]):
+                conditions.append(((index, number), image, self.image_source.catalog))
         if self.captions is None:
             labels = torch.tensor([self._label(draw, catalog) for _, draw, catalog in conditions]).view(dropped.shape)
             batch.class_labels = labels.masked_fill(dropped, len(self.class_names))
             return batch
         assert self.text_table is not None, "the table of text embeddings comes before the first batch"
-        rows = [self.captions.draw(catalog.root, draw.video.name, step, number) for number, draw, catalog in conditions]
+        rows = [self.captions.draw(catalog.root, draw.video.name, step, *place) for place, draw, catalog in conditions]
         batch.text_embeds = self.text_table[torch.tensor(rows).view(dropped.shape).masked_fill(dropped, 0)]
         return batch
+
+    def _noised(
+        self, posteriors: Sequence[tuple[torch.Tensor, torch.Tensor]], random: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples latents (F, C, h, w) of frames with the given means and deviations, and draws noise for them."""
+        mean, std = (torch.cat(tensors) for tensors in zip(*posteriors, strict=True))
+        sampled = mean + std * torch.randn(mean.shape, generator=random)
+        if self.statistics is not None:
+            sampled = self.statistics.normalize(sampled)
+        return sampled, torch.randn(mean.shape, generator=random)
 
     def _read(
         self, source: ClipSource, sampler: ClipSampler, step: int, indices: range

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from lavita.core.files import inside, remove_partial, replacing, write_text
 from lavita.core.processes import Processes
+from lavita.core.seeds import DRAWS
 
 VERSION = 1
 STATE = "state.json"
@@ -143,7 +144,7 @@ def save_checkpoint(
                     )
                     raise OSError(errno.ENOENT, message, str(partial / unseen[0]))
                 files[".metadata"] = _size_and_checksum(partial / ".metadata")
-                state = {"version": VERSION, "step": step, "files": files, "facts": dict(facts)}
+                state = {"version": VERSION, "draws": DRAWS, "step": step, "files": files, "facts": dict(facts)}
                 write_text(partial / STATE, json.dumps(state), durable=True)
                 if target.exists():
                     _remove(target)  # a damaged one: this run resumed from one before it
@@ -158,7 +159,7 @@ def load_last_checkpoint(folder: Path, team: Processes | None = None) -> Checkpo
     A damaged one is named on the console and skipped in favour of the one before it.
 
     Raises:
-        ValueError: if there are checkpoints and none can be read.
+        ValueError: if there are checkpoints and none can be read, or the run would go on with other random numbers.
     """
     team = team or Processes()
     found: list[Path] = team.first_says(list_checkpoints(folder))
@@ -167,6 +168,11 @@ def load_last_checkpoint(folder: Path, team: Processes | None = None) -> Checkpo
         problem = next(filter(None, team.gather(_damage(path, team))), None)
         if problem is None:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if state.get("draws", 1) != DRAWS:
+                raise ValueError(
+                    f"{path}: is of a version that drew other clips or noise from the same seed, so that the run would "
+                    "not go on as it began; finish it with that version, or use another run_dir"
+                )
             metadata = _Reader(path).read_metadata()
             outlines = {
                 name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")

@@ -33,10 +33,14 @@ class TrainConfig(StrictConfig):
     checkpoint of this model."""
     init_weights: Literal["ema", "model"] | None = None
     """Weights to take from a .pt file that holds both: the averaged ones (`ema`) or the others (`model`)."""
+    init_closed: bool = True
+    """Close attention in time when starting from an image model: it adds nothing at first. `false`, as in the paper:
+    only positions and labels are adapted (Sec. 3.6), so that blocks which attend in time start as the image model's
+    blocks, and an attention in time beside the image model's starts random."""
     freeze: Literal["spatial", "temporal"] | None = None
     """Modules that are not trained, with `init_from`. `temporal`: the temporal blocks of Variants 1 and 2, the temporal
-    attention of Variant 3; `spatial`: all other modules. Parameters that `init_from` has no weights for, such as new
-    classes, are trained in either case."""
+    attention of Variants 3 and 4; `spatial`: all other modules. Parameters that `init_from` has no weights for, such as
+    new classes, are trained in either case."""
     lora_rank: int = Field(0, ge=0)
     """Rank of low-rank adapters that are trained instead of the weights, with `init_from`; 0 trains the weights. Needs
     the extra `lora`."""
@@ -65,8 +69,8 @@ class TrainConfig(StrictConfig):
     """Last steps of the run, over which the learning rate falls linearly to 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
-    clip_grad_norm: float = Field(1.0, gt=0)
-    """Largest norm of the gradient; a larger gradient is scaled down to it."""
+    clip_grad_norm: float | None = Field(1.0, gt=0)
+    """Largest norm of the gradient; a larger gradient is scaled down to it. `null`: none is, as in the paper."""
     timestep_sampling: TimestepSampling = "uniform"
     """Distribution of the timesteps of a flow: `uniform`; or `logit_normal`, which has most of them between data and
     noise, where the velocity is hardest to predict (Esser et al. 2024). Needs `model.prediction_type=flow`."""
@@ -80,7 +84,10 @@ class TrainConfig(StrictConfig):
     min_snr_gamma: float = Field(MIN_SNR_GAMMA, gt=0)
     """Largest weight of a timestep in terms of the clean latents, with `loss_weighting=min_snr`."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the exponential moving average of the weights; it is lower during the first steps (`ema.decay_at`)."""
+    """Decay of the exponential moving average of the weights."""
+    ema_warmup: bool = True
+    """Let the decay rise to `ema_decay`: at step n it is at most (1 + n) / (10 + n), which reaches 0.9999 at step
+    89,990, so that short runs forget their random start. `false`: `ema_decay` at every step, as in the paper."""
     power_ema: list[float] = Field(default_factory=list)
     """Relative lengths of further averages, which are stored in `averages/` with each checkpoint and kept for good:
     with `[0.05, 0.1]`, `lavita average` makes the average of any length after training (Karras et al. 2024). Each takes
@@ -162,6 +169,8 @@ class TrainConfig(StrictConfig):
             raise ValueError(f"power_ema is {self.power_ema}, but adapters have no such averages: set lora_rank=0")
         if self.init_weights is not None and self.init_from is None:
             raise ValueError("init_weights is set, but has no effect without init_from")
+        if not self.init_closed and self.init_from is None:
+            raise ValueError("init_closed is false, but has no effect without init_from")
         for key in ("freeze", "lora_rank"):
             if getattr(self, key) and self.init_from is None:
                 raise ValueError(
@@ -218,11 +227,6 @@ class RunConfig(StrictConfig):
             )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
-        if self.train.freeze is not None and model.variant == 4:
-            raise ValueError(
-                f"train.freeze is {self.train.freeze!r}, but must be left out with model.variant=4: spatial and "
-                "temporal heads share the parameters of a layer"
-            )
         if model.patch_embedding == "compression":
             if data.num_images:
                 raise ValueError(

@@ -6,17 +6,20 @@ import torch
 from torch import nn
 
 
-def decay_at(decay: float, step: int) -> float:
-    """The decay at a step (from 1): at most `(1 + step) / (10 + step)`, so that short runs forget their start."""
-    return min(decay, (1 + step) / (10 + step))
+def decay_at(decay: float, step: int, warmup: bool = True) -> float:
+    """The decay at a step (from 1): with a warm-up at most `(1 + step) / (10 + step)`.
+
+    Short runs then forget their start; 0.9999 is reached at step 89,990.
+    """
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
 class EMA:
     """Float32 averages of a model's trained weights, sharded like the weights."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        """Starts with the model's weights; `decay` in [0, 1) is the limit that `decay_at` reaches in long runs."""
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = True) -> None:
+        """Starts with the model's weights; for `decay`, in [0, 1), and `warmup` see `decay_at`."""
+        self.decay, self.warmup = decay, warmup
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
@@ -28,4 +31,4 @@ class EMA:
 
     def decay_of(self, step: int) -> float:
         """The decay at a step (from 1)."""
-        return decay_at(self.decay, step)
+        return decay_at(self.decay, step, self.warmup)

@@ -27,15 +27,14 @@ _FRESH = "init.json"
 def temporal_parameters(model: LavitaTransformer3DModel) -> set[str]:
     """Names of the parameters that only videos use: images skip the temporal modules (A.4).
 
-    In Variants 1 and 2 these are the temporal blocks, in Variant 3 the temporal attention of each block (and its norm,
-    with all tokens); with tubes also the layer that turns tubes into frames, which is the only one in Variant 4, where
-    spatial and temporal heads share the parameters of a layer.
+    In Variants 1 and 2 these are the temporal blocks, in Variants 3 and 4 the temporal attention of each block (in
+    Variant 3 also its norm, with all tokens); with tubes also the layer that turns tubes into frames.
     """
     prefixes = ["temporal_upsample."]
     for index, block in enumerate(model.blocks):
         if block.mixing == "time":
             prefixes.append(f"blocks.{index}.")
-        elif block.mixing == "space_then_time":
+        elif block.temporal_attn is not None:
             prefixes += [f"blocks.{index}.temporal_attn.", f"blocks.{index}.norm_temporal."]
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
 

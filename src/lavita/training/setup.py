@@ -242,7 +242,7 @@ def _initialize(model: LavitaTransformer3DModel, config: RunConfig, team: Proces
     """
     settings, run_dir = config.train, config.run_dir
     if settings.init_from is not None and not list_checkpoints(run_dir / "checkpoints"):
-        report = initialize(model, settings.init_from, settings.init_weights)
+        report = initialize(model, settings.init_from, settings.init_weights, settings.init_closed)
         if team.is_first:
             write_fresh(run_dir, report.fresh)
             write_text(run_dir / "init.txt", f"{report}\n")

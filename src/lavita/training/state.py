@@ -71,7 +71,7 @@ class TrainState:
             model=model,
             parallel=parallel,
             diffusion=make_objective(model.config["prediction_type"]),
-            ema=EMA(model, settings.ema_decay),
+            ema=EMA(model, settings.ema_decay, settings.ema_warmup),
             optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
             guard=StepGuard(settings.spike_factor),
             power=[PowerEMA(model, length) for length in settings.power_ema],

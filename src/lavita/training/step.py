@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,8 @@ def update(
     rate = learning_rate(settings, state.step)
     state.scale.unscale([parameter.grad for parameter in state.parameters if parameter.grad is not None])
     # Reading the norm waits for the device; reading the loss right after it costs no second wait.
-    norm = whole(torch.nn.utils.clip_grad_norm_(state.parameters, settings.clip_grad_norm)).item()
+    largest = math.inf if settings.clip_grad_norm is None else settings.clip_grad_norm  # inf changes no gradient
+    norm = whole(torch.nn.utils.clip_grad_norm_(state.parameters, largest)).item()
     own_loss = clip_losses.mean().item()
 
     verdict: Verdict = "overflow" if state.scale.overflowed(norm) else state.guard.judge(norm)

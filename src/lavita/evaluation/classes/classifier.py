@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lavita.core.files import replacing
 from lavita.core.progress import Progress
-from lavita.core.seeds import generator
+from lavita.core.seeds import DRAWS, generator
 from lavita.core.text import normal_name
 from lavita.data.catalog import Catalog
 from lavita.data.clips import center_crop_resize
@@ -36,8 +36,9 @@ from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]
 
-VERSION = 1
-"""Version of the network and its training; cached classifiers of another version are not used."""
+VERSION = DRAWS
+"""Version of the network and its training; cached classifiers of another version are not used. So far only what is
+drawn from a seed has changed."""
 MAX_FRAMES = 20_000
 """Training frames held in memory, 250 MB at 64 pixels."""
 FRAME_STEP = 4

@@ -19,12 +19,20 @@ from lavita.models.pretrained.reading import BLOCK_LAYERS, LABEL_TABLE, Source, 
 from lavita.models.transformer import LavitaTransformer3DModel
 
 
-def initialize(model: LavitaTransformer3DModel, source: str, weights: Weights | None = None) -> LoadReport:
+def initialize(
+    model: LavitaTransformer3DModel, source: str, weights: Weights | None = None, closed: bool = True
+) -> LoadReport:
     """Initialises a model with pretrained weights, as far as they fit.
 
-    With an image model's weights, a video model starts as this image model applied to every frame: the layers that mix
-    frames are closed, by a zero gate or a zero projection, and open in training (Sec. 3.6). Only the fixed temporal
-    positions (with `absolute`) distinguish the frames at first.
+    With an image model's weights, the attention in time of a video model is closed, by a zero gate or a zero
+    projection, and opens in training: at first no frame sees another. What a frame then passes through depends on the
+    variant. In Variant 3 it is the whole image model. In Variants 1 and 2 the blocks that attend in time keep their
+    MLPs only, so that half of the image model's attentions are missing. In Variant 4, which has half as many heads, two
+    of the image model's become one. Positions in time, unless they are rotary, are added to what the image model knows,
+    and distinguish the frames at first. So only Variant 3 with `rope` starts as the image model applied to every frame.
+
+    Without `closed`, only positions and labels are adapted (Sec. 3.6): the blocks of Variants 1 and 2 that attend in
+    time start as the image model's blocks, and the attentions in time of Variants 3 and 4 as they are.
 
     Tensors that the source does not have keep their initial values or become zero: the embedding of labels or texts if
     the source has no such condition, and the decoder if the source's predicts something else. Classes that the source
@@ -37,24 +45,27 @@ def initialize(model: LavitaTransformer3DModel, source: str, weights: Weights | 
             facebookresearch/DiT or of Latte.
         weights: which set of weights of a file to read: the averaged ones (`ema`) or the others (`model`). Required if
             it has both. A run has averaged ones only.
+        closed: whether attention in time adds nothing at first; only for an image model.
 
     Returns:
         Which tensors were taken. The weights of diffusers' `DiTTransformer2DModel` are used with DiT's own timestep
         frequencies, 10000^(-i/128), with which they were trained; diffusers' class computes 10000^(-i/127).
 
     Raises:
-        ValueError: for a source that is missing, damaged, of another kind or size, or holds more than tensors. The
-            model is then unchanged.
+        ValueError: for a source that is missing, damaged, of another kind or size, or holds more than tensors, or if
+            `closed` is false and has no effect. The model is then unchanged.
     """
-    return transfer_weights(model, open_source(source, weights))
+    return transfer_weights(model, open_source(source, weights), closed)
 
 
-def transfer_weights(model: LavitaTransformer3DModel, source: Source) -> LoadReport:
-    """Gives a model the weights of a source that was read; errors as in `initialize`."""
+def transfer_weights(model: LavitaTransformer3DModel, source: Source, closed: bool = True) -> LoadReport:
+    """Gives a model the weights of a source that was read; arguments and errors as in `initialize`."""
     _check_fields(model, source)
     transfer = _Transfer(model, source)
     if source.kind == "image":
-        _transfer_image(transfer)
+        _transfer_image(transfer, closed)
+    elif not closed:
+        raise ValueError(f"{source.name}: is a video model, whose attention in time init_closed=false would not change")
     else:
         _transfer_video(transfer)
     return transfer.finish()
@@ -308,8 +319,8 @@ def _transfer_decoder(transfer: _Transfer) -> None:
         transfer.drop("temporal_upsample.", why)
 
 
-def _transfer_image(transfer: _Transfer) -> None:
-    """Takes an image model's tensors such that every frame is this model's image, and no frame sees another."""
+def _transfer_image(transfer: _Transfer, closed: bool) -> None:
+    """Takes an image model's tensors; with `closed` such that no frame sees another."""
     tensors, config = transfer.source.tensors, transfer.model.config
     transfer.new_condition("the source's are classes of images (Sec. 3.6)")
     _transfer_decoder(transfer)
@@ -321,9 +332,9 @@ def _transfer_image(transfer: _Transfer) -> None:
     for name in transfer.pending():
         if name.startswith(("x_embedder.", "t_embedder.", "final_layer.adaLN_modulation.")):
             transfer.take(name)
-    _transfer_image_blocks(transfer)
+    _transfer_image_blocks(transfer, closed)
     starts = {
-        ".temporal_attn.proj.": ("zero: attention in time adds nothing at first", True),
+        **({".temporal_attn.proj.": ("zero: attention in time adds nothing at first", True)} if closed else {}),
         ".temporal_attn.": ("attention in time, which an image model does not have", False),
         "norm": ("a norm of all_tokens, which the source does not have", False),
         "temporal_upsample.": ("gives each frame of a tube its own channels", False),
@@ -338,8 +349,8 @@ def _transfer_image(transfer: _Transfer) -> None:
     transfer.drop("blocks.", "this model has no such block, or no such part in it")
 
 
-def _transfer_image_blocks(transfer: _Transfer) -> None:
-    """Takes an image model's blocks, evenly spaced if the numbers differ, and closes attention in time."""
+def _transfer_image_blocks(transfer: _Transfer, closed: bool) -> None:
+    """Takes an image model's blocks, evenly spaced if the numbers differ; `closed` closes attention in time."""
     config = transfer.model.config
     width, here, there = config["hidden_size"], config["num_blocks"], transfer.source.config["num_blocks"]
     plain = config["conditioning"] == "all_tokens"
@@ -351,24 +362,19 @@ def _transfer_image_blocks(transfer: _Transfer) -> None:
         closed[2 * width : 3 * width] = 0  # the gate follows shift and scale
         return closed
 
-    def close_heads(value: torch.Tensor) -> torch.Tensor:
-        closed = value.clone()
-        closed[:, width // 2 :] = 0  # the second half of the heads attends in time
-        return closed
-
     for index, mixing in enumerate(block_plan(config["variant"], here)):
         for layer in BLOCK_LAYERS:
             for part in ("weight", "bias"):
                 name, origin = f"blocks.{index}.{layer}.{part}", f"blocks.{picks[index]}.{layer}.{part}"
                 if name not in transfer.targets:
                     continue
-                if mixing == "time" and layer == "adaLN_modulation.1":
+                if closed and mixing == "time" and layer == "adaLN_modulation.1":
                     how, change = "the gate of attention in time is zero at first", close_gate
-                elif mixing == "time" and layer == "attn.proj" and plain:
+                elif closed and mixing == "time" and layer == "attn.proj" and plain:
                     transfer.new(name, "zero: attention in time adds nothing at first", zero=True)
                     continue
-                elif mixing == "space_and_time" and (layer, part) == ("attn.proj", "weight"):
-                    how, change = "columns of the heads that attend in time are zero at first", close_heads
+                elif mixing == "space_and_time" and layer == "attn.qkv":
+                    how, change = "two heads of the source are one, twice as wide", None
                 else:
                     how, change = "", None
                 how = "; ".join(filter(None, (how, spaced)))
