@@ -48,12 +48,13 @@ def first_stages(out: Path) -> list[Stage]:
     """The stages up to the one that measures how fast this computer trains."""
     data = out / "data"
     episodes = ("--train-episodes", TRAIN_EPISODES, "--heldout-episodes", HELDOUT_EPISODES)
-    encode = ("encode", "--data", f"{data}/train", "--out", f"{out}/latents", "--resolution", "64", "--no-flip")
-    encode += ("--autoencoder", "arcade")
+    latents = ("--out", f"{out}/latents", "--resolution", "64", "--no-flip", "--autoencoder", "arcade")
     probe = (f"train.steps={PROBE_STEPS}", "train.sample_every=0")
     return [
         Stage("Render an arcade data set", ("data", "arcade", f"{data}", *episodes)),
-        Stage("Encode every frame with the arcade model's autoencoder", encode),
+        Stage(
+            "Encode every frame with the arcade model's autoencoder", ("encode", "--data", f"{data}/train", *latents)
+        ),
         Stage("Measure how fast this computer trains", (*_train(out, "probe"), *probe)),
     ]
 
