@@ -75,7 +75,8 @@ def test_folders_are_classes_if_they_look_like_them(names: list[str], expected: 
 
 
 def test_patch_and_resolution() -> None:
-    assert [choose_patch(side) for side in (4, 8, 16, 32, 64)] == [1, 1, 2, 4, 8]
+    assert [choose_patch(side, 64) for side in (4, 8, 16, 32, 64)] == [1, 1, 2, 4, 8]
+    assert [choose_patch(side, 16) for side in (4, 8, 16, 32, 64)] == [1, 2, 4, 8, 8]
     assert choose_side(videos_side=720, most=64, unit=8) == 64
     assert choose_side(videos_side=100, most=128, unit=8) == 96
     assert choose_side(videos_side=100, most=128, unit=64) == 64
@@ -163,8 +164,8 @@ def chosen(videos: Path, seconds: float, **given: Any) -> tuple[Choice, dict[str
 
 def test_more_time_gives_a_larger_model(machine: dict[str, float], videos: Path) -> None:
     short, lines = chosen(videos, 600.0)
-    assert short.config.model.preset == "mini/2" and short.config.data.resolution == 64
-    assert "small would get " in lines["model"] and " of 5,000" in lines["model"]
+    assert short.config.model.preset == "mini/4" and short.config.data.resolution == 64
+    assert "small would get " in lines["model"] and " of 1,080" in lines["model"]
     assert short.config.train.learning_rate == 3e-3 and short.config.train.optimizer == "muon"
     assert short.config.model.prediction_type == "flow" and short.config.data.normalize_latents
     assert short.config.data.horizontal_flip and short.videos is not None and len(short.videos) == 30
@@ -175,16 +176,16 @@ def test_more_time_gives_a_larger_model(machine: dict[str, float], videos: Path)
     assert "30.2 dB" in lines["autoencoder"] and "fine detail will be missing" in lines["autoencoder"]
 
     longer, lines = chosen(videos, 3600.0)
-    assert longer.config.model.preset == "small/2"
+    assert longer.config.model.preset == "small/4"
     assert "large enough for 150 clips without common frames" in lines["model"]
     assert longer.config.train.learning_rate == 1.5e-3
-    assert "not measured" in lines["training"] and "not measured" in lines["expect"]
+    assert "docs/results.md, Real footage" in lines["training"] and "docs/results.md" in lines["expect"]
 
 
 def test_a_slow_machine_is_told_what_to_expect(machine: dict[str, float], videos: Path) -> None:
     machine.update(mini=2.0, psnr=23.0, encode=0.1, clip=0.5)
     found, lines = chosen(videos, 600.0)
-    assert found.config.model.preset == "mini/2" and "the smallest one" in lines["model"]
+    assert found.config.model.preset == "mini/4" and "the smallest one" in lines["model"]
     assert lines["expect"].startswith("blurred samples: useful ones take about 1,000 steps")
     assert "poor" in lines["autoencoder"] and "lavita autoencoder train" in lines["autoencoder"]
     assert found.videos is None and lines["latents"].startswith("encoded while training")

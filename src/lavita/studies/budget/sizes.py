@@ -51,15 +51,17 @@ def choose_size(
     rows: Iterable[table.Row] = table.ROWS if preset is None else [row_of(preset.partition("/")[0])]
     best: tuple[table.Row, StepTrial, dict[str, Any], str] | None = None
     why = "as given" if preset is not None else "the largest one"
+    resolution = load(chosen, given).data.resolution
+    tokens = table.FEW_TOKENS if device.type == "cpu" and resolution <= table.SMALL_SIDE else table.TOKENS
     for row in rows:
         if best is not None and num_clips < row.least_clips:
             why = f"large enough for {num_clips:,} clips without common frames"
             break
-        size = latent_size(vae, load(chosen, given).data.resolution)
+        size = latent_size(vae, resolution)
         batch_size = math.ceil(row.batch_size / accumulation) * accumulation
         values: dict[str, Any] = {}
         merge(values, chosen)
-        put(values, "model", preset=f"{row.size}/{choose_patch(size)}")
+        put(values, "model", preset=f"{row.size}/{choose_patch(size, tokens)}")
         put(values, "train", batch_size=batch_size, optimizer=row.optimizer, learning_rate=row.learning_rate)
         config = load(values, given)
         check_resolution(config, vae)

@@ -34,14 +34,14 @@ RECIPE: TrainingRecipe = "modern"
 # The rate of a row that was not measured is that of `mini` times the ratio of the widths, as in the recipe.
 ROWS = (
     Row("mini", 8, "muon", 3e-3, 1_000, 0, "docs/results.md, The demo: arcade, velocity prediction, 16 tokens a frame"),
-    Row("small", 8, "muon", 1.5e-3, 5_000, 100, ""),
+    Row("small", 8, "muon", 1.5e-3, 1_080, 100, "docs/results.md, Real footage: faces, flow, 16 tokens a frame"),
     Row("S", 8, "muon", 1e-3, 20_000, 1_000, ""),
     Row("B", 8, "muon", 5e-4, 100_000, 10_000, ""),
 )
 """From the smallest to the largest."""
 
-TOKENS = 64
-"""Tokens of a frame that the patch is chosen for."""
+TOKENS, FEW_TOKENS = 64, 16
+"""Tokens of a frame that the patch is chosen for; the smaller number is for a short training on a CPU."""
 SIDES = (8, 16, 24, 32, 48, 64, 96, 128)
 """Resolutions that are chosen."""
 SMALL_SIDE = 64

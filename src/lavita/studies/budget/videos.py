@@ -11,7 +11,7 @@ from lavita.core.config import ConfigError
 from lavita.core.progress import clock
 from lavita.data.clips import clip_span
 from lavita.models.presets import PATCH_SIZES
-from lavita.studies.budget.table import CACHE_SHARE, CLIP_FRAMES, CLIP_RATE, LEAST_CACHED, SIDES, TOKENS
+from lavita.studies.budget.table import CACHE_SHARE, CLIP_FRAMES, CLIP_RATE, LEAST_CACHED, SIDES
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "heldout", "held-out"})
 MOST_CLASSES = 1000
@@ -93,10 +93,10 @@ def choose_clips(
     return Clips(min(fitting, CLIP_FRAMES), interval, why)
 
 
-def choose_patch(latent_side: int) -> int:
-    """The patch that gives a frame of the latents the number of tokens closest to `TOKENS`."""
+def choose_patch(latent_side: int, tokens: int) -> int:
+    """The patch that gives a frame of the latents the number of tokens closest to `tokens`."""
     fitting = [patch for patch in PATCH_SIZES if latent_side % patch == 0]
-    return min(fitting, key=lambda patch: abs(math.log((latent_side // patch) ** 2 / TOKENS)))
+    return min(fitting, key=lambda patch: abs(math.log((latent_side // patch) ** 2 / tokens)))
 
 
 def choose_side(videos_side: int, most: int, unit: int) -> int:
