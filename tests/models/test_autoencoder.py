@@ -101,7 +101,7 @@ def test_a_frame_does_not_depend_on_the_others(side: int, count: int, vae: Autoe
 
 
 def test_pixels_do_not_depend_on_the_place_in_a_piece(vae: Any) -> None:
-    latents = noise(4, 4, 16, 16)
+    latents = noise(4, vae.config["latent_channels"], 16, 16)
     pixels = vae.decode(latents).sample
     order = [2, 0, 3, 1]
     assert torch.equal(vae.decode(latents[order]).sample, pixels[order])

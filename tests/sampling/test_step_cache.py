@@ -153,13 +153,14 @@ def test_taylorseer_extrapolates_the_decoders_output(variant: int, build: BuildP
 
 
 def test_a_trained_models_videos_stay_near() -> None:
-    """The relative RMS distance of latents in float32; measured: 0.065, 0.047 and 0.019."""
+    """The relative RMS distance of the latents of six seeds in float32; measured: 0.19, 0.084 and 0.074."""
     pipeline = load_pipeline(model_source("builtin"))
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 15, "guidance_scale": 1.5, "num_frames": 4}
-    expected = sample(pipeline, [2], **options)
-    for cache, bound in zip(CACHES, (0.1, 0.07, 0.03), strict=True):
-        assert 1e-3 < relative(sample(pipeline, [2], **options, cache=cache), expected) < bound, cache
+    seeds = list(range(6))
+    expected = sample(pipeline, seeds, **options)
+    for cache, bound in zip(CACHES, (0.3, 0.13, 0.12), strict=True):
+        assert 1e-3 < relative(sample(pipeline, seeds, **options, cache=cache), expected) < bound, cache
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -57,7 +57,7 @@ def test_a_folder_of_videos_becomes_a_pipeline_samples_and_a_page(
     seconds, begin = 8.0, time.monotonic()
     assert within(videos, seconds) == tmp_path / "run" / "pipeline"
     took, run_dir = time.monotonic() - begin, tmp_path / "run"
-    assert 0.5 * seconds < took < 2 * seconds, "closer bounds are for a simulated clock: test_budget.py"
+    assert took > 0.5 * seconds, "bounds on both sides are for a simulated clock: test_budget.py"
 
     out = capsys.readouterr().out
     choices, results = (dict(line.split(maxsplit=1) for line in part.splitlines()) for part in out.split("\n\n"))

@@ -20,7 +20,7 @@ def show_config(
         list[str] | None,
         typer.Argument(
             metavar="[SOURCE] [A.B=C]...",
-            help="A packaged configuration (demo, autoencoder), a YAML file, or the folder of a run; "
+            help="A packaged configuration (demo, faces, autoencoder), a YAML file, or the folder of a run; "
             "without one, the defaults. Then fields to change.",
             show_default=False,
         ),
