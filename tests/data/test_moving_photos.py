@@ -23,14 +23,14 @@ def write_photo(path: Path, size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def test_every_photograph_gets_its_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_photo(tmp_path / "photos" / "a" / "wide.png", (200, 100), 0)
+    write_photo(tmp_path / "photos" / "a" / "tall.png", (200, 100), 0)
     write_photo(tmp_path / "photos" / "tall.jpg", (70, 150), 1)
     write_photo(tmp_path / "photos" / "tiny.png", (63, 100), 2)
     (tmp_path / "photos" / "broken.png").write_bytes(b"not a picture")
 
     assert render_moving_photos(tmp_path / "photos", tmp_path / "out", 2, 3, 32) == 4
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["a_wide-0.mp4", "a_wide-1.mp4", "tall-0.mp4", "tall-1.mp4"]
+    assert names == ["0000-tall-0.mp4", "0000-tall-1.mp4", "0001-tall-0.mp4", "0001-tall-1.mp4"]
     for name in names:
         frames = np.stack(list(iter_frames(tmp_path / "out" / name)))
         assert frames.shape == (3, 32, 32, 3)

@@ -28,7 +28,7 @@ _SMALLEST_SIDE = 64
 def render_moving_photos(
     photos: Path, out: Path, videos_per_photo: int = 4, num_frames: int = 16, resolution: int = 128, seed: int = 0
 ) -> int:
-    """Writes `<out>/<photo>-<number>.mp4` for each photograph below a folder.
+    """Writes `<out>/<place>-<photo>-<number>.mp4` for each photograph below a folder.
 
     Args:
         photos: folder of images; those smaller than 64 pixels and those that cannot be read are named and left out.
@@ -59,8 +59,8 @@ def render_moving_photos(
             rng = numpy_generator(seed, "moving-photos", place, number)
             other = everything[int(rng.integers(len(everything)))]
             frames = moving_photo(picture, other, rng, num_frames, resolution)
-            name = "_".join(path.relative_to(photos).with_suffix("").parts)
-            write_video(out / f"{name}-{number}.mp4", frames, FPS)
+            # The place keeps apart photographs of one name in several folders or formats.
+            write_video(out / f"{place:04d}-{path.stem}-{number}.mp4", frames, FPS)
             count += 1
             progress.update(count)
     return count
