@@ -20,7 +20,7 @@ TINY: dict[tuple[str, ...], list[str]] = {
     ("sample",): ["pipeline", "--out", "out", "--seeds", "0", "--steps", "1"],
     ("encode",): ["--data", "in", "--out", "out", "--autoencoder", "pipeline/vae", "--resolution", "16"],
     ("data", "inspect"): ["in"],
-    ("data", "photos"): ["photos", "out", "--videos-per-photo", "1", "--num-frames", "1", "--resolution", "16"],
+    ("data", "photos"): ["in", "out", "--videos-per-photo", "1", "--num-frames", "1", "--resolution", "16"],
     ("data", "arcade"): ["out", "--train-episodes", "0", "--heldout-episodes", "0", "--num-frames", "1"],
     ("evaluate",): ["--real", "in", "--generated", "in", "--metrics", "motion"],
     ("convert",): ["pipeline", "out/latte.pt"],

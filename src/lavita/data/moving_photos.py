@@ -6,17 +6,18 @@ changes between them, for which such videos serve as well as filmed ones.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter
 
 from lavita.core.files import check_outside
-from lavita.core.progress import Progress
+from lavita.core.progress import Progress, say
 from lavita.core.seeds import numpy_generator
-from lavita.video.formats import FRAME_SUFFIXES, Frames
+from lavita.data.catalog import scan
+from lavita.video.formats import Frames
+from lavita.video.reading import iter_frames
 from lavita.video.writing import write_video
 
 FPS = 25
@@ -31,39 +32,38 @@ def render_moving_photos(
     """Writes `<out>/<place>-<photo>-<number>.mp4` for each photograph below a folder.
 
     Args:
-        photos: folder of images; those smaller than 64 pixels and those that cannot be read are named and left out.
+        photos: folder of images; those smaller than 64 pixels and those that cannot be read are left out and counted.
         out: folder to write to, outside of `photos`.
         videos_per_photo: videos of each photograph, with different movements.
         num_frames: frames of a video, at 25 per second.
         resolution: side of the frames in pixels.
-        seed: seed of the movements; a video depends on it, its photograph's place and its number alone.
+        seed: seed of the movements; a video depends on it, its number, and the photographs.
 
     Returns:
         The number of videos.
 
     Raises:
         ValueError: if there is no photograph to use.
+        VideoError: if one of them turns out to be damaged; it is named.
     """
     check_outside("out", out, photos)
-    if not photos.is_dir():
-        raise ValueError(f"{photos}: no such folder of photographs")
-    paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in FRAME_SUFFIXES)
-    pictures = {path: picture for path in paths if (picture := _read(path)) is not None}
-    if not pictures:
-        raise ValueError(f"{photos}: holds no image of at least {_SMALLEST_SIDE} pixels")
-    progress = Progress("rendering video", len(pictures) * videos_per_photo)
-    everything = list(pictures.values())
-    count = 0
-    for place, (path, picture) in enumerate(pictures.items()):
+    found = scan(photos, images=True).videos
+    paths = [image.info.path for image in found if min(image.info.width, image.info.height) >= _SMALLEST_SIDE]
+    if not paths:
+        raise ValueError(f"{photos}: holds no image of at least {_SMALLEST_SIDE} x {_SMALLEST_SIDE} pixels")
+    if len(paths) < len(found):
+        say(f"{photos}: left out: {len(found) - len(paths):,} images of less than {_SMALLEST_SIDE} pixels on a side")
+    progress = Progress("rendering video", len(paths) * videos_per_photo)
+    for place, path in enumerate(paths):
+        picture = _read(path)
         for number in range(videos_per_photo):
             rng = numpy_generator(seed, "moving-photos", place, number)
-            other = everything[int(rng.integers(len(everything)))]
+            other = _read(paths[int(rng.integers(len(paths)))])
             frames = moving_photo(picture, other, rng, num_frames, resolution)
             # The place keeps apart photographs of one name in several folders or formats.
             write_video(out / f"{place:04d}-{path.stem}-{number}.mp4", frames, FPS)
-            count += 1
-            progress.update(count)
-    return count
+            progress.update(place * videos_per_photo + number + 1)
+    return len(paths) * videos_per_photo
 
 
 def moving_photo(
@@ -136,14 +136,5 @@ def _mirrored(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.pad(pixels, ((height, height), (width, width), (0, 0)), mode="symmetric"))
 
 
-def _read(path: Path) -> Image.Image | None:
-    """An RGB picture; None, with a line that says so, if it cannot be read or is too small."""
-    try:
-        picture = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        print(f"{path}: left out, it cannot be read ({type(error).__name__})", file=sys.stderr)
-        return None
-    if min(picture.size) < _SMALLEST_SIDE:
-        print(f"{path}: left out, {picture.width}x{picture.height} pixels are too few", file=sys.stderr)
-        return None
-    return picture
+def _read(path: Path) -> Image.Image:
+    return Image.fromarray(next(iter_frames(path)))
