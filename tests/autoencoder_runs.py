@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lavita.core.config import load_config
-from lavita.training.config import AutoencoderConfig
+from lavita.training.autoencoder.config import AutoencoderConfig
 
 
 def tiny_run(tmp_path: Path, *overrides: str, name: str = "run", **values: Any) -> AutoencoderConfig:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.checkpoint import Checkpoint, load_last_checkpoint
-from lavita.training.config import AutoencoderConfig, RunConfig
+from lavita.training.config import RunConfig
 
 
 def lines_of(config: RunConfig | AutoencoderConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lavita.core.config_reference import markdown
 from lavita.evaluation.protocol import Protocol
-from lavita.training.config import AutoencoderConfig, RunConfig
+from lavita.training.autoencoder.config import AutoencoderConfig
+from lavita.training.config import RunConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

@@ -26,9 +26,9 @@ from lavita.evaluation.features.perceptual import FeatureDistance
 from lavita.evaluation.reconstruction import NUM_FRAMES, reconstructions, score_reconstructions
 from lavita.models.autoencoder import load_autoencoder
 from lavita.models.packaged import autoencoder_source
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.autoencoder.train import train_autoencoder
 from lavita.training.checkpoint import list_checkpoints
-from lavita.training.config import AutoencoderConfig
 
 Frames = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]

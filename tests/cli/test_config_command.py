@@ -12,7 +12,8 @@ from conftest import Run
 from lavita.core.config import StrictConfig, load_config, read_yaml
 from lavita.core.config_reference import fields_of
 from lavita.evaluation.protocol import Protocol
-from lavita.training.config import AutoencoderConfig, RunConfig
+from lavita.training.autoencoder.config import AutoencoderConfig
+from lavita.training.config import RunConfig
 from tools.configuration_docs import PAGE, render
 
 CONFIGS = (RunConfig, AutoencoderConfig, Protocol)

@@ -18,7 +18,8 @@ from lavita.cli.options import Command
 from lavita.core.config import ConfigError, StrictConfig, load_config
 from lavita.models.config import ModelConfig
 from lavita.sampling.recipes import Recipe
-from lavita.training.config import AutoencoderConfig, RunConfig, TrainConfig
+from lavita.training.autoencoder.config import AutoencoderConfig
+from lavita.training.config import RunConfig, TrainConfig
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -15,8 +15,9 @@ from lavita.cli.options import find_recipe
 from lavita.core.config import ConfigError, StrictConfig, check_given_once, load_config, merge, read_yaml, save_config
 from lavita.core.config_reference import commented_yaml
 from lavita.core.names import TrainingRecipe
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.checkpoint import Keep, save_checkpoint
-from lavita.training.config import AutoencoderConfig, RunConfig
+from lavita.training.config import RunConfig
 from lavita.training.run_folder import check_resumable
 
 PACKAGE = Path(str(files("lavita")))

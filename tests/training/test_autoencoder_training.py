@@ -20,12 +20,12 @@ from lavita.core.config import ConfigError, load_config
 from lavita.data.catalog import scan
 from lavita.models.autoencoder import AutoencoderKL, encode, load_autoencoder
 from lavita.training.autoencoder import train as module
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.autoencoder.frames import draw_clips, load_frames
 from lavita.training.autoencoder.losses import autoencoder_losses, motion_weights
 from lavita.training.autoencoder.network import build_autoencoder
 from lavita.training.autoencoder.train import learning_rate, train_autoencoder
 from lavita.training.checkpoint import list_checkpoints
-from lavita.training.config import AutoencoderConfig
 
 
 def make_config(tmp_path: Path, *overrides: str, name: str = "run") -> AutoencoderConfig:

@@ -19,12 +19,12 @@ from lavita.core.config import ConfigError
 from lavita.evaluation.features.perceptual import FeatureDistance
 from lavita.models.autoencoder import Autoencoder
 from lavita.training.autoencoder import discriminator
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.autoencoder.discriminator import Adversary, PatchDiscriminator, last_layer
 from lavita.training.autoencoder.losses import Losses, autoencoder_losses
 from lavita.training.autoencoder.network import build_autoencoder
 from lavita.training.autoencoder.train import AutoencoderRun, train_autoencoder
 from lavita.training.checkpoint import list_checkpoints
-from lavita.training.config import AutoencoderConfig
 
 ALL_TERMS: dict[str, Any] = {"adversarial_weight": 0.5, "perceptual_weight": 0.3, "kl_weight": 0.01}
 CPU = torch.device("cpu")

@@ -47,7 +47,8 @@ RAW = [
 def build(rng: random.Random, folder: Path, material: Material) -> Case:
     """A configuration with a few bad fields, or text that is no configuration."""
     from lavita.evaluation.protocol import Protocol
-    from lavita.training.config import AutoencoderConfig, RunConfig
+    from lavita.training.autoencoder.config import AutoencoderConfig
+    from lavita.training.config import RunConfig
 
     command = rng.choice(["train", "train", "config", "config", "autoencoder", "evaluate"])
     cls: Any = {"autoencoder": AutoencoderConfig, "evaluate": Protocol}.get(command, RunConfig)

@@ -67,7 +67,8 @@ def _class_of(kind: Kind) -> type[StrictConfig]:
         from lavita.evaluation.protocol import Protocol
 
         return Protocol
-    from lavita.training.config import AutoencoderConfig, RunConfig
+    from lavita.training.autoencoder.config import AutoencoderConfig
+    from lavita.training.config import RunConfig
 
     return AutoencoderConfig if kind == "autoencoder" else RunConfig
 

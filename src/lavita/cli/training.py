@@ -23,7 +23,8 @@ from lavita.cli.options import (
 from lavita.core.names import TrainingRecipe
 
 if TYPE_CHECKING:
-    from lavita.training.config import AutoencoderConfig, RunConfig
+    from lavita.training.autoencoder.config import AutoencoderConfig
+    from lavita.training.config import RunConfig
 
 
 @autoencoder_app.command("train")
@@ -37,7 +38,7 @@ def autoencoder_train(
     run_dir: Annotated[Path | None, typer.Option(help="The run's folder.", show_default=False)] = None,
 ) -> None:
     """Train an autoencoder on frames of videos. Run the same command again to resume; Ctrl-C saves a checkpoint."""
-    from lavita.training.config import AutoencoderConfig
+    from lavita.training.autoencoder.config import AutoencoderConfig
 
     chosen: dict[str, Any] = {}
     if data:

@@ -41,9 +41,9 @@ class Plan:
     step_seconds: float
     """Estimated time of a step."""
     output_seconds: float
-    """Estimated time of the last samples, checkpoint and pipeline, on a machine on which a step takes ..."""
+    """Time of the last samples, checkpoint and pipeline, as it was estimated or measured last."""
     output_step_seconds: float
-    """... these seconds: what slows steps down slows them, too."""
+    """Time of a step when that was: what has slowed down steps since then slows down samples, too."""
     spent: float
     """Seconds of the budget that are spent."""
     measured_from: float

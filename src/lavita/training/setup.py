@@ -173,6 +173,29 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
     rates = sorted(video.info.fps for video in batches.source.catalog.videos)
     statistics = {} if batches.statistics is None else batches.statistics.fields()
     torch.manual_seed(config.train.seed)
+    return model_of_sizes(
+        config,
+        vae,
+        len(names),
+        flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
+        class_names=names or None,
+        text_dim=0 if table is None else table.shape[1],
+        text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
+        frame_interval=config.data.frame_interval,
+        fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
+        **statistics,
+    )
+
+
+def model_of_sizes(config: RunConfig, vae: Autoencoder, num_classes: int, **facts: Any) -> LavitaTransformer3DModel:
+    """A model with random weights and the sizes that configuration and autoencoder ask for.
+
+    Args:
+        config: the run.
+        vae: the autoencoder of its latents.
+        num_classes: classes of the data; 0 for none.
+        facts: further fields of the model, which depend on the data.
+    """
     return LavitaTransformer3DModel.from_preset(
         config.model.preset,
         variant=config.model.variant,
@@ -182,17 +205,11 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
         temporal_position=config.model.temporal_position,
         learn_sigma=config.model.learn_sigma,
         prediction_type=config.model.prediction_type,
-        flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         sample_size=latent_size(vae, config.data.resolution),
         in_channels=vae.config["latent_channels"],
         num_frames=latent_frames(vae.config, config.data.num_frames, "data.num_frames"),
-        num_classes=len(names),
-        class_names=names or None,
-        text_dim=0 if table is None else table.shape[1],
-        text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
-        frame_interval=config.data.frame_interval,
-        fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
-        **statistics,
+        num_classes=num_classes,
+        **facts,
     )
 
 

@@ -15,11 +15,10 @@ from lavita.core.precision import autocast
 from lavita.data.catalog import Video
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation.reconstruction import quality_of, reconstruction_errors
-from lavita.models.autoencoder import Autoencoder, decode, encode, latent_size
-from lavita.models.config import DEFAULT_TUBE_SIZE
-from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.models.autoencoder import Autoencoder, decode, encode
 from lavita.training.batches import random_batch
 from lavita.training.config import RunConfig
+from lavita.training.setup import model_of_sizes
 from lavita.training.state import TrainState
 from lavita.training.step import train_step
 from lavita.video.formats import VideoError
@@ -90,28 +89,10 @@ def try_autoencoder(vae: Autoencoder, videos: Sequence[Video], resolution: int) 
     return AutoencoderTrial(quality["psnr"], encoding / quality["frames"], decoding / quality["frames"])
 
 
-def build(config: RunConfig, vae: Autoencoder, num_classes: int) -> LavitaTransformer3DModel:
-    """A model as the run will have it, as far as it matters for the time of a step; without texts."""
-    return LavitaTransformer3DModel.from_preset(
-        config.model.preset,
-        variant=config.model.variant,
-        patch_embedding=config.model.patch_embedding,
-        tube_size=config.model.tube_size or DEFAULT_TUBE_SIZE,
-        conditioning=config.model.conditioning,
-        temporal_position=config.model.temporal_position,
-        learn_sigma=config.model.learn_sigma,
-        prediction_type=config.model.prediction_type,
-        sample_size=latent_size(vae, config.data.resolution),
-        in_channels=vae.config["latent_channels"],
-        num_frames=config.data.num_frames,
-        num_classes=num_classes,
-    )
-
-
 def time_step(config: RunConfig, vae: Autoencoder, num_classes: int, device: torch.device) -> StepTrial:
     """Takes a few training steps on random latents, the first of which does not count, and a pass as in sampling."""
     settings = config.train
-    model = build(config, vae, num_classes).to(device).train()
+    model = model_of_sizes(config, vae, num_classes).to(device).train()
     state = TrainState.build(model, settings, device)
     batch = random_batch(model.config, settings.batch_size, num_images=config.data.num_images)
     seconds: list[float] = []

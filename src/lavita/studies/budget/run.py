@@ -43,7 +43,7 @@ class Start:
     """Seconds that earlier commands have spent before the first checkpoint."""
 
     def save(self, spent: float) -> None:
-        """Writes the record and the configuration into the run's folder."""
+        """Writes the record into the run's folder."""
         choice = self.choice
         record = {
             "spent": spent,

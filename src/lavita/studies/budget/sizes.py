@@ -14,13 +14,13 @@ from lavita.core.precision import low_precision
 from lavita.models.autoencoder import Autoencoder, latent_size
 from lavita.models.presets import SIZES
 from lavita.studies.budget import table
-from lavita.studies.budget.measure import AutoencoderTrial, StepTrial, build, time_step
+from lavita.studies.budget.measure import AutoencoderTrial, StepTrial, time_step
 from lavita.studies.budget.values import load, put
 from lavita.studies.budget.videos import choose_patch
 from lavita.studies.memory import Precision, Setting, available_memory, training_memory
 from lavita.training.config import RunConfig
 from lavita.training.finetune import trained_parameters
-from lavita.training.setup import check_resolution
+from lavita.training.setup import check_resolution, model_of_sizes
 from lavita.training.snapshots import SAMPLE_STEPS
 
 
@@ -75,7 +75,7 @@ def choose_size(
             why = f"the largest one whose steps fit: {row.size} would get {fitting:,} of {row.steps:,}"
             break
         with torch.device("meta"):
-            count = trained_parameters(build(config, vae, num_classes))
+            count = trained_parameters(model_of_sizes(config, vae, num_classes))
         fitted = replace(row, batch_size=config.train.batch_size)
         best = fitted, trial, values, f"{config.model.preset}, {count}"
         if not enough:
@@ -104,7 +104,7 @@ def _fits(config: RunConfig, vae: Autoencoder, num_classes: int, device: torch.d
     if free is None:
         return True
     with torch.device("meta"):
-        outline = build(config, vae, num_classes)
+        outline = model_of_sizes(config, vae, num_classes)
     settings, low = config.train, low_precision(device, config.train.precision)
     precision: Precision = "fp32" if low is None else "bf16" if low == torch.bfloat16 else "fp16"
     setting = Setting(settings.optimizer, settings.gradient_checkpointing, precision, settings.accumulation)

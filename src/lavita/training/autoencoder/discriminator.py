@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavita.core.precision import Precision, autocast
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.autoencoder.losses import Losses
 from lavita.training.checkpoint import Checkpoint
-from lavita.training.config import AutoencoderConfig
 from lavita.training.state import restore_training, training_tensors
 
 WIDTHS = (64, 128, 256, 256)

@@ -17,7 +17,7 @@ from lavita.core.prefetch import parallel_map
 from lavita.core.progress import Progress
 from lavita.core.seeds import numpy_generator
 from lavita.data.catalog import Catalog
-from lavita.training.config import AutoencoderConfig
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.video.reading import iter_frames
 
 Frames = npt.NDArray[np.uint8]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from lavita.evaluation.features.perceptual import FeatureDistance
 from lavita.models.autoencoder import Autoencoder, posterior
 from lavita.models.causal_autoencoder import LavitaCausalAutoencoder
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.autoencoder.frames import clip_length
-from lavita.training.config import AutoencoderConfig
 
 FULL_MOTION = 0.2
 """Change of a pixel, on [0, 1], that counts as full motion."""

@@ -23,9 +23,9 @@ from lavita.models.autoencoder import (
 from lavita.models.causal_autoencoder import LavitaCausalAutoencoder, inflate
 from lavita.models.packaged import autoencoder_source
 from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
+from lavita.training.autoencoder.config import STRUCTURE, AutoencoderConfig
 from lavita.training.autoencoder.frames import Frames, clip_length, draw_frames
 from lavita.training.checkpoint import list_checkpoints
-from lavita.training.config import STRUCTURE, AutoencoderConfig
 
 _INIT = "init"
 

@@ -20,12 +20,12 @@ from lavita.evaluation.features.perceptual import PACKAGE, FeatureDistance
 from lavita.evaluation.reconstruction import quality_at, show_quality
 from lavita.models.autoencoder import Autoencoder, frame_network, latent_frames, load_autoencoder, to_pixels
 from lavita.models.patch_autoencoder import LavitaPatchAutoencoder
+from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.autoencoder.discriminator import Adversary, last_layer
 from lavita.training.autoencoder.frames import Frames, clip_length, clips_per_step, draw_clips, draw_frames, load_frames
 from lavita.training.autoencoder.losses import autoencoder_losses
 from lavita.training.autoencoder.network import measure_scaling, record_start, start_autoencoder
 from lavita.training.checkpoint import Checkpoint, Keep, load_last_checkpoint, save_checkpoint
-from lavita.training.config import AutoencoderConfig
 from lavita.training.data_record import check_contents, video_facts, write_contents
 from lavita.training.ema import EMA
 from lavita.training.optimizers import set_learning_rate
