@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from autoencoder_runs import KL, tiny_run
 from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_videos
 
@@ -29,22 +30,7 @@ from lavita.training.checkpoint import list_checkpoints
 
 
 def make_config(tmp_path: Path, *overrides: str, name: str = "run") -> AutoencoderConfig:
-    values: dict[str, Any] = {
-        "run_dir": str(tmp_path / name),
-        "data": [str(tmp_path / "videos")],
-        "resolution": 8,
-        "architecture": "kl",
-        "downsampling": 2,
-        "block_out_channels": [4, 8],
-        "latent_channels": 2,
-        "batch_size": 4,
-        "steps": 4,
-        "precision": "fp32",
-        "device": "cpu",
-        "log_every": 1,
-        "checkpoint_every": 2,
-    }
-    return load_config(AutoencoderConfig, values, overrides)
+    return tiny_run(tmp_path, *overrides, name=name, **KL)
 
 
 # --- the loss

@@ -240,6 +240,23 @@ def posterior(vae: Autoencoder, pixels: torch.Tensor) -> Posterior:
     return Posterior(found.mean, found.std, found.logvar)
 
 
+def reconstruct(vae: Autoencoder, latents: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+    """Decodes latents that are neither shifted nor scaled; differentiable.
+
+    Args:
+        vae: the autoencoder.
+        latents: floats (N, C, h, w); (B, K, C, h, w) for a `LavitaCausalAutoencoder`.
+        past: see `LavitaCausalAutoencoder.decode`; has no meaning for others.
+
+    Returns:
+        Pixels (N, 3, H, W) in about [-1, 1]; (B, F, 3, H, W) for a `LavitaCausalAutoencoder`.
+    """
+    if isinstance(vae, LavitaCausalAutoencoder):
+        return vae.decode(latents, past)
+    output: Any = vae.decode(latents)
+    return cast(torch.Tensor, output.sample)
+
+
 @torch.no_grad()
 def encode(
     vae: Autoencoder, frames: npt.NDArray[np.uint8], precision: Precision = "auto"
@@ -320,17 +337,14 @@ def decoded(
     def decode_part(part: torch.Tensor, past: Past | None = None) -> torch.Tensor:
         unscaled = part.to(vae.device).float() / scale + shift
         with autocast():
-            if isinstance(vae, LavitaCausalAutoencoder):
-                return vae.decode(unscaled[None], past)[0]
-            output: Any = vae.decode(unscaled)
-            return cast(torch.Tensor, output.sample)
+            return reconstruct(vae, unscaled, past)
 
     # Nothing is bound to a name here, which would keep it while the next part is computed.
     if isinstance(vae, LavitaCausalAutoencoder):
         for clip in latents.flatten(0, -5) if latents.dim() > 4 else [latents]:
             past = Past()
             for part in clip_parts(vae.config, len(clip), side, vae.device):
-                yield decode_part(clip[part], past)
+                yield decode_part(clip[part][None], past)[0]
         return
     flat = latents.flatten(0, -4)
     for indices in pieces(len(flat), frames_at_once(vae.device, side), vae.device):

@@ -3,7 +3,8 @@
 All its layers work at the resolution of the latents: encoder and decoder are a linear map between a patch's pixels and
 its latent, plus a convolutional network that sees the neighbouring patches and starts as zero. With the linear maps
 set to the principal components (Hotelling 1933), which are the best linear autoencoder (Baldi & Hornik 1989), an
-untrained network already shows a recognisable picture, and training starts where a random one needs hours to get.
+untrained network already shows a recognisable picture. docs/results.md has its first minutes beside those of a network
+with random weights.
 
 Legend: N frames, H W pixels, p side of a patch, h = H / p, w = W / p, C channels of the latents.
 """

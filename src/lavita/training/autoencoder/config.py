@@ -40,9 +40,9 @@ class AutoencoderConfig(StrictConfig):
     resolution: int = Field(64, ge=8)
     """Side of the training crops in pixels."""
     architecture: Literal["patch", "kl", "tiny"] = "patch"
-    """`patch`: all layers at the resolution of the latents, starting from principal components, which needs minutes
-    where the others need hours. `kl`: diffusers' `AutoencoderKL`. `tiny`: diffusers' `AutoencoderTiny`, convolutions
-    without norms, and latents without randomness."""
+    """`patch`: all layers at the resolution of the latents, starting from principal components, so that it is good
+    after minutes (docs/results.md). `kl`: diffusers' `AutoencoderKL`. `tiny`: diffusers' `AutoencoderTiny`,
+    convolutions without norms, and latents without randomness."""
     downsampling: Literal[2, 4, 8, 16] = 4
     """Pixels per latent pixel, along each side."""
     latent_channels: int = Field(8, ge=1)

@@ -7,13 +7,12 @@ latents, H W pixels, h w latent size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from lavita.evaluation.features.perceptual import FeatureDistance
-from lavita.models.autoencoder import Autoencoder, posterior
+from lavita.models.autoencoder import Autoencoder, posterior, reconstruct
 from lavita.models.causal_autoencoder import LavitaCausalAutoencoder
 from lavita.training.autoencoder.config import AutoencoderConfig
 from lavita.training.autoencoder.frames import clip_length
@@ -93,8 +92,7 @@ def autoencoder_losses(
         z = found.mean + found.std * noise.view_as(found.mean)
         logvar = found.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    decoded: Any = vae.decode(z)
-    output = (decoded.flatten(0, 1) if isinstance(vae, LavitaCausalAutoencoder) else decoded.sample).float()
+    output = reconstruct(vae, z).reshape(pixels.shape).float()
     weights = motion_weights(pixels, config.motion_weight, length)
     reconstruction = (weights * (output - pixels).abs()).mean()
     edges = sum((torch.diff(output, dim=dim) - torch.diff(pixels, dim=dim)).abs().mean() for dim in (-1, -2))
