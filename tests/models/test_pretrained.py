@@ -249,6 +249,30 @@ def test_another_prediction_starts_a_new_decoder(tmp_path: Path, make_transforme
     assert not frames_of(model, clips()).any()
 
 
+@pytest.mark.parametrize("embedding", ["uniform", "compression"])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_latents_of_another_autoencoder_get_new_first_and_last_layers(
+    kind: str, embedding: str, tmp_path: Path, save_pipeline: SavePipeline, make_transformer: MakeTransformer
+) -> None:
+    sizes = {**SIZES, "patch_embedding": embedding}
+    theirs = make_transformer(**sizes)
+    source = write_pt(make_dit(), tmp_path) if kind == "image" else save_pipeline(theirs)
+    model = make_transformer(**sizes, in_channels=6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = initialize(model, source)
+    ends = [f"{layer}.{part}" for layer in ("x_embedder.proj", "final_layer.linear") for part in ("weight", "bias")]
+    for name in ends:
+        assert report.new[name].startswith("latents of another autoencoder: 4 channels there, 6 here")
+        assert name in report.dropped
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in ends[:2])
+    assert not after[ends[2]].any() and not after[ends[3]].any()
+    assert "blocks.0.attn.qkv.weight" in report.used
+    if kind == "video":
+        same = theirs.state_dict()
+        assert all(torch.equal(after[name], same[name]) for name in after if name not in {*ends, *report.new})
+
+
 def test_a_report_fits_a_screen() -> None:
     blocks = [f"blocks.{index}.attn.qkv.weight" for index in range(28)]
     odd = {f"blocks.{index}.adaLN_modulation.1.weight": "gate closed" for index in range(1, 28, 2)}

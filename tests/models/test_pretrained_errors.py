@@ -29,7 +29,6 @@ SIZES: dict[str, Any] = {"num_classes": 5, "num_frames": 4, "num_blocks": 4}
         ({"hidden_size": 64}, "hidden_size is 32, but this model's is 64"),
         ({"num_heads": 4}, "num_heads is 2, but this model's is 4"),
         ({"patch_size": 4}, "patch_size is 2, but this model's is 4"),
-        ({"in_channels": 3}, "in_channels is 4, but this model's is 3"),
         ({"mlp_ratio": 2.0}, "width of the MLPs is 128, but this model's is 64"),
     ],
 )

@@ -12,22 +12,26 @@ from torch import nn
 from lavita.training.optimizers import Muon, make_optimizers, orthogonalize
 
 
-def test_orthogonalized_matrices_keep_singular_vectors_and_level_singular_values() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
+def test_orthogonalized_matrices_keep_singular_vectors_and_level_singular_values(
+    dtype: torch.dtype, tolerance: float
+) -> None:
     rng = torch.Generator().manual_seed(0)
     for shape in ((3, 24, 40), (2, 40, 24), (1, 16, 16)):
         matrices = torch.randn(shape, generator=rng)
-        for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
+        for matrix, result in zip(matrices, orthogonalize(matrices, dtype), strict=True):
             left, _, right = torch.linalg.svd(matrix, full_matrices=False)
             levels = left.T @ result @ right.T  # diagonal where the singular vectors are kept
-            assert (levels - levels.diag().diag()).abs().max() < 1e-4
+            assert (levels - levels.diag().diag()).abs().max() < tolerance
             assert levels.diag().min() > 0.6 and levels.diag().max() < 1.3
 
 
-def test_steps_are_those_of_torch_in_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_those_of_torch_in_bfloat16(dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(1)
     start = [torch.randn(shape, generator=rng) for shape in ((8, 24), (24, 8), (8, 24))]
     parameters, reference_parameters = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
-    ours = Muon(parameters, lr=0.1, weight_decay=0.2)
+    ours = Muon(parameters, lr=0.1, weight_decay=0.2, dtype=dtype)
     reference = torch.optim.Muon(
         reference_parameters, lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
@@ -40,6 +44,21 @@ def test_steps_are_those_of_torch_in_bfloat16() -> None:
     for tensor, one, two in zip(start, parameters, reference_parameters, strict=True):
         moved = (two - tensor).norm()
         assert (one - two).norm() < 0.03 * moved  # bfloat16 has 8 bits
+
+
+def test_the_precision_of_the_training_is_that_of_the_iterations(make_transformer: MakeTransformer) -> None:
+    moved: dict[str, torch.Tensor] = {}
+    for precision in ("fp32", "bf16"):
+        model = make_transformer()
+        matrix = model.get_parameter("blocks.0.attn.qkv.weight")
+        before = matrix.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        for optimizer in make_optimizers(model, "muon", learning_rate=0.1, weight_decay=0, precision=precision):
+            optimizer.step()
+        moved[precision] = matrix.detach() - before
+    difference = (moved["bf16"] - moved["fp32"]).norm() / moved["fp32"].norm()
+    assert 1e-4 < difference < 0.1
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

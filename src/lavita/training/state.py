@@ -72,7 +72,9 @@ class TrainState:
             parallel=parallel,
             diffusion=make_objective(model.config["prediction_type"]),
             ema=EMA(model, settings.ema_decay, settings.ema_warmup),
-            optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
+            optimizers=make_optimizers(
+                model, settings.optimizer, settings.learning_rate, settings.weight_decay, settings.precision
+            ),
             guard=StepGuard(settings.spike_factor),
             power=[PowerEMA(model, length) for length in settings.power_ema],
             scale=LossScale(low_precision(device, settings.precision) == torch.float16),

@@ -35,7 +35,8 @@ def initialize(
     time start as the image model's blocks, and the attentions in time of Variants 3 and 4 as they are.
 
     Tensors that the source does not have keep their initial values or become zero: the embedding of labels or texts if
-    the source has no such condition, and the decoder if the source's predicts something else. Classes that the source
+    the source has no such condition, the decoder if the source's predicts something else, and both decoder and patch
+    embedding if the latents have another number of channels, so come from another autoencoder. Classes that the source
     does not know start as its "no label".
 
     Args:
@@ -76,7 +77,7 @@ def _check_fields(model: LavitaTransformer3DModel, source: Source) -> None:
     here, there = dict(model.config), dict(source.config)
     for fields in (here, there):
         fields["width of the MLPs"] = int(fields["hidden_size"] * fields["mlp_ratio"])
-    keys = ["hidden_size", "num_heads", "patch_size", "in_channels", "width of the MLPs"]
+    keys = ["hidden_size", "num_heads", "patch_size", "width of the MLPs"]
     if source.kind == "video":
         keys += ["variant", "num_blocks", "patch_embedding", "conditioning"]
         if here["patch_embedding"] == "compression":
@@ -180,6 +181,7 @@ def _transfer_video(transfer: _Transfer) -> None:
     """Takes a video model's tensors, by name: source and model have the same structure."""
     _transfer_condition(transfer)
     _transfer_positions(transfer)
+    _transfer_patch_embedding(transfer)
     _transfer_decoder(transfer)
     for name in transfer.pending():
         if name in transfer.source.tensors:
@@ -278,12 +280,36 @@ def _transfer_positions(transfer: _Transfer) -> None:
             transfer.take(name, f"recomputed: {here.shape[1]} {what} here, {length} there", here)
 
 
+def _other_latents(transfer: _Transfer) -> str:
+    """Why nothing of the source can read or write this model's latents; empty if their channels are as many."""
+    here, there = transfer.model.config["in_channels"], transfer.source.config["in_channels"]
+    return "" if here == there else f"latents of another autoencoder: {there} channels there, {here} here"
+
+
+def _transfer_patch_embedding(transfer: _Transfer) -> None:
+    """Takes the layer that turns patches into tokens; an image model's is repeated for a tube's frames."""
+    if why := _other_latents(transfer):
+        for part in ("weight", "bias"):
+            transfer.new(f"x_embedder.proj.{part}", why)
+        transfer.drop("x_embedder.", why)
+        return
+    tube = transfer.model.tube_size
+    if transfer.source.kind == "image" and transfer.model.config["patch_embedding"] == "compression":
+        how = f"repeated over the {tube} frames of a tube, divided by {tube}"
+        transfer.take("x_embedder.proj.weight", how, lambda value: value[:, :, None].repeat(1, 1, tube, 1, 1) / tube)
+    for name in transfer.pending():
+        if name.startswith("x_embedder."):
+            transfer.take(name)
+
+
 def _transfer_decoder(transfer: _Transfer) -> None:
     """Takes the final linear layer, without or with new channels of the variance, repeated for a tube's frames."""
     config, known = transfer.model.config, transfer.source.config
     is_image = transfer.source.kind == "image"
-    why = ""
-    if config["prediction_type"] != known["prediction_type"]:
+    why = _other_latents(transfer)
+    if why:
+        why += "; it starts at zero"
+    elif config["prediction_type"] != known["prediction_type"]:
         why = (
             f"the source predicts {known['prediction_type']}, this model {config['prediction_type']}; it starts at zero"
         )
@@ -325,12 +351,9 @@ def _transfer_image(transfer: _Transfer, closed: bool) -> None:
     transfer.new_condition("the source's are classes of images (Sec. 3.6)")
     _transfer_decoder(transfer)
     _transfer_positions(transfer)
-    tube = transfer.model.tube_size
-    if config["patch_embedding"] == "compression":
-        how = f"repeated over the {tube} frames of a tube, divided by {tube}"
-        transfer.take("x_embedder.proj.weight", how, lambda value: value[:, :, None].repeat(1, 1, tube, 1, 1) / tube)
+    _transfer_patch_embedding(transfer)
     for name in transfer.pending():
-        if name.startswith(("x_embedder.", "t_embedder.", "final_layer.adaLN_modulation.")):
+        if name.startswith(("t_embedder.", "final_layer.adaLN_modulation.")):
             transfer.take(name)
     _transfer_image_blocks(transfer, closed)
     starts = {
