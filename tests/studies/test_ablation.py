@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from conftest import make_tiny_vae
 from PIL import Image
+from rich.console import Console
 from tiny_data import write_videos
 
 from lavita.cli import app
@@ -22,9 +24,12 @@ from lavita.studies.ablation import (
     frame_interval_arms,
     headline,
     pretraining_arms,
+    print_study,
+    recipe_arms,
     run_study,
-    summarize_arm,
+    summarize,
     variant_arms,
+    write_curves,
 )
 from lavita.training.batches import BatchMaker
 from lavita.training.config import RunConfig, TrainConfig
@@ -32,7 +37,12 @@ from lavita.training.config import RunConfig, TrainConfig
 
 def test_every_arm_of_every_study_is_a_configuration_of_its_own() -> None:
     intervals = frame_interval_arms(load_config(RunConfig, {}))
-    studies = {**STUDIES, "pretraining": pretraining_arms("dit.pt"), "frame-interval": intervals}
+    studies = {
+        **STUDIES,
+        "pretraining": pretraining_arms("dit.pt"),
+        "frame-interval": intervals,
+        "recipe": recipe_arms(load_config(RunConfig, {})),
+    }
     for name, arms in studies.items():
         configs = [load_config(RunConfig, {}, fields) for fields in arms.values()]
         assert len(arms) >= 2
@@ -110,11 +120,41 @@ def test_the_summary_of_an_arm_is_that_of_its_lines(tmp_path: Path) -> None:
     (tmp_path / "arm" / "train").mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "arm" / "train" / "metrics.jsonl").write_text(text, encoding="utf-8")
-    found = summarize_arm("arm", StudyPlan(tmp_path, "demo"))
+    found = summarize("arm", StudyPlan(tmp_path, "demo"))
     assert found["loss_first"] == pytest.approx((100 + 50 + 100 / 3 + 25) / 4)
     assert found["loss_last"] == pytest.approx((100 / 37 + 100 / 38 + 100 / 39 + 2.5) / 4)
     assert found["curve"] == [[line["step"], line["loss"]] for line in lines]
     assert (found["clips_per_second"], found["scores"]) == (3.0, {})
+
+
+def test_each_arm_is_trained_once_per_seed_and_the_table_has_their_spread(tmp_path: Path) -> None:
+    plan = StudyPlan(tmp_path, "demo", steps=(5, 10), train_seeds=(3, 4))
+    assert plan.trainings("a", ("model.variant=1",)) == {
+        "a/seed-3": ("model.variant=1", "train.seed=3"),
+        "a/seed-4": ("model.variant=1", "train.seed=4"),
+    }
+    rows = [
+        {
+            "arm": arm,
+            "name": f"{arm}/seed-{seed}",
+            "loss_first": loss,
+            "loss_last": loss / 2,
+            "curve": [[5, loss], [10, loss / 2]],
+            "clips_per_second": 4.0,
+            "scores": {step: {"motion ratio": loss} for step in ("5", "10")},
+        }
+        for arm, losses in {"a": (1.0, 3.0), "b": (5.0, 5.0)}.items()
+        for seed, loss in zip((3, 4), losses, strict=True)
+    ]
+    console = Console(width=200, record=True, file=StringIO())
+    print_study(rows, console)
+    table = [line.split() for line in console.export_text().splitlines()]
+    values = {words[1]: [word for word in words if word not in ("│", "+-")] for words in table if len(words) > 2}
+    # The standard deviation of 1 and 3 with n - 1 is the root of 2.
+    assert values["a"] == ["a", "2.000", "1.414", "1.000", "0.707", "4.0", "0.0", "2.000", "1.414"]
+    assert values["b"][-2:] == ["5.000", "0.000"]
+    write_curves(rows, plan)
+    assert Image.open(tmp_path / "curves.png").width > 1000
 
 
 def test_a_study_trains_samples_scores_and_goes_on(
@@ -159,7 +199,7 @@ def test_a_study_trains_samples_scores_and_goes_on(
     for row in rows:
         assert [step for step, _ in row["curve"]] == [1, 2, 3]
         assert list(row["scores"]) == ["1", "3"]
-    assert json.loads((plan.out / "results.json").read_text())["arms"] == rows
+    assert json.loads((plan.out / "results.json").read_text())["trainings"] == rows
     assert Image.open(plan.out / "curves.png").width > 500
     assert Image.open(plan.out / "contact_sheet.png").height >= 2 * 16
     assert "both" in capsys.readouterr().out

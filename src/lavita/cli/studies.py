@@ -161,8 +161,9 @@ def study(
         str,
         typer.Argument(
             help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5; variant has "
-            "Variant 4 at twice the patch size, too, as the paper's Table 3 has it), joint-training, "
-            "pretraining, or combinations: every variant with every embedding, conditioning and position."
+            "Variant 4 at twice the patch size, too, as the paper's Table 3 has it), joint-training, pretraining, "
+            "recipe: the paper's objective and optimizer against the modern ones; or combinations: every variant with "
+            "every embedding, conditioning and position."
         ),
     ],
     config: Annotated[str, typer.Option(help="Configuration of all arms: a YAML file, or the name of a packaged one.")],
@@ -180,6 +181,12 @@ def study(
         typer.Option(help="Field of the evaluation protocol, as num_real_clips=256; may be given several times."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the samples: one sample per seed and class.")] = "0-3",
+    train_seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Train each arm once per seed, such as 0-2. Default: once, with train.seed.", show_default=False
+        ),
+    ] = None,
     sample_steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
     weights: Annotated[
         str | None, typer.Option(help="Weights of the image model, for pretraining.", show_default=False)
@@ -188,11 +195,16 @@ def study(
     """Compare configurations that differ in one field. Run the same command again to continue an interrupted study."""
     from lavita.core.commands import CommandFailed
     from lavita.core.config import load_config, read_yaml
+    from lavita.sampling.generate import parse_seeds
     from lavita.studies import ablation
     from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
     from lavita.training.config import RunConfig
 
-    by_config = {"frame-interval": ablation.frame_interval_arms, "variant": ablation.variant_arms}
+    by_config = {
+        "frame-interval": ablation.frame_interval_arms,
+        "recipe": ablation.recipe_arms,
+        "variant": ablation.variant_arms,
+    }
     names = sorted({*by_config, *STUDIES, "pretraining"})
     if name not in names:
         raise ValueError(f"name is {name!r}; allowed: {', '.join(names)}")
@@ -212,7 +224,16 @@ def study(
         arms = STUDIES[name]
     points = tuple(int(part) for part in steps.split(","))
     plan = StudyPlan(
-        out, config, tuple(overrides or ()), points, seeds, sample_steps, real, metrics, tuple(protocol or ())
+        out,
+        config,
+        tuple(overrides or ()),
+        points,
+        seeds,
+        sample_steps,
+        real,
+        metrics,
+        tuple(protocol or ()),
+        () if train_seeds is None else tuple(parse_seeds(train_seeds)),
     )
     try:
         run_study(arms, plan)

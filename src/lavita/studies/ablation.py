@@ -1,9 +1,10 @@
 """The paper's ablations (Fig. 5, Table 4) as runnable studies of configurations that differ in one field.
 
 Each arm of a study is a configuration. Everything else is the same for all arms, including the seeds and therefore the
-clips, timesteps and noise of every step; where the frame interval differs, the clips have the same first frames. Each
-arm goes through the public commands: train, sample, evaluate. Finished parts are kept, so an interrupted study goes on
-when the same command is run again.
+clips, timesteps and noise of every step; where the frame interval differs, the clips have the same first frames. An arm
+may be trained with several seeds, which shows how much of a difference is chance. Each training goes through the public
+commands: train, sample, evaluate. Finished parts are kept, so an interrupted study goes on when the same command is run
+again.
 """
 
 from __future__ import annotations
@@ -95,6 +96,36 @@ def variant_arms(config: RunConfig) -> Arms:
     return {**STUDIES["variant"], f"variant-4-patch-{twice}": ("model.variant=4", f"model.preset={size}/{twice}")}
 
 
+def recipe_arms(config: RunConfig) -> Arms:
+    """The paper's objective and optimizer against those of `--recipe modern`, on the same model, data and batches.
+
+    `modern` keeps the optimizer, the rate and the schedule of the configuration, which therefore has to be one that
+    `lavita train --recipe modern` gives or a like one. `paper` has Eq. 1 and Sec. 4.1: noise and variance, AdamW at a
+    constant 1e-4. That rate is for models of XL's width, so `paper-rate-1e-3` has ten times as much. The moving average
+    is the configuration's in all arms: one of 0.9999 from the first step would show a short run's random weights.
+    """
+    modern = (
+        "data.normalize_latents=true",
+        "model.prediction_type=flow",
+        "model.learn_sigma=false",
+        "train.timestep_sampling=logit_normal",
+        "train.timestep_shift=auto",
+    )
+    paper = (
+        "data.normalize_latents=false",
+        "model.prediction_type=epsilon",
+        "model.learn_sigma=true",
+        "train.timestep_sampling=uniform",
+        "train.timestep_shift=1",
+        "train.optimizer=adamw",
+        "train.warmup_steps=0",
+        "train.decay_steps=0",
+        "train.clip_grad_norm=null",
+    )
+    rates = {"paper": "1e-4", "paper-rate-1e-3": "1e-3"}
+    return {"modern": modern, **{name: (*paper, f"train.learning_rate={rate}") for name, rate in rates.items()}}
+
+
 def pretraining_arms(weights: str) -> Arms:
     """Fig. 5 (c): training from random weights, and from an image model (`train.init_from`).
 
@@ -127,6 +158,14 @@ class StudyPlan:
     """Metrics of `lavita evaluate`, separated by commas."""
     protocol: tuple[str, ...] = ()
     """Fields of the evaluation protocol, as `a=b`."""
+    train_seeds: tuple[int, ...] = ()
+    """Seeds that each arm is trained with, one training per seed; by default once, with the configuration's seed."""
+
+    def trainings(self, arm: str, fields: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """The fields of each training of an arm, by its folder below `out`."""
+        if not self.train_seeds:
+            return {arm: tuple(fields)}
+        return {f"{arm}/seed-{seed}": (*fields, f"train.seed={seed}") for seed in self.train_seeds}
 
 
 def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
@@ -137,7 +176,7 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
         plan: everything else.
 
     Returns:
-        One row per arm: see `summarize_arm`.
+        One row per training, with several seeds several per arm: see `summarize`.
 
     Raises:
         ValueError: if the steps do not increase, or finished parts drew other random numbers than this version does.
@@ -156,8 +195,9 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
     plan.out.mkdir(parents=True, exist_ok=True)
     write_json(record, {"draws": DRAWS})
     rows = []
-    for number, (name, fields) in enumerate(arms.items(), start=1):
-        print(f"\n[{number}/{len(arms)}] {name}", flush=True)
+    trainings = [(arm, each) for arm, fields in arms.items() for each in plan.trainings(arm, fields).items()]
+    for number, (arm, (name, fields)) in enumerate(trainings, start=1):
+        print(f"\n[{number}/{len(trainings)}] {name}", flush=True)
         for steps in plan.steps:
             for command, result in commands(name, fields, plan, steps):
                 if not result.exists():
@@ -165,8 +205,8 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
                     run_command(command)
                     result.parent.mkdir(parents=True, exist_ok=True)
                     result.touch()
-        rows.append(summarize_arm(name, plan))
-    write_json(plan.out / "results.json", {"steps": plan.steps, "config": plan.config, "arms": rows})
+        rows.append({"arm": arm, **summarize(name, plan)})
+    write_json(plan.out / "results.json", {"steps": plan.steps, "config": plan.config, "trainings": rows})
     write_curves(rows, plan)
     _write_contact_sheet(rows, plan)
     print_study(rows)
@@ -174,10 +214,10 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
 
 
 def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> list[tuple[list[str], Path]]:
-    """The `lavita` commands that bring an arm to a number of steps, each with the file that marks it as done."""
-    arm = plan.out / name
-    point = arm / f"step-{steps:08d}"
-    run, samples = arm / "train", point / "samples"
+    """The `lavita` commands that bring a training to a number of steps, each with the file that marks it as done."""
+    folder = plan.out / name
+    point = folder / f"step-{steps:08d}"
+    run, samples = folder / "train", point / "samples"
     own = any(field.startswith("model.preset=") for field in fields)
     shared = [override for override in plan.overrides if not (own and override.startswith("model.preset="))]
     settings = [f"run_dir={run}", f"train.steps={steps}", *shared, *fields]
@@ -197,8 +237,8 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
     return found
 
 
-def summarize_arm(name: str, plan: StudyPlan) -> dict[str, Any]:
-    """The results of one arm.
+def summarize(name: str, plan: StudyPlan) -> dict[str, Any]:
+    """The results of one training.
 
     Returns:
         `name`; `loss_first` and `loss_last`, means over the first and the last tenth of its steps; `curve`,
@@ -235,8 +275,19 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
+def by_arm(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each arm, one per seed."""
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], []).append(row)
+    return arms
+
+
 def write_curves(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
-    """Writes `curves.png`: the losses, and the scores if there are several per arm, over the steps."""
+    """Writes `curves.png`: the losses over the steps, and the scores if there are several per training.
+
+    With several seeds, a line is their mean, and a band reaches from the smallest to the largest value.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -244,43 +295,63 @@ def write_curves(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
     figure = Figure(figsize=(6 * (1 + len(names)), 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
-    for row in rows:
-        steps, losses = zip(*row["curve"], strict=True)
-        width = max(1, len(losses) // 30)  # smoothed, so that a dozen arms can be told apart
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        panels[0].plot(steps[width - 1 :], smooth, label=row["name"], linewidth=1)
+    arms = by_arm(rows)
+    for number, (arm, trainings) in enumerate(arms.items()):
+        color = f"C{number % 10}"
+        curves = np.array([row["curve"] for row in trainings], dtype=float)  # (seeds, lines, 2)
+        width = max(1, curves.shape[1] // 30)  # smoothed, so that a dozen arms can be told apart
+        smooth = np.array([np.convolve(curve[:, 1], np.ones(width) / width, mode="valid") for curve in curves])
+        lines = [(panels[0], curves[0, width - 1 :, 0], smooth)]
         for axes, metric in zip(panels[1:], names, strict=True):
-            axes.plot(plan.steps, [row["scores"][str(step)].get(metric) for step in plan.steps], marker="o")
+            values = [[row["scores"][str(step)].get(metric, np.nan) for step in plan.steps] for row in trainings]
+            lines.append((axes, np.array(plan.steps, dtype=float), np.array(values, dtype=float)))
+        for axes, steps, values in lines:
+            marker = None if axes is panels[0] else "o"
+            axes.plot(steps, values.mean(axis=0), label=arm, linewidth=1, marker=marker, color=color)
+            if len(trainings) > 1:
+                axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2, color=color, linewidth=0)
     for axes, title in zip(panels, ("loss", *names), strict=True):
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-    if len(rows) <= 12:
+    if len(arms) <= 12:
         panels[0].legend(fontsize=8)
     figure.savefig(plan.out / "curves.png", dpi=110)
 
 
 def _write_contact_sheet(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
-    """Writes `contact_sheet.png`: final samples of every arm with the same seeds and conditions."""
+    """Writes `contact_sheet.png`: final samples of every arm's first training, with the same seeds and conditions."""
     pictures, labels = [], []
-    for row in rows:
+    for arm, (row, *_) in by_arm(rows).items():
         samples = sorted((plan.out / row["name"] / f"step-{plan.steps[-1]:08d}" / "samples").rglob("*.mp4"))
         picked = np.linspace(0, len(samples) - 1, min(8, len(samples))).round().astype(int)
         pictures.append([np.stack(list(iter_frames(samples[index]))) for index in picked])
-        labels.append(row["name"])
+        labels.append(arm)
     contact_sheet(pictures, plan.out / "contact_sheet.png", labels, num_columns=3)
 
 
 def print_study(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Prints one row per arm: losses, speed, and final scores."""
-    last = list(rows[0]["scores"].values())[-1] if rows[0]["scores"] else {}
-    table = Table(Column("arm", no_wrap=True), "loss, first tenth", "loss, last tenth", "clips/s", *last)
-    for row in rows:
-        scores = list(row["scores"].values())[-1] if row["scores"] else {}
+    """Prints one row per arm: losses, speed, and final scores; with several seeds their mean and standard deviation."""
+
+    def last_scores(row: Mapping[str, Any]) -> dict[str, float]:
+        return list(row["scores"].values())[-1] if row["scores"] else {}
+
+    metrics = list(last_scores(rows[0]))
+    table = Table(Column("arm", no_wrap=True), "loss, first tenth", "loss, last tenth", "clips/s", *metrics)
+    for arm, trainings in by_arm(rows).items():
         table.add_row(
-            row["name"],
-            f"{row['loss_first']:.3f}",
-            f"{row['loss_last']:.3f}",
-            f"{row['clips_per_second']:.1f}",
-            *(f"{value:.3f}" for value in scores.values()),
+            arm,
+            _mean([row["loss_first"] for row in trainings]),
+            _mean([row["loss_last"] for row in trainings]),
+            _mean([row["clips_per_second"] for row in trainings], 1),
+            *(_mean([last_scores(row).get(metric) for row in trainings]) for metric in metrics),
         )
     (console or Console()).print(table)
+
+
+def _mean(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean, and with several values the standard deviation of one (n - 1); `-` if a value is missing."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    text = f"{np.mean(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} +- {np.std(known, ddof=1):.{digits}f}"
