@@ -233,6 +233,21 @@ def autoencoder_losses(
 
 
 @app.command()
+def sprites(
+    real: Annotated[Path, typer.Option(help="Arcade videos, one folder per game: DATA/train.")],
+    generated: Annotated[Path, typer.Option(help="Samples, one folder per game.")],
+    out: JsonFile = None,
+) -> None:
+    """Count players and cars in generated arcade clips.
+
+    Objects of each game are found by their colours, in real and in generated frames.
+    """
+    from benchmarks.evaluation.sprites import study_sprites
+
+    study_sprites(real, generated, out)
+
+
+@app.command()
 def crash(
     data: Annotated[Path, typer.Option(help="Videos, one folder per class.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; an existing one is replaced.")] = Path("runs/crash"),

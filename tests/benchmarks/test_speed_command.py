@@ -191,6 +191,7 @@ def test_help_lists_the_commands(bench: Bench) -> None:
         "evaluation-speed",
         "recipes",
         "autoencoder-losses",
+        "sprites",
         "crash",
         "fuzz",
         "mutants",

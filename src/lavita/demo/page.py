@@ -103,6 +103,10 @@ so it relies on structure. Motion: mean absolute difference of successive frames
 <img src="curves.png" alt="loss, gradient norm and clips per second over the steps">
 <h2>Motion and accuracy per class</h2>
 {_class_table(names, summary["models"])}
+<h2>Objects per frame</h2>
+<p>Cars, players and other objects, counted by their colours in every fourth frame; the real ones are those of the
+training set. With few clips, objects that come and go differ by chance.</p>
+{_sprite_table(summary["sprites"])}
 <h2>The commands</h2>
 <p>You can run each of them on your own videos.</p>
 <table><tr><th>command</th><th class=n>time</th></tr>
@@ -137,3 +141,13 @@ def _class_table(names: list[str], models: dict[str, Any]) -> str:
             cells.append(f"<td class=n>{row['accuracy_per_class'][name]:.0%}</td><td class='n{mark}'>{ratio}</td>")
         body.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
     return f"<table><tr><th>game</th>{head}</tr>{''.join(body)}</table>"
+
+
+def _sprite_table(sprites: dict[str, list[dict[str, Any]]]) -> str:
+    head = "".join(f"<th class=n>{kind}</th>" for kind in sprites)
+    body = []
+    for rows in zip(*sprites.values(), strict=True):
+        cells = "".join(f"<td class=n>{row['generated']:.2f}</td>" for row in rows)
+        name = html.escape(f"{rows[0]['game']}: {rows[0]['sprite']}")
+        body.append(f"<tr><td>{name}</td><td class=n>{rows[0]['real']:.2f}</td>{cells}</tr>")
+    return f"<table><tr><th>object</th><th class=n>real</th>{head}</tr>{''.join(body)}</table>"

@@ -21,6 +21,7 @@ from lavita.core.commands import run_command
 from lavita.core.config import load_config, read_yaml
 from lavita.core.files import write_json
 from lavita.demo.page import write_page
+from lavita.demo.sprites import compare_sprites
 from lavita.training.config import RunConfig
 
 SEEDS = "0-5"
@@ -154,6 +155,10 @@ def summarize(out: Path, timed: list[tuple[Stage, float]]) -> dict[str, Any]:
         "models": {
             "trained here": _model_row(f"{sizes[0]}, {steps:,} steps in {training_seconds / 60:.1f} minutes", trained),
             "shipped": _model_row(f"{sizes[1]}, {once}, once", shipped),
+        },
+        "sprites": {
+            "trained here": compare_sprites(out / "data" / "train", out / "samples"),
+            "shipped": compare_sprites(out / "data" / "train", out / "samples-shipped"),
         },
         "classifier": trained["accuracy"]["controls"],
         "commands": [{"command": stage.command, "seconds": taken} for stage, taken in timed],

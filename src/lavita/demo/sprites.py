@@ -1,0 +1,128 @@
+"""Counts the moving objects of the arcade games by their colours, in real and in generated frames.
+
+A model that gets scene and colours right may still leave out the players. Its clips are then recognised, but have too
+few objects: `count_sprites` says how many there are per frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lavita.demo.games import FRAME_SIZE
+from lavita.video.reading import iter_frames
+
+Frames = npt.NDArray[np.uint8]
+Channel = npt.NDArray[np.int16]
+
+_EVERY = 4  # frames between two that are counted, as successive ones have nearly the same objects
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """One kind of object of a game."""
+
+    game: str
+    name: str
+    is_colored: Callable[[Channel, Channel, Channel], npt.NDArray[np.bool_]]
+    """Which pixels, by their red, green and blue, may belong to one."""
+    rows: tuple[int, int] = (0, FRAME_SIZE)
+    """Rows of the frame that they are in: first, and one past the last."""
+    columns: tuple[int, int] = (0, FRAME_SIZE)
+    least_pixels: int = 4
+    """Adjacent pixels from which on something is an object rather than the noise of compression."""
+
+
+SPRITES = (
+    Sprite("battle_zone", "tanks", lambda r, g, b: (b - r > 40) & (b - g > 15), rows=(18, 48), least_pixels=6),
+    Sprite("boxing", "white boxer", lambda r, g, b: (r > 170) & (b > 150), least_pixels=20),
+    Sprite("boxing", "black boxer", lambda r, g, b: (r < 60) & (g < 80) & (b < 60), least_pixels=20),
+    Sprite("enduro", "own car", lambda r, g, b: (r > 125) & (b > 125), rows=(50, 64), least_pixels=8),
+    Sprite("enduro", "other cars", lambda r, g, b: (b - g > 8) | (r - b > 40), rows=(8, 64), least_pixels=2),
+    Sprite("fishing_derby", "fish", lambda r, g, b: (r > 110) & (b - r < 40), rows=(14, 64), least_pixels=2),
+    Sprite("fishing_derby", "shark", lambda r, g, b: b < 70, rows=(8, 15), columns=(9, 54), least_pixels=8),
+    Sprite(
+        "freeway",
+        "cars",  # neither the yellow line nor the chicken
+        lambda r, g, b: (abs(r - g) > 25) | (b - r > 40) | ((r < 115) & (r - b > 20)),
+        least_pixels=5,
+    ),
+    Sprite("riverraid", "ships", lambda r, g, b: (r > 110) & (b - g > 10), least_pixels=4),
+    Sprite("riverraid", "houses", lambda r, g, b: (g > 185) & (b < 150) & (g - r > 25), least_pixels=3),
+    Sprite("skiing", "skier", lambda r, g, b: r - g > 40, least_pixels=5),
+    Sprite("skiing", "flags", lambda r, g, b: b - r > 40, least_pixels=3),
+    Sprite(
+        "time_pilot",
+        "own plane",
+        lambda r, g, b: (r > 65) & (r < 140) & (b > 185),
+        rows=(24, 44),
+        columns=(22, 42),
+    ),
+    Sprite("time_pilot", "enemies", lambda r, g, b: (g > b) & (g > 80) & (r < 180), least_pixels=4),
+    Sprite("time_pilot", "clouds", lambda r, g, b: (r > 180) & (g > 180), least_pixels=12),
+)
+"""What is counted. The limits were set by looking at real frames, with what they mark painted over."""
+
+
+def count_sprites(sprite: Sprite, frames: Frames) -> npt.NDArray[np.int64]:
+    """Number of objects of a kind in each frame: areas of adjacent pixels, also diagonally, in its colours.
+
+    Args:
+        sprite: one of `SPRITES`.
+        frames: uint8 (N, `FRAME_SIZE`, `FRAME_SIZE`, 3) of its game.
+
+    Returns:
+        int64 (N,).
+    """
+    red, green, blue = np.moveaxis(frames.astype(np.int16), -1, 0)
+    mask = np.zeros(frames.shape[:3], dtype=bool)
+    inside = (slice(None), slice(*sprite.rows), slice(*sprite.columns))
+    mask[inside] = sprite.is_colored(red, green, blue)[inside]
+    areas = _number_areas(mask)
+    return np.array([np.sum(np.unique(area[area > 0], return_counts=True)[1] >= sprite.least_pixels) for area in areas])
+
+
+def _number_areas(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """For each pixel the number of its area of adjacent pixels, from 1, or 0 outside of all; (N, H, W)."""
+    inside = torch.from_numpy(mask)[:, None]
+    size = mask.shape[1] * mask.shape[2]
+    numbers = torch.arange(1.0, size + 1).reshape(1, 1, *mask.shape[1:]) * inside
+    while True:  # the largest number in an area spreads by one pixel
+        spread = torch.nn.functional.max_pool2d(numbers, 3, 1, 1) * inside
+        if torch.equal(spread, numbers):
+            return numbers[:, 0].long().numpy()
+        numbers = spread
+
+
+def compare_sprites(real: Path, generated: Path) -> list[dict[str, Any]]:
+    """Objects per frame in two folders of class folders of videos.
+
+    Args:
+        real: folder of the arcade data set or of one of its splits.
+        generated: folder of samples.
+
+    Returns:
+        A row for each of `SPRITES` whose game is in both folders: `game`, `sprite`, the mean numbers `real` and
+        `generated`, and `ratio`, generated by real, None if there are no real ones.
+    """
+    rows = []
+    for game in sorted({sprite.game for sprite in SPRITES}):
+        frames = [_frames_of(folder / game) for folder in (real, generated)]
+        for sprite in SPRITES if all(map(len, frames)) else ():
+            if sprite.game == game:
+                there, here = (float(count_sprites(sprite, each).mean()) for each in frames)
+                ratio = here / there if there else None
+                rows.append({"game": game, "sprite": sprite.name, "real": there, "generated": here, "ratio": ratio})
+    return rows
+
+
+def _frames_of(folder: Path) -> Frames:
+    """Every fourth frame of the videos in a folder, (N, H, W, 3)."""
+    clips = [np.stack(list(iter_frames(path))[::_EVERY]) for path in sorted(folder.glob("*.mp4"))]
+    return np.concatenate(clips) if clips else np.zeros((0, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.uint8)
