@@ -303,8 +303,8 @@ def write_curves(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> None:
         smooth = np.array([np.convolve(curve[:, 1], np.ones(width) / width, mode="valid") for curve in curves])
         lines = [(panels[0], curves[0, width - 1 :, 0], smooth)]
         for axes, metric in zip(panels[1:], names, strict=True):
-            values = [[row["scores"][str(step)].get(metric, np.nan) for step in plan.steps] for row in trainings]
-            lines.append((axes, np.array(plan.steps, dtype=float), np.array(values, dtype=float)))
+            scores = [[row["scores"][str(step)].get(metric, np.nan) for step in plan.steps] for row in trainings]
+            lines.append((axes, np.array(plan.steps, dtype=float), np.array(scores, dtype=float)))
         for axes, steps, values in lines:
             marker = None if axes is panels[0] else "o"
             axes.plot(steps, values.mean(axis=0), label=arm, linewidth=1, marker=marker, color=color)
