@@ -162,6 +162,8 @@ KEYS: dict[str, Key] = {
     "model.temporal_position": Key("rope", model_config),
     "model.text_encoder": Key("{other_clip}", weights, TEXTS),
     "model.class_dropout": Key("0.9", weights),
+    "model.given_frames": Key("[first]"),
+    "model.given_dropout": Key("0.9", also=("model.given_frames=[first]",)),
     "model.learn_sigma": Key("false"),
     "model.prediction_type": Key("v_prediction"),
     "train.timestep_sampling": Key("logit_normal", losses, FLOW),

@@ -88,6 +88,36 @@ def sample(
     images: Annotated[
         bool, typer.Option("--images", help="Single images (.png) from the model without its temporal modules.")
     ] = False,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="First frame of the videos, an image or video; for a model trained with model.given_frames.",
+            show_default=False,
+        ),
+    ] = None,
+    last_image: Annotated[Path | None, typer.Option(help="Last frame of the videos.", show_default=False)] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            help="Video to go on with; or a folder of videos, for one video of each: OUT/<path>-<seed>.mp4.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_frames: Annotated[
+        int | None, typer.Option(help="First frames of --video that are given. default: 1", show_default=False)
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Give every n-th frame of --video instead.", show_default=False)
+    ] = None,
+    guide_frames: Annotated[
+        bool, typer.Option("--guide-frames", help="Guide towards the given frames, too, not only the class or prompt.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Given frames keep their pixels, instead of being decoded from latents.")
+    ] = False,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="With a folder of videos: give the model frames, but no class.")
+    ] = False,
     lora: Annotated[
         Path | None,
         typer.Option(
@@ -106,7 +136,7 @@ def sample(
     Several processes share the work: torchrun --nproc-per-node 8 -m lavita sample ...
     """
     from lavita.core.processes import processes
-    from lavita.sampling.generate import generate
+    from lavita.sampling.generate import GivenFiles, generate
     from lavita.sampling.recipes import find_recipe
 
     if lora is None and lora_scale is not None:
@@ -121,6 +151,7 @@ def sample(
         quantize=quantize,
         compiled=compiled or None,
     )
+    given = GivenFiles(image, last_image, video, keep_frames, keep_every, guide_frames, exact)
     with processes() as team:
         written = generate(
             model,
@@ -138,6 +169,8 @@ def sample(
             suffix=f".{video_format}",
             device=device,
             team=team,
+            given=given,
+            labelled=not unlabelled,
         )
         if team.is_first:
             print(f"{out}: {len(written)} {'images' if images else 'videos'}")

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lavita.core.config import StrictConfig
+from lavita.models.given_frames import GivenKind
 
 DEFAULT_TUBE_SIZE = 2
 
@@ -30,6 +31,14 @@ class ModelConfig(StrictConfig):
     """Positions of the frames (Sec. 3.5): `absolute`: sin-cos, added to the tokens before the first temporal attention,
     in Variant 1 after half of the blocks, as in the published code; `absolute_input`: added at the input, as Sec. 3.3
     says; `rope`: rotary."""
+    given_frames: list[GivenKind] = Field(default_factory=list)
+    """Frames that may be given to the model, which fills in the rest: it then starts from an image, goes on with a
+    video, or goes from one frame to another. Each training clip draws one of these kinds. `first`: the first frame;
+    `start`: the first few; `last`: the last one; `ends`: the first and the last; `every`: every second, or third, and
+    so on. Default: none, as in the paper."""
+    given_dropout: float = Field(0.2, ge=0.0, lt=1.0)
+    """With `given_frames`, the probability that a clip is trained without a given frame, so that the model still makes
+    whole clips, and guidance towards the frames has a prediction without them."""
     text_encoder: str | None = None
     """Path or hub id of the text encoder, with `data.captions`: any of transformers' with a pooled output; by default
     the CLIP of Stable Diffusion 1.4."""
@@ -44,6 +53,10 @@ class ModelConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> ModelConfig:
+        if len(set(self.given_frames)) < len(self.given_frames):
+            raise ValueError(f"given_frames is {self.given_frames}, but must name each kind once")
+        if "given_dropout" in self.model_fields_set and not self.given_frames:
+            raise ValueError(f"given_dropout is {self.given_dropout}, but has no effect without given_frames")
         if self.tube_size is not None and self.patch_embedding == "uniform":
             raise ValueError(f"tube_size is {self.tube_size}, but has no effect with patch_embedding=uniform")
         if self.prediction_type == "flow" and self.learn_sigma:

@@ -6,12 +6,13 @@ Legend: B batch, F frames, C channels, H W latent size, I images after a video, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 
 from lavita.models.blocks import Conditioning
+from lavita.models.given_frames import KINDS
 from lavita.models.presets import block_plan
 
 PATCH_EMBEDDINGS = ("uniform", "compression")
@@ -29,10 +30,10 @@ _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     float: ("mlp_ratio", "fps"),
     bool: ("learn_sigma",),
     str: ("patch_embedding", "conditioning", "temporal_position", "text_encoder", "prediction_type"),
-    list: ("class_names",),
+    list: ("class_names", "given_frames"),
 }
 """The fields of the constructor; a `config.json` from elsewhere may hold anything."""
-_OPTIONAL = ("class_names", "text_encoder")
+_OPTIONAL = ("class_names", "text_encoder", "given_frames")
 _TYPES: dict[type, Any] = {float: (int, float), list: (list, tuple)}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 
@@ -83,6 +84,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
     ):
         if config[name] not in allowed:
             raise ValueError(f"{name} is {config[name]!r}; allowed: {', '.join(allowed)}")
+    for kind in config["given_frames"] or ():
+        if kind not in KINDS:
+            raise ValueError(f"given_frames has {kind!r}; allowed: {', '.join(KINDS)}")
     if config["prediction_type"] == "flow" and config["learn_sigma"]:
         raise ValueError("learn_sigma is true, but must be false with prediction_type flow: a flow has no variance")
     if config["flow_shift"] is not None and (config["prediction_type"] != "flow" or config["flow_shift"] <= 0):
@@ -199,6 +203,26 @@ def check_inputs(
         if text_embeds is None:
             raise ValueError("text_embeds are missing, but this model has texts")
         _check_shape("text_embeds", text_embeds, (*expected, text_dim))
+
+
+def check_given(config: Mapping[str, Any], given: torch.Tensor, shape: Sequence[int]) -> None:
+    """Checks which frames are said to be given.
+
+    Args:
+        config: the model's fields.
+        given: must be bool and of the shape (B, F).
+        shape: (B, F).
+
+    Raises:
+        ValueError: if it is not, or the model makes whole clips only.
+    """
+    if not config["given_frames"]:
+        raise ValueError(
+            "frames were given, but this model was trained to make whole clips; train it with model.given_frames"
+        )
+    if given.dtype != torch.bool:
+        raise ValueError(f"given is {given.dtype}, but must be torch.bool")
+    _check_shape("given", given, tuple(shape))
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:

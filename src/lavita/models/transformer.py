@@ -33,7 +33,7 @@ from lavita.models.embeddings import (
     spatial_positions,
     temporal_positions,
 )
-from lavita.models.inputs import check_fields, check_inputs, check_whole, frames_per_tube
+from lavita.models.inputs import check_fields, check_given, check_inputs, check_whole, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
 
 
@@ -72,6 +72,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         tube_size: int = 2,
         conditioning: str = "s_adaln",
         temporal_position: str = "absolute",
+        given_frames: list[str] | None = None,
         num_classes: int = 0,
         class_names: list[str] | None = None,
         text_dim: int = 0,
@@ -107,6 +108,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             temporal_position: `absolute`: sin-cos, added once, before the first block with temporal attention, as the
                 published weights have it; `absolute_input`: the same, added to the input of the first block (Sec. 3.3);
                 `rope`: rotary, in every temporal attention (Sec. 3.5).
+            given_frames: `given_frames.KINDS` that training gave, for a model that fills in the other frames of a clip;
+                None for one that makes whole clips only.
             num_classes: number of classes; 0 for a model without classes.
             class_names: names of the classes, in the order of their labels.
             text_dim: width of the pooled text embeddings of a text-conditional model (Sec. 4.4); 0 for none.
@@ -137,6 +140,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             if compression
             else PatchEmbed(patch_size, in_channels, hidden_size)
         )
+        self.given_embed = nn.Parameter(torch.zeros(self.tube_size, hidden_size)) if given_frames else None
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder: LabelEmbedder | TextEmbedder | None = None
         if num_classes:
@@ -242,6 +246,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         use_temporal: bool = True,
         return_dict: bool = True,
         modulation: Sequence[torch.Tensor] | None = None,
+        given: torch.Tensor | None = None,
     ) -> TransformerOutput | tuple[torch.Tensor]:
         """Evaluates the model once.
 
@@ -256,16 +261,23 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             use_temporal: False treats every frame as an image (A.4).
             return_dict: return a `TransformerOutput` rather than a tuple.
             modulation: the output of `modulate` for these timesteps and conditions, if it is known; not with images.
+            given: bool (B, F), the frames whose latents have no noise, for a model with `given_frames`; None for none.
+                What is predicted for them means nothing.
 
         Raises:
             ValueError: for latents or conditions that do not fit the model, or images if the patch embedding is
                 `compression`.
         """
         check_inputs(self.config, latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
+        if given is not None:
+            check_given(self.config, given, latents.shape[:2])
         if modulation is not None and num_images:
             raise ValueError(f"num_images is {num_images}, but must be 0 with modulation")
         x = self.x_embedder(latents)  # (B, T, N, D)
         x = x + self.pos_embed[:, None].to(x.dtype)  # (B, T, N, D)
+        if given is not None and self.given_embed is not None:
+            marks = given.unflatten(1, (-1, self.tube_size)).to(x.dtype) @ self.given_embed.to(x.dtype)  # (B, T, D)
+            x = x + marks[:, :, None]  # where nothing is given, exactly 0 is added
         frames = self._frame_layout(x, num_images, use_temporal)
         condition, num_tokens = None, 0
         vectors: list[torch.Tensor | None] = [None] * (len(self.blocks) + 1)

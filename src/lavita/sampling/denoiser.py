@@ -12,7 +12,9 @@ import torch
 from lavita.core.names import CacheName
 from lavita.core.precision import Precision, autocast
 from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.flow import make_objective
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.sampling.given import GivenLatents
 from lavita.sampling.step_cache import StepCache
 
 # Memory for S-AdaLN's vectors computed ahead: enough for 40 steps of two clips at XL/2.
@@ -65,6 +67,8 @@ class Denoiser:
         use_temporal: bool = True,
         precision: Precision = "auto",
         cache: CacheName | None = None,
+        given: GivenLatents | None = None,
+        given_noise: torch.Tensor | None = None,
     ) -> None:
         """Prepares a loop.
 
@@ -77,6 +81,9 @@ class Denoiser:
             use_temporal: see `LavitaTransformer3DModel.forward`.
             precision: see `core.precision.autocast`.
             cache: see `StepCache`; by default none.
+            given: frames that are given to the model at every step; by default none.
+            given_noise: noise (B, F, C, H, W) that the unconditional half of a guided step has in their place, so that
+                guidance is towards the frames, too; by default both halves are given them.
 
         Raises:
             ValueError: for a cache that is unknown or does not work with this model.
@@ -84,6 +91,8 @@ class Denoiser:
         self._model, self._timesteps = model, timesteps
         self._labels, self._texts = class_labels, text_embeds
         self._use_temporal, self._precision = use_temporal, precision
+        self._given, self._given_noise = given, given_noise
+        self._objective = make_objective(model.config["prediction_type"])
         self._cache = None if cache is None else StepCache(cache, model)
         self._times: list[float] = timesteps.tolist()
         self._scale = guidance.scale
@@ -116,9 +125,9 @@ class Denoiser:
         cache, timestep = self._cache, self._times[index]
         if cache is not None and (index == 0 or guided != self._guided[index - 1]):
             cache.begin(timestep, guided)
-        inputs = torch.cat([latents, latents]) if guided else latents
-        timesteps = self._timesteps[index].expand(len(inputs))
         options: dict[str, Any] = {"use_temporal": self._use_temporal}
+        inputs = self._inputs(index, latents, guided, options)
+        timesteps = self._timesteps[index].expand(len(inputs))
         for name, given in (("class_labels", self._labels), ("text_embeds", self._texts)):
             if given is not None:
                 options[name] = given[: len(inputs)]
@@ -135,6 +144,24 @@ class Denoiser:
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + self._scale * (conditional - unconditional)
         return prediction, variance[:batch]
+
+    def _inputs(self, index: int, latents: torch.Tensor, guided: bool, options: dict[str, Any]) -> torch.Tensor:
+        """The model's latents at a step, with the given frames in their places; adds `given` to its options."""
+        given = self._given
+        if given is None:
+            return torch.cat([latents, latents]) if guided else latents
+        placed = given.placed(latents)
+        mask = given.mask.expand(len(latents), -1)
+        if not guided:
+            options["given"] = mask
+            return placed
+        if self._given_noise is None:
+            options["given"] = torch.cat([mask, mask])
+            return torch.cat([placed, placed])
+        options["given"] = torch.cat([mask, torch.zeros_like(mask)])
+        timesteps = self._timesteps[index].expand(len(latents))
+        noised = self._objective.q_sample(given.latents, timesteps, self._given_noise)
+        return torch.cat([placed, GivenLatents(noised, given.mask).placed(latents)])
 
     def _modulation_at(self, index: int) -> list[torch.Tensor] | None:
         """S-AdaLN's vectors at a step, computed for as many steps at a time as MODULATION_BYTES allows."""

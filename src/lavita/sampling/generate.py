@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,26 @@ from lavita.core.progress import Progress
 from lavita.core.seeds import DRAWS, generator
 from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
+from lavita.data.catalog import scan
 from lavita.models.adapters import apply_adapter
-from lavita.models.autoencoder import pixel_frames
+from lavita.models.autoencoder import downsampling, pixel_frames
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
 from lavita.sampling.class_choice import ALL, parse_classes
+from lavita.sampling.given import Frames, digest, places_of, read_places
 from lavita.sampling.names import class_folders, prompt_folder, table_prefixes
-from lavita.sampling.pipeline import load_pipeline
+from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
-from lavita.sampling.records import check_files, check_generation, record_prompts, write_generation
+from lavita.sampling.records import (
+    GIVEN_TABLE,
+    PROMPT_TABLE,
+    Table,
+    check_files,
+    check_generation,
+    record_files,
+    write_generation,
+)
+from lavita.video.tree import is_frame_folder
 from lavita.video.writing import write_video
 
 MOST_SEEDS = 10**6
@@ -60,6 +72,44 @@ class Job(NamedTuple):
     seed: int
     label: int | None = None
     prompt: str | None = None
+    source: Path | None = None
+    """The video of a folder that gives the frames."""
+
+
+@dataclass(frozen=True)
+class GivenFiles:
+    """Files whose frames are given to the videos."""
+
+    image: Path | None = None
+    """Image, or video for its first frame."""
+    last_image: Path | None = None
+    video: Path | None = None
+    """Video whose first frames are given, or a folder of videos: one is generated for each of them."""
+    keep_frames: int | None = None
+    """Number of first frames of `video`; by default 1."""
+    keep_every: int | None = None
+    """Every n-th frame of `video` instead."""
+    guided: bool = False
+    """Guide towards the frames (see `LavitaPipeline`)."""
+    exact: bool = False
+    """Put the given pixels in the place of their decoded ones."""
+
+    def __post_init__(self) -> None:
+        """Checks that the fields fit together.
+
+        Raises:
+            ValueError: if one has no effect without another, or two give the same frame.
+        """
+        if self.image is not None and self.video is not None:
+            raise ValueError("image and video both give the first frame; give one of them")
+        if self.video is None and (self.keep_frames is not None or self.keep_every is not None):
+            raise ValueError("keep_frames and keep_every have no effect without a video")
+        if not self and (self.guided or self.exact):
+            raise ValueError("guide_frames and exact have no effect without an image or a video")
+
+    def __bool__(self) -> bool:
+        """Whether any frame is given."""
+        return any(path is not None for path in (self.image, self.last_image, self.video))
 
 
 def generate(
@@ -80,6 +130,8 @@ def generate(
     suffix: str = ".mp4",
     device: str = "auto",
     team: Processes | None = None,
+    given: GivenFiles = GivenFiles(),
+    labelled: bool = True,
 ) -> list[Path]:
     """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`; see `names`.
 
@@ -104,6 +156,9 @@ def generate(
         suffix: `.mp4`, `.gif`, or the lossless `.mkv`.
         device: see `core.precision.pick_device`.
         team: processes that share the batches; the files are those that one process would write.
+        given: frames that the videos are given. With a folder of videos, a video is written to
+            `out/<its path>-<seed>.mp4`, and in a model with classes has the class of its folder, or those of `classes`.
+        labelled: False generates with "no class" in a model with classes, for a folder of videos.
 
     Returns:
         All requested files, each once, written now or before, once all processes have finished.
@@ -123,7 +178,13 @@ def generate(
     if adapter is not None:
         apply_adapter(pipeline.transformer, adapter, adapter_scale)
     config = pipeline.transformer.config
-    jobs = _plan_jobs(config, out, ".png" if images else suffix, numbers, classes, prompts, prompt_table)[:most]
+    ending = ".png" if images else suffix
+    if given.video is not None and given.video.is_dir() and not is_frame_folder(given.video):
+        jobs = _plan_continuations(config, out, ending, numbers, classes, given.video, labelled)[:most]
+    else:
+        if not labelled:
+            raise ValueError("unlabelled has no effect without --video and a folder of videos")
+        jobs = _plan_jobs(config, out, ending, numbers, classes, prompts, prompt_table)[:most]
     if images:
         num_frames = 1
 
@@ -137,9 +198,16 @@ def generate(
         "fps": config["fps"],
         "draws": DRAWS,
     }
+    if given:
+        settings |= {"guide_frames": given.guided, "exact": given.exact}
+    kept = _read_given(given, jobs, pipeline, settings["num_frames"])
     check_generation(out, settings)
-    texts = {job.path: job.prompt for job in jobs}
-    check_files(out, texts)
+    records: dict[Table, dict[Path, str | None]] = {
+        PROMPT_TABLE: {job.path: job.prompt for job in jobs},
+        GIVEN_TABLE: {path: digest(places) for path, places in kept.items()},
+    }
+    for table, values in records.items():
+        check_files(out, table, values)
     options = recipe.prepare(pipeline)
     team = team or Processes()
     # Batches never depend on what exists or on the number of processes, so files are identical to the bit.
@@ -147,7 +215,8 @@ def generate(
     todo = team.share([batch for batch in batches if not all(job.path.exists() for job in batch)])
     team.wait()  # until all processes have looked for existing files
     if team.is_first:
-        record_prompts(out, texts)
+        for table, values in records.items():
+            record_files(out, table, values)
     team.wait()
     progress = Progress("image" if images else "video", sum(map(len, todo)), active=team.is_first)
     # A batch is written while the next one is sampled.
@@ -155,12 +224,15 @@ def generate(
         writing: Future[None] | None = None
         for batch in todo:
             videos = pipeline(
-                class_labels=[job.label for job in batch if job.label is not None] or None,
+                class_labels=[job.label for job in batch] if config["num_classes"] else None,
                 prompt=[job.prompt for job in batch if job.prompt is not None] or None,
                 num_videos=len(batch),
                 num_frames=num_frames,
                 generator=[generator(job.seed, "sample") for job in batch],
                 use_temporal=not images,
+                given=[kept[job.path] for job in batch] if given else None,
+                guide_given=given.guided,
+                exact=given.exact,
                 **options,
             ).frames
             if writing is not None:
@@ -221,6 +293,62 @@ def _plan_jobs(
     return _distinct(
         Job(inside(out, f"{name}{seed}{suffix}"), seed, prompt=text) for name, text in rows for seed in seeds
     )
+
+
+def _plan_continuations(
+    config: Mapping[str, Any],
+    out: Path,
+    suffix: str,
+    seeds: list[int],
+    classes: str | Sequence[str],
+    folder: Path,
+    labelled: bool,
+) -> list[Job]:
+    """Lists the videos to generate from the frames of each video in a folder."""
+    if config["text_dim"]:
+        raise ValueError("a folder of videos was given, but this model needs a prompt for each; give a single video")
+    catalog = scan(folder)
+    sources = {video.name: video for video in catalog.videos}
+    labels: list[int | None] = [None]
+    names = [normal_name(name) for name in config["class_names"] or map(str, range(config["num_classes"]))]
+    asked = [classes] if isinstance(classes, str) else list(classes)
+    by_folder = bool(names) and labelled and asked == [ALL]
+    if names and labelled and not by_folder:
+        labels = list(parse_classes([normal_name(text) for text in asked], names))
+    elif not by_folder and asked != [ALL]:
+        raise ValueError(f"classes is {','.join(asked)!r}, but no class is used here")
+    jobs = []
+    for prefix, source in table_prefixes({name: [name] for name in sources}):
+        path = Path(sources[source].info.path)
+        if by_folder:
+            parent = normal_name(path.parent.name)
+            if parent not in names:
+                raise ValueError(f"{path}: its folder is no class of this model; give --classes or --unlabelled")
+            labels = [names.index(parent)]
+        for label in labels:
+            group = f"{class_folders(names)[label]}/" if label is not None and not by_folder else ""
+            jobs += [Job(inside(out, f"{group}{prefix}{seed}{suffix}"), seed, label, source=path) for seed in seeds]
+    return _distinct(jobs)
+
+
+def _read_given(
+    given: GivenFiles, jobs: Sequence[Job], pipeline: LavitaPipeline, num_frames: int
+) -> dict[Path, dict[int, Frames]]:
+    """The given frames of each job, by its file; empty without any."""
+    if not given:
+        return {}
+    config = pipeline.transformer.config
+    resolution, interval = config["sample_size"] * downsampling(pipeline.vae), config["frame_interval"]
+    shared: dict[int, Frames] = {}
+    for path, place in ((given.image, 0), (given.last_image, num_frames - 1)):
+        if path is not None:
+            shared[place] = read_places(path, [0], 1, resolution)[0]
+    found: dict[Path | None, dict[int, Frames]] = {None: shared}
+    for source in dict.fromkeys(job.source or given.video for job in jobs):
+        if source is not None:
+            places = places_of(source, given.keep_frames, given.keep_every, num_frames)
+            found[source] = {**read_places(source, places, interval, resolution), **shared}
+    return {job.path: dict(sorted(found[job.source or given.video].items())) for job in jobs}
 
 
 def _distinct(jobs: Iterable[Job]) -> list[Job]:

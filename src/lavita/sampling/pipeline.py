@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
+from lavita.sampling.given import Frames, Places, encode_given, merge_places
 from lavita.sampling.schedulers import (
     SCHEDULER_CLASSES,
     Scheduler,
@@ -105,7 +106,7 @@ class LavitaPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str] | None = None,
+        class_labels: Sequence[int | str | None] | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
         prompt_embeds: torch.Tensor | None = None,
@@ -121,11 +122,18 @@ class LavitaPipeline(DiffusionPipeline):
         output_type: Literal["uint8", "latent"] = "uint8",
         precision: Precision = "auto",
         cache: CacheName | None = None,
+        image: Frames | None = None,
+        last_image: Frames | None = None,
+        video: Frames | None = None,
+        given: Places | Sequence[Places] | None = None,
+        guide_given: bool = False,
+        exact: bool = False,
     ) -> LavitaPipelineOutput:
         """Generates a batch of videos.
 
         Args:
-            class_labels: one class per video, by number or name; required by a class-conditional model.
+            class_labels: one class per video, by number or name, or None for no class; required by a class-conditional
+                model.
             prompt: one text per video; a text-conditional model requires them or `prompt_embeds`.
             negative_prompt: with guidance, the text to steer away from, one for all videos or one per video; the
                 default, the empty text, means "no caption".
@@ -146,6 +154,13 @@ class LavitaPipeline(DiffusionPipeline):
             output_type: `uint8` frames, or scaled `latent`s, not normalised.
             precision: see `core.precision.autocast`.
             cache: step cache that reuses parts of earlier evaluations (see `StepCache`); by default none.
+            image: the first frame of the videos, uint8 (H, W, 3) of their size, for a model with `given_frames`.
+            last_image: their last frame.
+            video: their first frames, uint8 (k, H, W, 3).
+            given: frames at any places of the videos, or a list of such for each video. Given frames come back as the
+                autoencoder decodes them, from the latents that the model was given.
+            guide_given: guide towards the given frames, too: the unconditional prediction is made without them.
+            exact: put the given pixels in the place of their decoded ones.
 
         Raises:
             ValueError: if an argument does not fit the model, or arguments do not fit together.
@@ -156,14 +171,23 @@ class LavitaPipeline(DiffusionPipeline):
         labels = self._labels(class_labels)
         guidance = Guidance(guidance_scale, (0, NUM_TIMESTEPS) if guidance_interval is None else guidance_interval)
         guided = guidance_scale != 1.0
+        if given is not None and not isinstance(given, Mapping):
+            num_videos = len(given) if num_videos is None else num_videos
         embeds = self._embeds(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided)
-        given = labels if labels is not None else None if embeds is None else embeds[0]
-        batch = len(given) if given is not None else (1 if num_videos is None else num_videos)
+        conditions = labels if labels is not None else None if embeds is None else embeds[0]
+        batch = len(conditions) if conditions is not None else (1 if num_videos is None else num_videos)
         # An image is a clip of one frame, which no other frame is merged with.
         merging = self.vae.config if use_temporal else {}
         frames = pixel_frames(merging, config["num_frames"]) if num_frames is None else num_frames
         count = latent_frames(merging, frames)
-        self._check(given, num_videos, frames, count, num_inference_steps, guided, output_type)
+        kept = self._kept(image, last_image, video, given, batch, frames)
+        known = encode_given(self.transformer, self.vae, kept, frames, precision) if kept else None
+        if (guide_given or exact) and known is None:
+            raise ValueError("guide_given and exact have no effect without given frames")
+        if known is not None and not use_temporal:
+            raise ValueError("use_temporal is false, but images have no frames that could be given")
+        can_guide = conditions is not None or (known is not None and guide_given)
+        self._check(conditions, num_videos, frames, count, num_inference_steps, guided and not can_guide, output_type)
         if guidance_interval is not None and not guided:
             raise ValueError("guidance_interval has no effect with a guidance_scale of 1")
         if batch < 1:
@@ -176,16 +200,24 @@ class LavitaPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call needs {shape}")
-        null = config["num_classes"]
         label_tensor = None if labels is None else torch.tensor(labels, device=device)
         if guided and label_tensor is not None:
-            label_tensor = torch.cat([label_tensor, torch.full_like(label_tensor, null)])
+            label_tensor = torch.cat([label_tensor, torch.full_like(label_tensor, config["num_classes"])])
         text_tensor = None if embeds is None else torch.cat(embeds).to(device)
 
         set_timesteps(self.scheduler, num_inference_steps, device)
         timesteps = self.scheduler.timesteps
         denoiser = Denoiser(
-            self.transformer, timesteps, label_tensor, text_tensor, guidance, use_temporal, precision, cache
+            self.transformer,
+            timesteps,
+            label_tensor,
+            text_tensor,
+            guidance,
+            use_temporal,
+            precision,
+            cache,
+            known,
+            latents.to(device) if guide_given else None,
         )
         learned_variance = uses_learned_variance(self.scheduler)
         state = latents.to(device).transpose(1, 2) * initial_scale(self.scheduler)  # (B, C, F, h, w)
@@ -197,6 +229,8 @@ class LavitaPipeline(DiffusionPipeline):
                     prediction = torch.cat([prediction, variance], dim=2)
                 state = denoise_step(self.scheduler, prediction.transpose(1, 2), timestep, state, generator)
         latents = state.transpose(1, 2)
+        if known is not None:
+            latents = known.placed(latents)
         if not torch.isfinite(latents).all():
             raise FloatingPointError(
                 f"the latents are not finite after {num_inference_steps} steps with guidance_scale {guidance_scale:g}: "
@@ -207,9 +241,29 @@ class LavitaPipeline(DiffusionPipeline):
         if output_type == "latent":
             return LavitaPipelineOutput(frames=latents)
         if use_temporal:
-            return LavitaPipelineOutput(frames=decode(self.vae, latents, precision))
+            pixels = decode(self.vae, latents, precision)
+            if exact:
+                for clip, places in zip(pixels, kept, strict=True):
+                    clip[list(places)] = np.stack(list(places.values()))
+            return LavitaPipelineOutput(frames=pixels)
         images = decode(self.vae, latents.flatten(0, 1)[:, None], precision)
         return LavitaPipelineOutput(frames=images.reshape(batch, frames, *images.shape[2:]))
+
+    def _kept(
+        self,
+        image: Frames | None,
+        last_image: Frames | None,
+        video: Frames | None,
+        given: Places | Sequence[Places] | None,
+        batch: int,
+        num_frames: int,
+    ) -> list[dict[int, Frames]]:
+        """The given frames of each video; empty if there are none."""
+        each = [given] * batch if given is None or isinstance(given, Mapping) else list(given)
+        if len(each) != batch:
+            raise ValueError(f"given has frames for {len(each)} videos, but this call makes {batch}")
+        kept = [merge_places(image, last_image, video, places, num_frames) for places in each]
+        return kept if any(kept) else []
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Embeds texts with the model's text encoder, which is loaded once.
@@ -257,7 +311,7 @@ class LavitaPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} have shape {tuple(tensor.shape)}, but must have {(batch, text_dim)}")
         return embeds
 
-    def _labels(self, class_labels: Sequence[int | str] | None) -> list[int] | None:
+    def _labels(self, class_labels: Sequence[int | str | None] | None) -> list[int] | None:
         num_classes, names = self.transformer.config["num_classes"], self.transformer.config["class_names"]
         if not num_classes:
             if class_labels is not None:
@@ -269,6 +323,9 @@ class LavitaPipeline(DiffusionPipeline):
         forms = [normal_name(name) for name in names or ()]
         labels = []
         for label in class_labels:
+            if label is None:
+                labels.append(num_classes)
+                continue
             number: int | str = label
             if isinstance(label, str) and normal_name(label) in forms:
                 number = forms.index(normal_name(label))
@@ -284,7 +341,7 @@ class LavitaPipeline(DiffusionPipeline):
         frames: int,
         count: int,
         steps: int,
-        guided: bool,
+        guided_by_nothing: bool,
         output_type: str,
     ) -> None:
         trained, tube = self.transformer.config["num_frames"], self.transformer.tube_size
@@ -302,8 +359,8 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps is {steps}, but must be in 1..{NUM_TIMESTEPS}")
         if given is not None and num_videos is not None and num_videos != len(given):
             raise ValueError(f"num_videos is {num_videos}, but there are {len(given)} class_labels or prompts")
-        if guided and given is None:
-            raise ValueError("guidance_scale other than 1 needs a model with classes or texts")
+        if guided_by_nothing:
+            raise ValueError("guidance_scale other than 1 needs a model with classes or texts, or guide_given")
         if output_type not in ("uint8", "latent"):
             raise ValueError(f"output_type is {output_type!r}; allowed: uint8, latent")
 

@@ -20,6 +20,9 @@ from lavita.core.names import CacheName
 from lavita.models.blocks import TransformerBlock
 from lavita.models.transformer import LavitaTransformer3DModel
 
+_BATCHED = ("class_labels", "text_embeds", "given")
+"""Inputs of the model with one row per clip, besides its latents and timesteps."""
+
 # FasterCache warns at every use that it is experimental, and that it calls torch.meshgrid in an old way.
 logging.getLogger("diffusers.hooks.faster_cache").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="torch.meshgrid")
@@ -92,7 +95,7 @@ class StepCache:
         """Evaluates the model like `LavitaTransformer3DModel.forward`, with all conditions by name."""
         self._timestep = timestep
         if self.splits_batch:  # for diffusers, the unconditional half is the first one
-            options |= {name: swap_halves(options[name]) for name in ("class_labels", "text_embeds") if name in options}
+            options |= {name: swap_halves(options[name]) for name in _BATCHED if name in options}
         with self._model.cache_context("sampling"):
             output: torch.Tensor = self._model(latents, timesteps, **options, return_dict=False)[0]
         return swap_halves(output) if self.splits_batch else output
@@ -117,7 +120,7 @@ class StepCache:
                 tensor_format="BFCHW",
                 is_guidance_distilled=not self._guided,
                 current_timestep_callback=self._current_timestep,
-                _unconditional_conditional_input_kwargs_identifiers=["class_labels", "text_embeds"],
+                _unconditional_conditional_input_kwargs_identifiers=list(_BATCHED),
             )
         names: dict[bool, list[str]] = {False: [], True: []}
         for index, block in enumerate(self._model.blocks):

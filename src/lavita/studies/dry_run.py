@@ -15,6 +15,7 @@ from lavita.core.precision import low_precision, pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import clock
 from lavita.models.autoencoder import load_autoencoder
+from lavita.models.given_frames import GivenMasks
 from lavita.models.packaged import autoencoder_source
 from lavita.models.pretrained.transfer import initialize
 from lavita.models.text_encoder import load_text_encoder
@@ -92,7 +93,8 @@ def dry_run(config: RunConfig) -> DryRun:
     device = pick_device(settings.device)
     vae = load_autoencoder(autoencoder_source(config.autoencoder, data.resolution), device)
     check_resolution(config, vae)
-    batches = BatchMaker(data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae))
+    masks = GivenMasks(config.model.given_frames, config.model.given_dropout)
+    batches = BatchMaker(data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae), masks)
     check_contents(config.run_dir, batches.contents())
     if batches.captions is not None:
         batches.embed_captions(lambda texts: _stand_in_embeddings(texts, config, device))

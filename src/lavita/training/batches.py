@@ -20,6 +20,7 @@ from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
 from lavita.models.autoencoder import Autoencoder
 from lavita.models.diffusion import NUM_TIMESTEPS
+from lavita.models.given_frames import GivenMasks
 from lavita.models.latent_statistics import LatentStatistics
 from lavita.training.config import TrainConfig
 from lavita.training.data_record import Contents, video_facts
@@ -46,6 +47,8 @@ class Batch:
     """float32 (B, text_dim) or (B, 1 + I, text_dim); a dropped caption is the empty text. None without captions."""
     num_images: int = 0
     """I, images that follow each clip."""
+    given: torch.Tensor | None = None
+    """bool (B, F + I), the frames that the model is given without noise; None for a model without `given_frames`."""
     draws: Sequence[ClipDraw] = ()
     """Where the clips come from; empty in a random batch."""
 
@@ -67,6 +70,7 @@ class Batch:
             class_labels=None if self.class_labels is None else change(self.class_labels),
             text_embeds=None if self.text_embeds is None else change(self.text_embeds),
             num_images=self.num_images,
+            given=None if self.given is None else change(self.given),
             draws=draws,
         )
 
@@ -98,6 +102,7 @@ def random_batch(
         class_labels=torch.randint(0, num_classes, conditions, generator=random) if num_classes else None,
         text_embeds=torch.randn(*conditions, text_dim, generator=random) if text_dim else None,
         num_images=num_images,
+        given=torch.zeros(shape[:2], dtype=torch.bool) if config.get("given_frames") else None,
     )
 
 
@@ -111,6 +116,7 @@ class BatchMaker:
         vae: Autoencoder,
         class_dropout: float,
         timesteps: Timesteps | None = None,
+        masks: GivenMasks | None = None,
     ) -> None:
         """Opens the videos or the cache, the images, and the tables of captions.
 
@@ -120,6 +126,7 @@ class BatchMaker:
             vae: the autoencoder of the run.
             class_dropout: probability of dropping a clip's label or caption.
             timesteps: the distribution of the timesteps; by default all integers alike.
+            masks: which frames of the clips are given; by default none.
 
         Raises:
             ValueError: if data, configuration and autoencoder do not fit together.
@@ -128,7 +135,7 @@ class BatchMaker:
         self.seed, self.batch_size, self.broken = seed, settings.batch_size, data.broken
         self._unreadable: set[Path] = set()
         self.num_images, self.dropout = data.num_images, class_dropout
-        self.timesteps = timesteps or Timesteps()
+        self.timesteps, self.masks = timesteps or Timesteps(), masks or GivenMasks()
         self.statistics: LatentStatistics | None = None
         """The statistics that latents are normalised with, once they are known; None leaves latents as they are."""
         self.source = open_videos(data, vae, settings.precision)
@@ -214,7 +221,16 @@ class BatchMaker:
             latents.append(sampled)
             noises.append(noise)
             drops.append(torch.cat(drop) < self.dropout)
-        batch = Batch(torch.stack(latents), torch.stack(noises), torch.stack(timesteps), None, None, count, clips)
+        batch = Batch(
+            latents=torch.stack(latents),
+            noise=torch.stack(noises),
+            timesteps=torch.stack(timesteps),
+            class_labels=None,
+            text_embeds=None,
+            num_images=count,
+            given=self._draw_given(step, indices, latents[0].shape[0] - count),
+            draws=clips,
+        )
         if not self.class_names and self.captions is None:
             return batch
         dropped = torch.stack(drops) if count else torch.stack(drops)[:, 0]
@@ -233,6 +249,13 @@ class BatchMaker:
         rows = [self.captions.draw(catalog.root, draw.video.name, step, *place) for place, draw, catalog in conditions]
         batch.text_embeds = self.text_table[torch.tensor(rows).view(dropped.shape).masked_fill(dropped, 0)]
         return batch
+
+    def _draw_given(self, step: int, indices: range, num_frames: int) -> torch.Tensor | None:
+        """Which frames of the clips are given, from a generator of its own; images never are."""
+        if not self.masks.kinds:
+            return None
+        masks = [self.masks.draw(num_frames, generator(self.seed, "given", step, index)) for index in indices]
+        return torch.nn.functional.pad(torch.stack(masks), (0, self.num_images))
 
     def _noised(
         self, posteriors: Sequence[tuple[torch.Tensor, torch.Tensor]], random: torch.Generator

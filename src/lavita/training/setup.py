@@ -25,6 +25,7 @@ from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
 from lavita.models.flow import FLOW
+from lavita.models.given_frames import GivenMasks
 from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.packaged import autoencoder_source
 from lavita.models.presets import preset_sizes
@@ -89,7 +90,8 @@ def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -
     check_resolution(config, vae)
     texts = texts_folder(config.data.latent_cache, run_dir)
     encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
-    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae))
+    masks = GivenMasks(config.model.given_frames, config.model.given_dropout)
+    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae), masks)
     contents = batches.contents()
     check_contents(run_dir, contents)
     if batches.captions is not None:
@@ -203,6 +205,7 @@ def model_of_sizes(config: RunConfig, vae: Autoencoder, num_classes: int, **fact
         tube_size=config.model.tube_size or DEFAULT_TUBE_SIZE,
         conditioning=config.model.conditioning,
         temporal_position=config.model.temporal_position,
+        given_frames=config.model.given_frames or None,
         learn_sigma=config.model.learn_sigma,
         prediction_type=config.model.prediction_type,
         sample_size=latent_size(vae, config.data.resolution),

@@ -9,7 +9,7 @@ import torch
 
 from lavita.core.precision import autocast
 from lavita.core.processes import Processes, sum_over, whole
-from lavita.models.diffusion import GaussianDiffusion
+from lavita.models.diffusion import GaussianDiffusion, Losses
 from lavita.models.flow import Objective
 from lavita.training.batches import Batch
 from lavita.training.config import TrainConfig
@@ -65,16 +65,44 @@ def compute_gradients(state: TrainState, batch: Batch, settings: TrainConfig) ->
     clip_losses = []
     for first in range(0, count, micro):
         part = batch.part(first, micro, device)
-        noisy = state.diffusion.q_sample(part.latents, part.timesteps, part.noise)
+        noisy = noised(state.diffusion, part)
+        options = {} if part.given is None else {"given": part.given}
         with state.parallel.gradients_later(first + micro < count):
             with autocast(device, settings.precision):
                 output = state.parallel(
-                    noisy, part.timesteps, part.class_labels, part.text_embeds, num_images=part.num_images
+                    noisy, part.timesteps, part.class_labels, part.text_embeds, num_images=part.num_images, **options
                 )
             losses = training_losses(state.diffusion, output, part, settings)
             (losses.mean() * (state.scale.value / settings.accumulation)).backward()
         clip_losses.append(losses.detach())
     return torch.cat(clip_losses)
+
+
+def noised(objective: Objective, batch: Batch) -> torch.Tensor:
+    """The latents of a batch with its noise at its timesteps, but without noise in frames that are given."""
+    noisy = objective.q_sample(batch.latents, batch.timesteps, batch.noise)
+    if batch.given is None:
+        return noisy
+    return torch.where(batch.given[:, :, None, None, None], batch.latents, noisy)
+
+
+def losses_of(objective: Objective, output: torch.Tensor, batch: Batch) -> Losses:
+    """The losses of the clips of a batch, means over the frames that are not given."""
+    if batch.given is None:
+        return objective.losses(output, batch.latents, batch.timesteps, batch.noise)
+    frames = batch.given.shape[1]
+    each = objective.losses(
+        output.flatten(0, 1)[:, None],
+        batch.latents.flatten(0, 1)[:, None],
+        batch.timesteps.repeat_interleave(frames),
+        batch.noise.flatten(0, 1)[:, None],
+    )
+    weights = (~batch.given).float() / (~batch.given).sum(1, keepdim=True)  # (B, F + I)
+
+    def mean(losses: torch.Tensor) -> torch.Tensor:
+        return (losses.unflatten(0, (-1, frames)) * weights).sum(1)
+
+    return Losses(mean(each.total), mean(each.mse), mean(each.vlb))
 
 
 def training_losses(objective: Objective, output: torch.Tensor, batch: Batch, settings: TrainConfig) -> torch.Tensor:
@@ -89,7 +117,7 @@ def training_losses(objective: Objective, output: torch.Tensor, batch: Batch, se
     Raises:
         ValueError: for weights that the objective does not have.
     """
-    losses = objective.losses(output, batch.latents, batch.timesteps, batch.noise)
+    losses = losses_of(objective, output, batch)
     if settings.loss_weighting == "uniform":
         return losses.total
     if not isinstance(objective, GaussianDiffusion):

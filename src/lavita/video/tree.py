@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lavita.video.formats import FRAME_SUFFIXES, GENERATION, PROMPTS, VIDEO_SUFFIXES, PathLike
+from lavita.video.formats import FRAME_SUFFIXES, GENERATION, GIVEN, PROMPTS, VIDEO_SUFFIXES, PathLike
 
 KINDS = {
     "images": "images next to videos",
@@ -196,7 +196,7 @@ def _walk(root: Path, left_out: _LeftOut) -> list[_Folder]:
                 folder.videos.append(entry.name)
             elif suffix in FRAME_SUFFIXES and is_content(entry):
                 folder.images.append(entry.name)
-            elif entry.name not in (GENERATION, PROMPTS):
+            elif entry.name not in (GENERATION, PROMPTS, GIVEN):
                 left_out.add(suffix, [entry.path])
     return sorted(folders, key=lambda folder: Path(folder.path).parts)
 
