@@ -17,7 +17,7 @@ from PIL import Image
 from lavita.video import writing
 from lavita.video.contact_sheet import contact_sheet
 from lavita.video.reading import probe, read_clip
-from lavita.video.writing import write_video
+from lavita.video.writing import video_writer, write_video
 
 
 def boxes(path: Path) -> list[bytes]:
@@ -173,3 +173,27 @@ def test_contact_sheets_that_cannot_be(
         contact_sheet(rows, tmp_path / "a.png", **settings)
     with pytest.raises(ValueError, match=r"ends in .png"):
         contact_sheet(rows, tmp_path / "a.jpg", **settings)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".mkv"])
+def test_a_file_does_not_depend_on_its_pieces(suffix: str, tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (7, 18, 21, 3), dtype=np.uint8)
+    write_video(tmp_path / f"whole{suffix}", frames, 10)
+    with video_writer(tmp_path / f"pieces{suffix}", 10) as write:
+        for piece in (frames[:1], frames[1:5], frames[5:]):
+            write(piece)
+        assert not (tmp_path / f"pieces{suffix}").exists()
+    assert (tmp_path / f"whole{suffix}").read_bytes() == (tmp_path / f"pieces{suffix}").read_bytes()
+
+
+def test_a_writer_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frames are missing"), video_writer(tmp_path / "none.mp4", 10):
+        pass
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    with (
+        pytest.raises(ValueError, match="frames are 18x16, but the first ones were 16x16"),
+        video_writer(tmp_path / "sizes.mp4", 10) as write,
+    ):
+        write(frames)
+        write(np.zeros((2, 16, 18, 3), np.uint8))
+    assert not list(tmp_path.iterdir())

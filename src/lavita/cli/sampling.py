@@ -118,6 +118,19 @@ def sample(
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="With a folder of videos: give the model frames, but no class.")
     ] = False,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Frames of longer videos, made in windows that go on from each other; for a model trained with "
+            "model.given_frames=[start]. A stopped command goes on.",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="--length in seconds.", show_default=False)] = None,
+    overlap: Annotated[
+        int | None, typer.Option(min=1, help="Frames that windows have in common. default: 4", show_default=False)
+    ] = None,
     lora: Annotated[
         Path | None,
         typer.Option(
@@ -171,6 +184,9 @@ def sample(
             team=team,
             given=given,
             labelled=not unlabelled,
+            length=length,
+            seconds=seconds,
+            overlap=overlap,
         )
         if team.is_first:
             print(f"{out}: {len(written)} {'images' if images else 'videos'}")

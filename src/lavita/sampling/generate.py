@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from lavita.core.files import folded, inside, replacing
@@ -22,13 +27,13 @@ from lavita.core.text import normal_name
 from lavita.data.captions import read_captions
 from lavita.data.catalog import scan
 from lavita.models.adapters import apply_adapter
-from lavita.models.autoencoder import downsampling, pixel_frames
+from lavita.models.autoencoder import decode, downsampling, pixel_frames
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
 from lavita.sampling.class_choice import ALL, parse_classes
 from lavita.sampling.given import Frames, digest, places_of, read_places
 from lavita.sampling.names import class_folders, prompt_folder, table_prefixes
-from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
+from lavita.sampling.pipeline import MOST_FRAMES, LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
 from lavita.sampling.records import (
     GIVEN_TABLE,
@@ -39,8 +44,9 @@ from lavita.sampling.records import (
     record_files,
     write_generation,
 )
+from lavita.sampling.roll_out import DEFAULT_OVERLAP, Windows, roll_out
 from lavita.video.tree import is_frame_folder
-from lavita.video.writing import write_video
+from lavita.video.writing import video_writer, write_video
 
 MOST_SEEDS = 10**6
 
@@ -132,6 +138,9 @@ def generate(
     team: Processes | None = None,
     given: GivenFiles = GivenFiles(),
     labelled: bool = True,
+    length: int | None = None,
+    seconds: float | None = None,
+    overlap: int | None = None,
 ) -> list[Path]:
     """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`; see `names`.
 
@@ -158,6 +167,9 @@ def generate(
         team: processes that share the batches; the files are those that one process would write.
         given: frames that the videos are given. With a folder of videos, a video is written to
             `out/<its path>-<seed>.mp4`, and in a model with classes has the class of its folder, or those of `classes`.
+        length: frames of longer videos, generated in windows (see `roll_out`); a stopped command goes on in a video.
+        seconds: the same in seconds.
+        overlap: frames that windows have in common; by default 4.
         labelled: False generates with "no class" in a model with classes, for a folder of videos.
 
     Returns:
@@ -200,7 +212,17 @@ def generate(
     }
     if given:
         settings |= {"guide_frames": given.guided, "exact": given.exact}
-    kept = _read_given(given, jobs, pipeline, settings["num_frames"])
+    windows = _windows(
+        pipeline,
+        None if images else num_frames,
+        length,
+        seconds,
+        overlap,
+        images or given.exact or bool(given.last_image),
+    )
+    if windows is not None:
+        settings |= {"num_frames": windows.length, "overlap": windows.overlap}
+    kept = _read_given(given, jobs, pipeline, settings["num_frames"] if windows is None else windows.window)
     check_generation(out, settings)
     records: dict[Table, dict[Path, str | None]] = {
         PROMPT_TABLE: {job.path: job.prompt for job in jobs},
@@ -218,22 +240,30 @@ def generate(
         for table, values in records.items():
             record_files(out, table, values)
     team.wait()
-    progress = Progress("image" if images else "video", sum(map(len, todo)), active=team.is_first)
+    unit = "image" if images else "video" if windows is None else "window"
+    progress = Progress(unit, sum(map(len, todo)) * (1 if windows is None else windows.count), active=team.is_first)
     # A batch is written while the next one is sampled.
     with ThreadPoolExecutor(max_workers=1) as writer:
         writing: Future[None] | None = None
         for batch in todo:
+            inputs: dict[str, Any] = {
+                "class_labels": [job.label for job in batch] if config["num_classes"] else None,
+                "prompt": [job.prompt for job in batch if job.prompt is not None] or None,
+                "num_videos": len(batch),
+                "given": [kept[job.path] for job in batch] if given else None,
+                "guide_given": given.guided,
+                **options,
+            }
+            if windows is not None:
+                write_generation(out, settings)
+                _roll_out(pipeline, batch, windows, out, settings, records[GIVEN_TABLE], inputs, progress)
+                continue
             videos = pipeline(
-                class_labels=[job.label for job in batch] if config["num_classes"] else None,
-                prompt=[job.prompt for job in batch if job.prompt is not None] or None,
-                num_videos=len(batch),
                 num_frames=num_frames,
                 generator=[generator(job.seed, "sample") for job in batch],
                 use_temporal=not images,
-                given=[kept[job.path] for job in batch] if given else None,
-                guide_given=given.guided,
                 exact=given.exact,
-                **options,
+                **inputs,
             ).frames
             if writing is not None:
                 writing.result()
@@ -244,6 +274,67 @@ def generate(
             writing.result()
     team.wait()
     return [job.path for job in jobs]
+
+
+def _windows(
+    pipeline: LavitaPipeline,
+    num_frames: int | None,
+    length: int | None,
+    seconds: float | None,
+    overlap: int | None,
+    is_refused: bool,
+) -> Windows | None:
+    """How long videos are divided; None for videos of one window."""
+    config = pipeline.transformer.config
+    if length is not None and seconds is not None:
+        raise ValueError(f"length is {length} and seconds {seconds:g}; give one of them")
+    if length is None and seconds is None:
+        if overlap is not None:
+            raise ValueError(f"overlap is {overlap}, but has no effect without --length or --seconds")
+        return None
+    if num_frames is not None:
+        raise ValueError(f"num_frames is {num_frames}, but the length of the videos is given, too; give one of them")
+    if is_refused:
+        raise ValueError("length has no effect on images, and does not go with exact or last_image")
+    if seconds is not None:
+        if not 0 < seconds * config["fps"] <= MOST_FRAMES:
+            raise ValueError(f"seconds is {seconds:g}, but must be above 0 and give at most {MOST_FRAMES:,} frames")
+        length = max(1, round(seconds * config["fps"]))
+    assert length is not None
+    return Windows(length, config["num_frames"], DEFAULT_OVERLAP if overlap is None else overlap)
+
+
+def _roll_out(
+    pipeline: LavitaPipeline,
+    batch: Sequence[Job],
+    windows: Windows,
+    out: Path,
+    settings: Mapping[str, Any],
+    given: Mapping[Path, str | None],
+    inputs: Mapping[str, Any],
+    progress: Progress,
+) -> None:
+    """Generates a batch of long videos and writes them while they grow; finished windows are kept until then."""
+    what = [settings, [(job.path.as_posix(), job.seed, job.label, job.prompt, given.get(job.path)) for job in batch]]
+    journal = out / ".windows" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def noise(window: int) -> list[torch.Generator]:
+        return [generator(job.seed, "sample", *([window] if window else [])) for job in batch]
+
+    def finished() -> None:
+        progress.update(progress.done + len(batch))
+
+    with ExitStack() as stack:
+        writers = [
+            None if job.path.exists() else stack.enter_context(video_writer(job.path, settings["fps"])) for job in batch
+        ]
+        for latents in roll_out(pipeline, windows, noise, journal, finished, **inputs):
+            for write, frames in zip(writers, decode(pipeline.vae, latents.to(pipeline.vae.device)), strict=True):
+                if write is not None:
+                    write(frames)
+    shutil.rmtree(journal, ignore_errors=True)
+    with suppress(OSError):  # other processes may have theirs there
+        journal.parent.rmdir()
 
 
 def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> None:

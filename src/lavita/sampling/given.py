@@ -96,7 +96,7 @@ def encode_given(
     places = list(batch[0])
     if any(list(given) != places for given in batch):
         raise ValueError(f"the videos of a batch must be given frames at the same places, but {places} differ")
-    count, config = latent_frames(vae.config, num_frames), model.config
+    count, size = latent_frames(vae.config, num_frames), model.config["sample_size"]
     which = places
     if (factor := temporal_downsampling(vae.config)) > 1:
         number = latent_frames(vae.config, len(places)) if places == list(range(len(places))) else 0
@@ -106,30 +106,48 @@ def encode_given(
                 f"1, {1 + factor}, {1 + 2 * factor} ... frames can be given"
             )
         which = list(range(number))
+    latents = []
+    for given in batch:
+        mean = encode(vae, np.stack(list(given.values())), precision)[0]
+        if mean.shape[-2:] != (size, size):
+            height, width = next(iter(given.values())).shape[:2]
+            side = size * height // mean.shape[-2]
+            raise ValueError(f"a given frame is {width}x{height}, but the model's videos are {side}x{side}")
+        latents.append(mean)
+    return place_latents(model, torch.stack(latents), which, count)
+
+
+def place_latents(
+    model: LavitaTransformer3DModel, latents: torch.Tensor, places: Sequence[int], count: int
+) -> GivenLatents:
+    """Puts given latents in their places.
+
+    Args:
+        model: has to be trained with frames at such places.
+        latents: scaled latents (B, k, C, h, w), not normalised.
+        places: the places of the k latents, rising.
+        count: latents of a video.
+
+    Raises:
+        ValueError: if the model does not know such places.
+    """
     mask = torch.zeros(count, dtype=torch.bool)
-    mask[which] = True
-    known, kinds = config["given_frames"], kinds_of(mask)
+    mask[list(places)] = True
+    known = model.config["given_frames"]
     if not known:
         raise ValueError(
             "frames were given, but this model was trained to make whole clips; train it with model.given_frames"
         )
-    if not mask.all() and not kinds & set(known):
+    if not mask.all() and not kinds_of(mask) & set(known):
         raise ValueError(
-            f"frames {_listed(places)} of {num_frames} are given, but this model was trained with given frames of the "
-            f"kinds {', '.join(known)}"
+            f"frames {_listed(places)} of {count} are given, but this model was trained with given frames of the kinds "
+            f"{', '.join(known)}"
         )
-    statistics, latents = LatentStatistics.of(config), []
-    for given in batch:
-        mean = encode(vae, np.stack(list(given.values())), precision)[0]
-        if mean.shape[-1] != config["sample_size"] or mean.shape[-2] != config["sample_size"]:
-            height, width = next(iter(given.values())).shape[:2]
-            side = config["sample_size"] * height // mean.shape[-2]
-            raise ValueError(f"a given frame is {width}x{height}, but the model's videos are {side}x{side}")
-        clip = torch.zeros(count, *mean.shape[1:])
-        clip[which] = mean if statistics is None else statistics.normalize(mean)
-        latents.append(clip)
-    device = model.device
-    return GivenLatents(torch.stack(latents).to(device), mask.to(device))
+    statistics, device = LatentStatistics.of(model.config), model.device
+    clips = torch.zeros(len(latents), count, *latents.shape[2:], device=device)
+    latents = latents.to(device)
+    clips[:, list(places)] = latents if statistics is None else statistics.normalize(latents)
+    return GivenLatents(clips, mask.to(device))
 
 
 def _listed(places: Sequence[int]) -> str:

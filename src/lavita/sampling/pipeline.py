@@ -30,7 +30,7 @@ from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.given import Frames, Places, encode_given, merge_places
+from lavita.sampling.given import Frames, Places, encode_given, merge_places, place_latents
 from lavita.sampling.schedulers import (
     SCHEDULER_CLASSES,
     Scheduler,
@@ -126,6 +126,7 @@ class LavitaPipeline(DiffusionPipeline):
         last_image: Frames | None = None,
         video: Frames | None = None,
         given: Places | Sequence[Places] | None = None,
+        given_latents: torch.Tensor | None = None,
         guide_given: bool = False,
         exact: bool = False,
     ) -> LavitaPipelineOutput:
@@ -159,6 +160,8 @@ class LavitaPipeline(DiffusionPipeline):
             video: their first frames, uint8 (k, H, W, 3).
             given: frames at any places of the videos, or a list of such for each video. Given frames come back as the
                 autoencoder decodes them, from the latents that the model was given.
+            given_latents: the first latents of the videos (B, k, C, h, w), as `output_type="latent"` gave them, instead
+                of frames.
             guide_given: guide towards the given frames, too: the unconditional prediction is made without them.
             exact: put the given pixels in the place of their decoded ones.
 
@@ -182,7 +185,16 @@ class LavitaPipeline(DiffusionPipeline):
         count = latent_frames(merging, frames)
         kept = self._kept(image, last_image, video, given, batch, frames)
         known = encode_given(self.transformer, self.vae, kept, frames, precision) if kept else None
-        if (guide_given or exact) and known is None:
+        if given_latents is not None:
+            if known is not None:
+                raise ValueError("frames and given_latents were given; give one of them")
+            if given_latents.ndim != 5 or len(given_latents) != batch or not 1 <= given_latents.shape[1] <= count:
+                raise ValueError(
+                    f"given_latents have shape {tuple(given_latents.shape)}, but must have {batch} videos and 1 to "
+                    f"{count} latents"
+                )
+            known = place_latents(self.transformer, given_latents, range(given_latents.shape[1]), count)
+        if (guide_given and known is None) or (exact and not kept):
             raise ValueError("guide_given and exact have no effect without given frames")
         if known is not None and not use_temporal:
             raise ValueError("use_temporal is false, but images have no frames that could be given")
