@@ -18,6 +18,7 @@ from lavita.evaluation.distances.frechet import frechet_distance
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.recipes import Recipe
 from lavita.training.autoencoder import discriminator
+from lavita.video.writing import write_video
 
 
 def test_the_exact_distance_of_the_gaussians() -> None:
@@ -54,6 +55,17 @@ def test_orders_of_degraded_frames() -> None:
     assert sorted(half.tolist()) == list(range(16)) and (half != np.arange(16)).sum() <= 8
     assert monotone.frozen(0.5, rng).tolist() == [*range(8), *[8] * 8]
     assert set(monotone.frozen(1.0, rng).tolist()) == {0}
+
+
+def test_the_spread_of_a_class_is_its_variance_relative_to_real_clips(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, scale in (("a", 0.5), ("b", 1.0)):
+        mean = random.integers(100, 150, (4, 16, 16, 3))
+        for number in range(40):
+            for folder, deviation in (("real", 20), ("generated", 20 * scale)):
+                clip = random.normal(mean, deviation).clip(0, 255).round().astype(np.uint8)
+                write_video(tmp_path / folder / name / f"{number}.mkv", clip, 10)
+    assert recipes.class_spread(tmp_path / "generated", tmp_path / "real") == pytest.approx((0.25 + 1) / 2, rel=0.03)
 
 
 def test_recipes_are_timed_in_turn(

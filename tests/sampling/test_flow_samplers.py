@@ -12,7 +12,7 @@ import torch
 from conftest import MakeTransformer
 from sampling.sampled import CLASSES, build_pipeline, relative, sample, seeded
 
-from lavita.core.names import CacheName
+from lavita.core.names import CacheName, Spacing
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.transformer import TransformerOutput
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline
@@ -126,13 +126,14 @@ def test_guidance_is_the_straight_line_between_the_two_velocities(
         assert relative(late, transported(state, guided)) > 0.1 and relative(late, transported(state, MEANS[0])) > 0.01
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "quadratic"])
 @pytest.mark.parametrize("shift", [1.0, 2.5])
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
-def test_steps_are_equal_times_shifted(sampler: str, shift: float) -> None:
-    scheduler = make_scheduler(sampler, False, "flow", flow_shift=shift)
+def test_steps_are_equal_or_quadratic_times_shifted(sampler: str, shift: float, spacing: Spacing) -> None:
+    scheduler = make_scheduler(sampler, False, "flow", spacing, flow_shift=shift)
     for steps in (1, 2, 3, 25, 61, 999, 1000):
         set_timesteps(scheduler, steps)
-        times = np.linspace(1, 0, steps + 1)
+        times = np.linspace(1, 0, steps + 1) ** (2 if spacing == "quadratic" else 1)
         expected = shift * times / (1 + (shift - 1) * times)
         if sampler == "heun":
             expected = np.array([expected[0], *np.repeat(expected[1:-1], 2), expected[-1]])
@@ -155,7 +156,7 @@ def test_a_sampler_that_does_not_fit_is_refused(make_transformer: MakeTransforme
             with pytest.raises(ValueError) as caught:
                 pipeline.use_sampler(sampler)
             assert str(caught.value).startswith(message)
-    with pytest.raises(ValueError, match="spacing is karras, but a flow has its own: equal steps of time"):
+    with pytest.raises(ValueError, match="spacing is karras, but a flow has steps of time; allowed: trailing, quad"):
         flow.use_sampler("unipc", "karras")
     with pytest.raises(ValueError, match="the transformer predicts flow, but the scheduler expects epsilon"):
         LavitaPipeline(flow.transformer, tiny_vae, make_scheduler("unipc"))

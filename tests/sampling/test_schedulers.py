@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.diffusion import GaussianDiffusion
 from lavita.models.transformer import TransformerOutput
 from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
-from lavita.sampling.schedulers import DIFFUSION_SAMPLERS, make_scheduler, set_timesteps
+from lavita.sampling.schedulers import DIFFUSION_SAMPLERS, denoise_step, make_scheduler, set_timesteps
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 # Means of the classes, and of "no label".
@@ -173,7 +173,7 @@ def test_fast_samplers_converge_to_the_exact_flow(
         assert latents.std().item() == pytest.approx(STD, rel=spread)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+@pytest.mark.parametrize("spacing", get_args(Spacing))
 def test_the_stochastic_solver_has_the_datas_distribution(
     spacing: Spacing, make_gaussian: Callable[..., LavitaPipeline]
 ) -> None:
@@ -259,8 +259,43 @@ def test_karras_spacing_is_its_formula(sampler: str, steps: int) -> None:
     assert np.abs(scheduler.timesteps.numpy() - nearest).max() <= 1
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "sde-dpm++", "unipc"])
+def test_quadratic_spacing_is_its_formula(sampler: str) -> None:
+    scheduler = make_scheduler(sampler, spacing="quadratic")
+    for steps in (*range(1, 130), 250, 499, 500, 999, 1000):
+        set_timesteps(scheduler, steps)
+        timesteps = scheduler.timesteps.numpy()
+        assert len(timesteps) == scheduler.num_inference_steps == steps
+        assert timesteps[0] == 999 and timesteps[-1] >= 0 and (np.diff(timesteps) < 0).all()
+        if steps <= 30:
+            squares = 1000 * (np.arange(steps, 0, -1) / steps) ** 2 - 1
+            assert np.abs(timesteps - squares).max() < 0.51
+        expected = np.sqrt((1 - ALPHA_BAR[timesteps]) / ALPHA_BAR[timesteps])
+        np.testing.assert_allclose(scheduler.sigmas, [*expected, 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "least", "most"), [("trailing", 0.45, 0.62), ("quadratic", 0.92, 1.1)], ids=["trailing", "quadratic"]
+)
+@pytest.mark.parametrize("sampler", ["dpm++", "sde-dpm++", "unipc"])
+def test_few_equal_steps_lose_spread_and_quadratic_ones_keep_it(
+    sampler: str, spacing: Spacing, least: float, most: float
+) -> None:
+    """Eight steps of an exact predictor of a narrow Gaussian, whose deviation is 0.3; they should return this."""
+    scheduler, std = make_scheduler(sampler, spacing=spacing), 0.3
+    set_timesteps(scheduler, 8)
+    random = torch.Generator().manual_seed(0)
+    state = torch.randn(1, 4, 64, 64, generator=random)
+    for timestep in scheduler.timesteps:
+        signal, noise = ALPHA_BAR[timestep] ** 0.5, (1 - ALPHA_BAR[timestep]) ** 0.5
+        start = signal * std**2 / (signal**2 * std**2 + noise**2) * state
+        state = denoise_step(scheduler, (state - signal * start) / noise, timestep, state, random)
+    assert least < state.std() / std < most
+
+
 def test_unknown_spacings_are_refused() -> None:
-    with pytest.raises(ValueError, match="spacing is 'leading'; allowed: trailing, karras"):
+    with pytest.raises(ValueError, match="spacing is 'leading'; allowed: trailing, quadratic, karras"):
         make_scheduler("unipc", spacing="leading")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="spacing is karras, but ddpm has its own"):
-        make_scheduler("ddpm", spacing="karras")
+    for spacing in ("quadratic", "karras"):
+        with pytest.raises(ValueError, match=f"spacing is {spacing}, but ddpm has its own"):
+            make_scheduler("ddpm", spacing=spacing)

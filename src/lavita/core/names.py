@@ -11,7 +11,7 @@ DataSetName = Literal["folder", "faceforensics", "sky_timelapse", "ucf101", "tai
 """Layouts of data sets (`data.datasets`): any folder of videos, or one of the paper's data sets."""
 SamplerName = Literal["unipc", "dpm++", "sde-dpm++", "ddim", "ddpm", "euler", "heun"]
 """Samplers (`sampling.schedulers`)."""
-Spacing = Literal["trailing", "karras"]
+Spacing = Literal["trailing", "quadratic", "karras"]
 """Spacings of a sampler's steps (`sampling.schedulers`)."""
 CacheName = Literal["pab", "fastercache", "taylorseer"]
 """Step caches (`sampling.step_cache`)."""

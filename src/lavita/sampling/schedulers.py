@@ -24,6 +24,7 @@ FLOW_PREDICTION = "flow_prediction"
 """Diffusers' name of what a flow predicts."""
 # Pure noise has no signal at all, whose logarithm the multistep solvers need.
 MOST_NOISE = 1 - 1e-6
+_QUADRATIC = "has_quadratic_spacing"
 SCHEDULER_CLASSES = (
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
@@ -80,14 +81,16 @@ def make_scheduler(
             and `heun` integrate the velocity of a flow; `heun` evaluates the model twice in each step but the last.
         learn_sigma: whether the model predicts a variance.
         prediction_type: what the model predicts: `epsilon`, `v_prediction` or `flow`.
-        spacing: positions of the steps: `trailing` has equal steps of time down from the last timestep; `karras` has
-            equal steps of sigma^(1/7) (Karras et al. 2022, Eq. 5), which is closer to the exact solution from about 20
-            steps on. `ddpm` and flows have a spacing of their own.
+        spacing: positions of the steps: `trailing` has equal steps of time down from the last timestep; `quadratic` has
+            times proportional to the square of the remaining steps (Song et al. 2021, App. D.2), so that steps get
+            smaller towards the data: with few equal steps, the last one is so large that it averages over detail and
+            videos differ too little from each other; `karras` has equal steps of sigma^(1/7) (Karras et al. 2022, Eq.
+            5). `ddpm` has a spacing of its own, and a flow no `karras`.
         flow_shift: shift of a flow's timesteps, see `flow.shift_time`; None is 1.
 
     Raises:
-        ValueError: for an unknown name, a sampler that does not fit the prediction type, or another spacing with ddpm
-            or a flow.
+        ValueError: for an unknown name, a sampler that does not fit the prediction type, or a spacing that does not fit
+            the sampler or the prediction type.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
@@ -101,6 +104,14 @@ def make_scheduler(
         raise ValueError(f"spacing is {spacing!r}; allowed: {', '.join(get_args(Spacing))}")
     if sampler == "ddpm" and spacing != "trailing":
         raise ValueError(f"spacing is {spacing}, but ddpm has its own")
+    scheduler = _make(sampler, learn_sigma, prediction_type, spacing, flow_shift)
+    setattr(scheduler, _QUADRATIC, spacing == "quadratic")
+    return scheduler
+
+
+def _make(
+    sampler: str, learn_sigma: bool, prediction_type: str, spacing: Spacing, flow_shift: float | None
+) -> Scheduler:
     if prediction_type == FLOW:
         return _make_flow_scheduler(sampler, spacing, 1.0 if flow_shift is None else flow_shift)
     schedule: dict[str, Any] = {
@@ -133,8 +144,8 @@ def _multistep(sampler: str, options: dict[str, Any]) -> Scheduler:
 
 
 def _make_flow_scheduler(sampler: str, spacing: Spacing, shift: float) -> Scheduler:
-    if spacing != "trailing":
-        raise ValueError(f"spacing is {spacing}, but a flow has its own: equal steps of time, shifted as in training")
+    if spacing == "karras":
+        raise ValueError(f"spacing is {spacing}, but a flow has steps of time; allowed: trailing, quadratic")
     if sampler in ("euler", "heun"):
         kind = FlowMatchEulerDiscreteScheduler if sampler == "euler" else FlowMatchHeunDiscreteScheduler
         return kind(num_train_timesteps=NUM_TIMESTEPS, shift=shift)
@@ -167,6 +178,9 @@ def set_timesteps(scheduler: Scheduler, num_steps: int, device: torch.device | s
     if prediction_of(scheduler) == FLOW:
         _set_flow_timesteps(scheduler, num_steps, device)
         return
+    if getattr(scheduler, _QUADRATIC, False):
+        _set_quadratic_timesteps(scheduler, num_steps, device)
+        return
     if scheduler.timesteps[-1] < 0:
         scheduler.timesteps = scheduler.timesteps[:-1]
         scheduler.num_inference_steps = num_steps
@@ -174,9 +188,22 @@ def set_timesteps(scheduler: Scheduler, num_steps: int, device: torch.device | s
             scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
 
 
+def _set_quadratic_timesteps(scheduler: Any, num_steps: int, device: torch.device | str) -> None:
+    left = torch.arange(num_steps, 0, -1)  # steps that are left
+    # Where the squares are closer than the timesteps, neighbouring timesteps are taken.
+    timesteps = (NUM_TIMESTEPS * (left / num_steps).square()).round().long().maximum(left) - 1
+    alphas_cumprod = scheduler.alphas_cumprod[timesteps]
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    scheduler.timesteps = timesteps.to(device)
+    scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)]).to(scheduler.sigmas)
+    scheduler.num_inference_steps = num_steps
+
+
 def _set_flow_timesteps(scheduler: Any, num_steps: int, device: torch.device | str) -> None:
     is_multistep = "flow_shift" in scheduler.config
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    if getattr(scheduler, _QUADRATIC, False):
+        times = times.square()
     sigmas = shift_time(times, scheduler.config["flow_shift" if is_multistep else "shift"]).float()
     if is_multistep:
         sigmas[0] = MOST_NOISE
