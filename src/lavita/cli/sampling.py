@@ -164,7 +164,7 @@ def sample(
         quantize=quantize,
         compiled=compiled or None,
     )
-    given = GivenFiles(image, last_image, video, keep_frames, keep_every, guide_frames, exact)
+    given = GivenFiles(image, last_image, video, keep_frames, keep_every, guide_frames, exact, not unlabelled)
     with processes() as team:
         written = generate(
             model,
@@ -183,7 +183,6 @@ def sample(
             device=device,
             team=team,
             given=given,
-            labelled=not unlabelled,
             length=length,
             seconds=seconds,
             overlap=overlap,

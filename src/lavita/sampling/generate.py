@@ -33,7 +33,7 @@ from lavita.models.packaged import model_source
 from lavita.sampling.class_choice import ALL, parse_classes
 from lavita.sampling.given import Frames, digest, places_of, read_places
 from lavita.sampling.names import class_folders, prompt_folder, table_prefixes
-from lavita.sampling.pipeline import MOST_FRAMES, LavitaPipeline, load_pipeline
+from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
 from lavita.sampling.records import (
     GIVEN_TABLE,
@@ -44,7 +44,7 @@ from lavita.sampling.records import (
     record_files,
     write_generation,
 )
-from lavita.sampling.roll_out import DEFAULT_OVERLAP, Windows, roll_out
+from lavita.sampling.roll_out import DEFAULT_OVERLAP, MOST_FRAMES, Windows, roll_out
 from lavita.video.tree import is_frame_folder
 from lavita.video.writing import video_writer, write_video
 
@@ -99,6 +99,8 @@ class GivenFiles:
     """Guide towards the frames (see `LavitaPipeline`)."""
     exact: bool = False
     """Put the given pixels in the place of their decoded ones."""
+    labelled: bool = True
+    """False generates with "no class" in a model with classes, for a folder of videos."""
 
     def __post_init__(self) -> None:
         """Checks that the fields fit together.
@@ -112,10 +114,18 @@ class GivenFiles:
             raise ValueError("keep_frames and keep_every have no effect without a video")
         if not self and (self.guided or self.exact):
             raise ValueError("guide_frames and exact have no effect without an image or a video")
+        if not self.labelled and self.folder is None:
+            raise ValueError("unlabelled has no effect without --video and a folder of videos")
 
     def __bool__(self) -> bool:
         """Whether any frame is given."""
         return any(path is not None for path in (self.image, self.last_image, self.video))
+
+    @property
+    def folder(self) -> Path | None:
+        """`video`, if it is a folder of videos."""
+        is_folder = self.video is not None and self.video.is_dir() and not is_frame_folder(self.video)
+        return self.video if is_folder else None
 
 
 def generate(
@@ -137,7 +147,6 @@ def generate(
     device: str = "auto",
     team: Processes | None = None,
     given: GivenFiles = GivenFiles(),
-    labelled: bool = True,
     length: int | None = None,
     seconds: float | None = None,
     overlap: int | None = None,
@@ -170,7 +179,6 @@ def generate(
         length: frames of longer videos, generated in windows (see `roll_out`); a stopped command goes on in a video.
         seconds: the same in seconds.
         overlap: frames that windows have in common; by default 4.
-        labelled: False generates with "no class" in a model with classes, for a folder of videos.
 
     Returns:
         All requested files, each once, written now or before, once all processes have finished.
@@ -191,11 +199,9 @@ def generate(
         apply_adapter(pipeline.transformer, adapter, adapter_scale)
     config = pipeline.transformer.config
     ending = ".png" if images else suffix
-    if given.video is not None and given.video.is_dir() and not is_frame_folder(given.video):
-        jobs = _plan_continuations(config, out, ending, numbers, classes, given.video, labelled)[:most]
+    if given.folder is not None:
+        jobs = _plan_continuations(config, out, ending, numbers, classes, given.folder, given.labelled)[:most]
     else:
-        if not labelled:
-            raise ValueError("unlabelled has no effect without --video and a folder of videos")
         jobs = _plan_jobs(config, out, ending, numbers, classes, prompts, prompt_table)[:most]
     if images:
         num_frames = 1
@@ -298,7 +304,7 @@ def _windows(
         raise ValueError("length has no effect on images, and does not go with exact or last_image")
     if seconds is not None:
         if not 0 < seconds * config["fps"] <= MOST_FRAMES:
-            raise ValueError(f"seconds is {seconds:g}, but must be above 0 and give at most {MOST_FRAMES:,} frames")
+            raise ValueError(f"seconds is {seconds:g}, but must be above 0 and give at most {MOST_FRAMES} frames")
         length = max(1, round(seconds * config["fps"]))
     assert length is not None
     return Windows(length, config["num_frames"], DEFAULT_OVERLAP if overlap is None else overlap)

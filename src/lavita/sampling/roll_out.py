@@ -20,6 +20,8 @@ from lavita.models.autoencoder import temporal_downsampling
 from lavita.sampling.pipeline import LavitaPipeline
 
 DEFAULT_OVERLAP = 4
+MOST_FRAMES = 2**20
+"""Longest video; more would be taken for a slip of the pen."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Windows:
         Raises:
             ValueError: if windows would not go on, or the video has no frame.
         """
-        if self.length < 1:
-            raise ValueError(f"length is {self.length}, but must be at least 1")
+        if not 1 <= self.length <= MOST_FRAMES:
+            raise ValueError(f"length is {self.length}, but must be in 1..{MOST_FRAMES}")
         if not 1 <= self.overlap < self.window:
             raise ValueError(
                 f"overlap is {self.overlap}, but must be in 1..{self.window - 1}: a window has {self.window} frames"
