@@ -105,6 +105,7 @@ def test_text_latte_is_refused(latte: Path) -> None:
         ({"temporal_position": "rope"}, "temporal_position is 'rope'"),
         ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
         ({"text_dim": 6}, "text_dim is 6"),
+        ({"given_frames": ["first"]}, "given_frames is "),
     ],
 )
 def test_what_latte_has_not_is_not_exported(
