@@ -10,7 +10,9 @@ import torch
 
 from lavita.evaluation import reconstruction
 from lavita.evaluation.features.perceptual import FeatureDistance
-from lavita.models.autoencoder import AutoencoderKL, to_pixels
+from lavita.evaluation.sources import find_interval
+from lavita.models.autoencoder import AutoencoderKL, decode, encode, to_pixels
+from lavita.video.reading import probe, read_clip
 from lavita.video.writing import write_video
 
 
@@ -113,3 +115,18 @@ def test_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "30.00" in line]
     assert line.replace("│", " ").split() == ["videos", "all", "30.00", "-", "-", "4"]
     assert json.loads((tmp_path / "deep" / "quality.json").read_text()) == quality
+
+
+def test_reconstructed_clips_are_a_folder_that_can_be_scored(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "videos" / "a" / "one.mkv", frames, 12)
+    clips = tmp_path / "clips"
+    quality = reconstruction.reconstruction_quality(tiny_vae, tmp_path / "videos", 16, frame_interval=4, clips=clips)
+    assert quality["all"]["frames"] == 3
+    made = decode(tiny_vae, encode(tiny_vae, frames[::4])[0])
+    file = clips / "a" / "one.mkv.mkv"
+    assert np.array_equal(read_clip(file, 0, 3), made)
+    assert probe(file).fps == pytest.approx(3)
+    assert find_interval(clips, None) == 4
+    with pytest.raises(ValueError, match="takes those of one folder of videos at one resolution"):
+        reconstruction.quality_at(tiny_vae, [tmp_path / "videos"], [16, 32], None, clips=clips)

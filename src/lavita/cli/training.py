@@ -61,7 +61,15 @@ def autoencoder_evaluate(
             min=8, help="Side of the frames in pixels; may be given several times. default: 64", show_default=False
         ),
     ] = None,
+    frame_interval: Annotated[int, typer.Option(min=1, help="Step from one frame to the next.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON, too.", show_default=False)] = None,
+    clips: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the reconstructed clips to this folder, which lavita evaluate can then score.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Score reconstructed frames: PSNR of the whole picture and of the pixels that move, and a feature distance.
 
@@ -73,11 +81,12 @@ def autoencoder_evaluate(
     from lavita.models.autoencoder import load_autoencoder
     from lavita.models.packaged import autoencoder_source
 
-    if out is not None:
-        check_outside("out", out, *data)
+    for name, path in (("out", out), ("clips", clips)):
+        if path is not None:
+            check_outside(name, path, *data)
     sides = list(dict.fromkeys(resolution or [64]))
     vae = load_autoencoder(autoencoder_source(autoencoder, max(sides)))
-    show_quality(quality_at(vae, data, sides, FeatureDistance.load()), out)
+    show_quality(quality_at(vae, data, sides, FeatureDistance.load(), frame_interval, clips), out)
 
 
 @app.command()

@@ -29,7 +29,9 @@ from lavita.models.autoencoder import (
     temporal_downsampling,
     to_pixels,
 )
+from lavita.video.formats import GENERATION
 from lavita.video.reading import iter_frames
+from lavita.video.writing import write_video
 
 Frames = npt.NDArray[np.uint8]
 Reconstruction = tuple[Video, Frames, Frames]
@@ -40,17 +42,23 @@ NUM_FRAMES = 16
 """Number of frames that are scored, from the first one of each video on; less if an autoencoder cannot take it."""
 
 
-def reconstructions(vae: Autoencoder, root: Path, resolution: int) -> Iterator[Reconstruction]:
+def reconstructions(vae: Autoencoder, root: Path, resolution: int, frame_interval: int = 1) -> Iterator[Reconstruction]:
     """Encodes and decodes the first frames of each video, at most `NUM_FRAMES`, after center crop and resize."""
     for video in scan(root).videos:
-        real = center_crop_resize(np.stack(list(islice(iter_frames(video.info.path), NUM_FRAMES))), resolution)
+        frames = islice(iter_frames(video.info.path), 0, NUM_FRAMES * frame_interval, frame_interval)
+        real = center_crop_resize(np.stack(list(frames)), resolution)
         real = real[: pixel_frames(vae.config, 1 + (len(real) - 1) // temporal_downsampling(vae.config))]
         mean, _ = encode(vae, real)
         yield video, real, decode(vae, mean)
 
 
 def reconstruction_quality(
-    vae: Autoencoder, root: Path, resolution: int, distance: FeatureDistance | None = None
+    vae: Autoencoder,
+    root: Path,
+    resolution: int,
+    distance: FeatureDistance | None = None,
+    frame_interval: int = 1,
+    clips: Path | None = None,
 ) -> dict[str, Any]:
     """The scores of an autoencoder on a folder of videos, see `score_reconstructions`.
 
@@ -59,8 +67,21 @@ def reconstruction_quality(
         root: folder of videos.
         resolution: side of the frames in pixels, after center crop and resize.
         distance: the perceptual distance.
+        frame_interval: step from one frame to the next.
+        clips: folder to write the reconstructed clips to.
     """
-    return score_reconstructions(reconstructions(vae, root, resolution), distance)
+    pairs = reconstructions(vae, root, resolution, frame_interval)
+    return score_reconstructions(pairs if clips is None else _written(pairs, clips, frame_interval), distance)
+
+
+def _written(pairs: Iterable[Reconstruction], clips: Path, frame_interval: int) -> Iterator[Reconstruction]:
+    """Writes reconstructed clips, losslessly, under the names of their videos, as a folder that can be scored."""
+    clips.mkdir(parents=True, exist_ok=True)
+    write_json(clips / GENERATION, {"frame_interval": frame_interval, "reconstructed": True})
+    for pair in pairs:
+        video, _, made = pair
+        write_video(clips / f"{video.name}.mkv", made, video.info.fps / frame_interval)
+        yield pair
 
 
 def score_reconstructions(
@@ -104,18 +125,26 @@ def quality_of(errors: Sequence[Errors]) -> dict[str, Any]:
 
 
 def quality_at(
-    vae: Autoencoder, roots: Sequence[Path], resolutions: Sequence[int], distance: FeatureDistance | None
+    vae: Autoencoder,
+    roots: Sequence[Path],
+    resolutions: Sequence[int],
+    distance: FeatureDistance | None,
+    frame_interval: int = 1,
+    clips: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`reconstruction_quality` of several folders at several resolutions, for `show_quality`.
 
     Raises:
-        ValueError: if the autoencoder cannot encode frames of one of the resolutions.
+        ValueError: if the autoencoder cannot encode frames of one of the resolutions, or clips of several folders or
+            resolutions would be in one folder.
     """
+    if clips is not None and len(roots) * len(resolutions) > 1:
+        raise ValueError(f"clips is {clips}, but takes those of one folder of videos at one resolution")
     for resolution in resolutions:
         latent_size(vae, resolution)  # before minutes of work
     return {
         str(root) if len(resolutions) == 1 else f"{root} at {resolution} px": reconstruction_quality(
-            vae, root, resolution, distance
+            vae, root, resolution, distance, frame_interval, clips
         )
         for root in roots
         for resolution in resolutions
