@@ -27,17 +27,20 @@ from lavita.core.names import CacheName
 from lavita.core.seeds import generator
 from lavita.evaluation.evaluate import EvaluationOptions, evaluate
 from lavita.evaluation.report.table import write_scores
+from lavita.models.flow import FLOW
 from lavita.models.packaged import model_source
+from lavita.models.pretrained.reading import read_config
 from lavita.sampling.generate import generate, parse_seeds
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
+from lavita.sampling.schedulers import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 from lavita.video.reading import iter_frames
 
 METRICS = ["kernel-video", "kernel-image", "frechet-image", "prdc"]
 FEW = Recipe(steps=12)
 DRAWS = Recipe(sampler="sde-dpm++", steps=12)
 INTERVAL = (100, 800)
-EXACT = Recipe(steps=100, spacing="karras")
+EXACT = Recipe(steps=100, spacing="quadratic")
 NUM_EXACT_CLIPS = 8
 GRID = {
     "ddpm250": Recipe(sampler="ddpm", steps=250),
@@ -89,17 +92,17 @@ def compare_recipes(
         num_real_clips: real clips that the samples are scored against.
         cache: folder of cached features; by default `out/cache`.
         rounds: rounds of timing.
-        names: names from `GRID`; by default all. Times are relative to the first one.
+        names: names from `GRID`; by default all that fit the model. Times are relative to the first one.
         quality: whether to sample and score.
         timing: whether to time the sampling loops.
 
     Raises:
         ValueError: for an unknown recipe, wrong seeds, or no `data` for the scores.
     """
-    chosen = list(names or GRID)
-    for name in chosen:
+    for name in names or ():
         if name not in GRID:
             raise ValueError(f"recipes has {name!r}; allowed: {', '.join(GRID)}")
+    chosen = list(names) if names is not None else fitting(model)
     parse_seeds(seeds)
     if quality:
         if data is None:
@@ -110,6 +113,17 @@ def compare_recipes(
     if timing:
         write_json(times, time_recipes(chosen, model, rounds))
     print(table(out, chosen, json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}))
+
+
+def fitting(model: str) -> list[str]:
+    """The names of the recipes that fit a model: a flow has other samplers and spacings than a diffusion."""
+    is_flow = read_config(model).get("prediction_type") == FLOW
+    samplers = FLOW_SAMPLERS if is_flow else DIFFUSION_SAMPLERS
+    return [
+        name
+        for name, recipe in GRID.items()
+        if recipe.sampler in samplers and not (is_flow and recipe.spacing == "karras")
+    ]
 
 
 def latents(pipeline: LavitaPipeline, options: dict[str, Any], numbers: Sequence[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import MakeTransformer
 from tiny_data import write_videos
 
 from benchmarks.evaluation import autoencoder_losses, coverage, monotone, recipes
@@ -73,15 +74,27 @@ def test_recipes_are_timed_in_turn(
 ) -> None:
     pipeline.save_pretrained(tmp_path / "pipeline")
     monkeypatch.setattr(recipes, "GRID", {"slow": Recipe(steps=4), "taylor": Recipe(steps=4, cache="taylorseer")})
-    report = {"scores": {"kernel-video": {"value": 1.0, "interval_95": [0.5, 2.0]}}, "exact": 0.25}
+    neighbours = {"precision": 0.5, "recall": 0.125, "density": 1.0, "coverage": 0.75}
+    scores = {"kernel-video": {"value": 1.0, "interval_95": [0.5, 2.0]}, "prdc": neighbours}
+    report = {"scores": scores, "exact": 0.25, "spread": 0.9}
     (tmp_path / "slow.json").write_text(json.dumps(report), encoding="utf-8")
     recipes.compare_recipes(tmp_path, str(tmp_path / "pipeline"), rounds=2, quality=False)
     seconds = json.loads((tmp_path / "times.json").read_text(encoding="utf-8"))
     assert list(seconds) == ["slow", "taylor"] and all(len(values) == 2 for values in seconds.values())
     lines = capsys.readouterr().out.strip().splitlines()[-4:]
-    assert lines[0] == "| recipe | steps | time | exact | kernel-video |"
-    assert lines[2] == "| slow | 4 | 1.0000 | 0.250 | 1 (0.5 to 2) |"
-    assert lines[3].startswith("| taylor | 4 | ") and lines[3].endswith(" |  |  |")
+    assert lines[0] == "| recipe | steps | time | exact | kernel-video | recall | coverage | spread |"
+    assert lines[2] == "| slow | 4 | 1.0000 | 0.250 | 1 (0.5 to 2) | 0.12 | 0.75 | 0.90 |"
+    assert lines[3].startswith("| taylor | 4 | ") and lines[3].endswith(" |  |  |  |  |  |")
+
+
+def test_only_recipes_that_fit_a_model_are_compared(make_transformer: MakeTransformer, tmp_path: Path) -> None:
+    diffusion, flow = make_transformer(), make_transformer(prediction_type="flow", learn_sigma=False)
+    for name, model in (("diffusion", diffusion), ("flow", flow)):
+        model.save_pretrained(tmp_path / name)
+    assert recipes.fitting(str(tmp_path / "diffusion")) == list(recipes.GRID)
+    found = recipes.fitting(str(tmp_path / "flow"))
+    assert {"unipc25", "unipc25-quadratic", "sde8-quadratic-interval"} <= set(found)
+    assert not {"ddpm250", "ddim25", "unipc25-karras"} & set(found)
 
 
 def test_arms_add_one_term_after_another() -> None:
