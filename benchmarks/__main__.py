@@ -248,6 +248,22 @@ def sprites(
 
 
 @app.command()
+def continuation(
+    real: Annotated[Path, typer.Option(help="Videos whose first frames were given.")],
+    generated: Annotated[Path, typer.Option(help="Folder of lavita sample --video REAL.")],
+    keep_frames: Annotated[int, typer.Option(min=1, help="Number of given frames.")] = 1,
+    out: JsonFile = None,
+) -> None:
+    """Compare continuations with what came next.
+
+    PSNR by horizon, beside a repeated frame and a linear extrapolation.
+    """
+    from benchmarks.evaluation.continuation import study_continuation
+
+    study_continuation(real, generated, keep_frames, out)
+
+
+@app.command()
 def crash(
     data: Annotated[Path, typer.Option(help="Videos, one folder per class.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; an existing one is replaced.")] = Path("runs/crash"),

@@ -13,7 +13,7 @@ import torch
 from conftest import MakeTransformer
 from tiny_data import write_videos
 
-from benchmarks.evaluation import autoencoder_losses, coverage, monotone, recipes
+from benchmarks.evaluation import autoencoder_losses, continuation, coverage, monotone, recipes
 from benchmarks.speed import startup
 from lavita.evaluation.distances.frechet import frechet_distance
 from lavita.sampling.pipeline import LavitaPipeline
@@ -167,3 +167,32 @@ def test_times_of_help_and_of_loading(
     pipeline.save_pretrained(tmp_path)
     loaded = startup.measure_load("pipeline", str(tmp_path))
     assert loaded["seconds"] > 0 and set(loaded) == {"seconds", "peak_over_weights", "after_over_weights"}
+
+
+def test_continuations_are_compared_with_what_came_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ramp in time: the extrapolation is exact, and the repeated frame is wrong by as many steps as it is old."""
+    steps = 5.0 * np.arange(6)[:, None, None, None]
+    for name, start in (("a/one", 40), ("b/two", 90)):
+        true = (start + np.broadcast_to(steps, (6, 16, 16, 3))).astype(np.uint8)
+        write_video(tmp_path / "real" / f"{name}.mkv", true, 8)
+        for seed, error in ((0, 10), (1, 2)):
+            made = true.copy()
+            made[2:] += np.uint8(error)
+            write_video(tmp_path / "made" / f"{name}.mkv-{seed}.mkv", made, 8)
+    clips = continuation.find_clips(tmp_path / "real", tmp_path / "made", 1)
+    assert {name: len(made) for name, (_, made) in clips.items()} == {"a/one.mkv": 2, "b/two.mkv": 2}
+    rows = continuation.compare(clips, 2)
+    psnr = {name: row["all"][0] for name, row in rows.items()}
+    expected: dict[str, float] = {
+        "model, mean over the seeds": (10**2 + 2**2) / 2,
+        "model, best seed": 2**2,
+        "last given frame, repeated": 25 * (1 + 4 + 9 + 16) / 4,
+    }
+    for name, error in expected.items():
+        assert psnr[name] == pytest.approx(10 * np.log10(255**2 / error))
+        assert rows[name]["all"][1] == pytest.approx(psnr[name]), "no spread between equal videos"
+    assert rows["last given frame, repeated"]["at"][0] == pytest.approx(10 * np.log10(255**2 / 25))
+    continuation.study_continuation(tmp_path / "real", tmp_path / "made", 2, tmp_path / "rows.json")
+    assert "PSNR in dB of 2 videos" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no continuation of a video in"):
+        continuation.study_continuation(tmp_path / "made", tmp_path / "real", 2, None)

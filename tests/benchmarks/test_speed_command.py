@@ -192,6 +192,7 @@ def test_help_lists_the_commands(bench: Bench) -> None:
         "recipes",
         "autoencoder-losses",
         "sprites",
+        "continuation",
         "crash",
         "fuzz",
         "mutants",
