@@ -188,8 +188,8 @@ def test_continuations_are_compared_with_what_came_next(tmp_path: Path, capsys: 
         "model, best seed": 2**2,
         "last given frame, repeated": 25 * (1 + 4 + 9 + 16) / 4,
     }
-    for name, error in expected.items():
-        assert psnr[name] == pytest.approx(10 * np.log10(255**2 / error))
+    for name, squared in expected.items():
+        assert psnr[name] == pytest.approx(10 * np.log10(255**2 / squared))
         assert rows[name]["all"][1] == pytest.approx(psnr[name]), "no spread between equal videos"
     assert rows["last given frame, repeated"]["at"][0] == pytest.approx(10 * np.log10(255**2 / 25))
     continuation.study_continuation(tmp_path / "real", tmp_path / "made", 2, tmp_path / "rows.json")
