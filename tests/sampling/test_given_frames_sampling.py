@@ -183,7 +183,7 @@ def test_an_image_becomes_a_video(model: Path, tmp_path: Path, run: Run) -> None
     command = ["sample", model, "--out", "out", "--seeds", "0-1", "--steps", 2, "--classes", "a", "--format", "mkv"]
     code, out, errors = run(*command, "--image", "photo.png", "--exact")
     assert code == 0, errors
-    assert "photo.png is 20x24: its middle is cut out and scaled to 16x16" in errors
+    assert "photo.png is 20x24: the middle is cut out and scaled to 16x16" in errors
     assert out.strip().endswith("out: 2 videos")
     clips = [read_clip(tmp_path / "out" / "a" / f"{seed}.mkv", 0, FRAMES) for seed in (0, 1)]
     assert np.array_equal(clips[0][0], clips[1][0]) and not np.array_equal(clips[0][1], clips[1][1])
@@ -200,6 +200,12 @@ def test_an_image_becomes_a_video(model: Path, tmp_path: Path, run: Run) -> None
 def test_each_video_of_a_folder_is_gone_on_with(model: Path, tmp_path: Path, run: Run) -> None:
     for index, name in enumerate(("a/one", "b/two")):
         write_video(tmp_path / "videos" / f"{name}.mkv", pictures(8, seed=index), 8)
+    for index in range(3):
+        write_video(tmp_path / "large" / "a" / f"{index}.mkv", pictures(8, side=32), 8)
+    code, _, errors = run("sample", model, "--video", "large", "--steps", 1, "--seeds", 0, "--out", "fitted")
+    assert code == 0, errors
+    (line,) = [line for line in errors.splitlines() if "is cut out" in line]
+    assert line.endswith("0.mkv is 32x32 (and 2 more are of other sizes): the middle is cut out and scaled to 16x16")
     arguments = [
         "sample",
         model,

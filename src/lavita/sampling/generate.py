@@ -31,7 +31,7 @@ from lavita.models.autoencoder import decode, downsampling, pixel_frames
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
 from lavita.sampling.class_choice import ALL, parse_classes
-from lavita.sampling.given import Frames, digest, places_of, read_places
+from lavita.sampling.given import Fitting, Frames, digest, places_of, read_places
 from lavita.sampling.names import class_folders, prompt_folder, table_prefixes
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
@@ -435,16 +435,17 @@ def _read_given(
     if not given:
         return {}
     config = pipeline.transformer.config
-    resolution, interval = config["sample_size"] * downsampling(pipeline.vae), config["frame_interval"]
+    fit = Fitting(config["sample_size"] * downsampling(pipeline.vae))
     shared: dict[int, Frames] = {}
     for path, place in ((given.image, 0), (given.last_image, num_frames - 1)):
         if path is not None:
-            shared[place] = read_places(path, [0], 1, resolution)[0]
+            shared[place] = fit(path, read_places(path, [0], 1))[0]
     found: dict[Path | None, dict[int, Frames]] = {None: shared}
     for source in dict.fromkeys(job.source or given.video for job in jobs):
         if source is not None:
             places = places_of(source, given.keep_frames, given.keep_every, num_frames)
-            found[source] = {**read_places(source, places, interval, resolution), **shared}
+            found[source] = {**fit(source, read_places(source, places, config["frame_interval"])), **shared}
+    fit.report()
     return {job.path: dict(sorted(found[job.source or given.video].items())) for job in jobs}
 
 

@@ -154,24 +154,41 @@ def _listed(places: Sequence[int]) -> str:
     return ", ".join(map(str, places)) if len(places) < 8 else f"{places[0]} to {places[-1]}"
 
 
-def read_places(path: Path, places: Sequence[int], frame_interval: int, resolution: int) -> dict[int, Frames]:
-    """Reads frames of a video, or an image, cropped and scaled to the size of the model's videos.
+def read_places(path: Path, places: Sequence[int], frame_interval: int) -> dict[int, Frames]:
+    """Reads frames of a video, or an image.
 
     Args:
         path: video file, frame folder or image.
         places: frames of the clip that starts with the video, rising.
         frame_interval: frames of the file from one frame of the clip to the next.
-        resolution: side of the frames in pixels; a line on stderr says if those of the file are cropped or scaled.
 
     Raises:
         VideoError: if the file is missing, broken or too short.
     """
-    frames = read_clip(path, 0, places[-1] + 1, frame_interval)[list(places)]
-    height, width = frames.shape[1:3]
-    if (height, width) != (resolution, resolution):
-        how = "scaled" if height == width else "its middle is cut out and scaled"
-        say(f"{path} is {width}x{height}: {how} to {resolution}x{resolution}")
-    return dict(zip(places, center_crop_resize(frames, resolution), strict=True))
+    return dict(zip(places, read_clip(path, 0, places[-1] + 1, frame_interval)[list(places)], strict=True))
+
+
+class Fitting:
+    """Crops and scales given frames to the size of the model's videos, and counts what was not of this size."""
+
+    def __init__(self, resolution: int) -> None:
+        """`resolution` is the side of the videos in pixels."""
+        self._resolution = resolution
+        self._others: list[str] = []
+
+    def __call__(self, path: Path, places: Places) -> dict[int, Frames]:
+        """The frames of a file in the size of the videos."""
+        height, width = next(iter(places.values())).shape[:2]
+        if (height, width) != (self._resolution, self._resolution):
+            self._others.append(f"{path} is {width}x{height}")
+        fitted = center_crop_resize(np.stack(list(places.values())), self._resolution)
+        return dict(zip(places, fitted, strict=True))
+
+    def report(self) -> None:
+        """Says on stderr what was cropped and scaled, in one line."""
+        if self._others:
+            more = f" (and {len(self._others) - 1:,} more are of other sizes)" if self._others[1:] else ""
+            say(f"{self._others[0]}{more}: the middle is cut out and scaled to {self._resolution}x{self._resolution}")
 
 
 def places_of(path: Path, keep_frames: int | None, keep_every: int | None, num_frames: int) -> list[int]:
