@@ -19,7 +19,7 @@ from lavita.studies.budget import sizes, table
 from lavita.studies.budget.choose import Choice, choose
 from lavita.studies.budget.measure import AutoencoderTrial, StepTrial
 from lavita.studies.budget.run import budget_seconds
-from lavita.studies.budget.sizes import row_of
+from lavita.studies.budget.sizes import for_tokens, row_of
 from lavita.studies.budget.videos import are_classes, choose_cache, choose_clips, choose_patch, choose_side
 from lavita.training.config import RunConfig
 
@@ -98,6 +98,14 @@ def test_a_cache_takes_its_share_at_most() -> None:
     assert choose_cache(lengths, 0.2, 400.0, flip=False, may_drop=True).videos is None, "too few for a data set"
     assert choose_cache([90_000], 0.02, 400.0, flip=False, may_drop=True).videos is None
     assert choose_cache([90], 0.02, 400.0, flip=False, may_drop=True).videos == (0,)
+
+
+def test_more_tokens_take_more_steps() -> None:
+    mini, large = table.ROWS[0], table.ROWS[-1]
+    assert for_tokens(mini, 16) is mini and for_tokens(mini, 4) is mini
+    found = for_tokens(mini, 64)
+    assert found.steps == 4 * mini.steps and found.measured.endswith("times 4 for 64 tokens, an estimate")
+    assert for_tokens(large, 64) is large, "which was not measured at all"
 
 
 def test_rows_that_are_missing_follow_from_the_width() -> None:
