@@ -76,7 +76,9 @@ SplitOption = Annotated[
 ]
 ConfigFile = Annotated[
     str | None,
-    typer.Option("--config", help="YAML file, or the name of a packaged one: demo", show_default=False),
+    typer.Option(
+        "--config", help="YAML file, or the name of a packaged one (lavita config --help)", show_default=False
+    ),
 ]
 TrainingRecipeOption = Annotated[
     TrainingRecipe | None,
