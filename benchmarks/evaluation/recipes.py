@@ -30,7 +30,8 @@ from lavita.evaluation.report.table import write_scores
 from lavita.models.flow import FLOW
 from lavita.models.packaged import model_source
 from lavita.models.pretrained.reading import read_config
-from lavita.sampling.generate import generate, parse_seeds
+from lavita.sampling.generate import generate
+from lavita.sampling.jobs import parse_seeds
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
 from lavita.sampling.schedulers import DIFFUSION_SAMPLERS, FLOW_SAMPLERS

@@ -23,7 +23,8 @@ from lavita.core.text import normal_name
 from lavita.evaluation.sources import find_interval
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling import generate as generate_module
-from lavita.sampling.generate import generate, parse_seeds
+from lavita.sampling.generate import generate
+from lavita.sampling.jobs import parse_seeds
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline
 from lavita.sampling.recipes import Recipe
 from lavita.video.reading import probe, read_clip

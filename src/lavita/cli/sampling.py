@@ -149,7 +149,8 @@ def sample(
     Several processes share the work: torchrun --nproc-per-node 8 -m lavita sample ...
     """
     from lavita.core.processes import processes
-    from lavita.sampling.generate import GivenFiles, generate
+    from lavita.sampling.generate import generate
+    from lavita.sampling.given_files import GivenFiles
     from lavita.sampling.recipes import find_recipe
 
     if lora is None and lora_scale is not None:

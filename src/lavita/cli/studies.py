@@ -195,7 +195,7 @@ def study(
     """Compare configurations that differ in one field. Run the same command again to continue an interrupted study."""
     from lavita.core.commands import CommandFailed
     from lavita.core.config import load_config, read_yaml
-    from lavita.sampling.generate import parse_seeds
+    from lavita.sampling.jobs import parse_seeds
     from lavita.studies import ablation
     from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
     from lavita.training.config import RunConfig

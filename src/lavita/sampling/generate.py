@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
-from lavita.core.files import folded, inside, replacing
+from lavita.core.files import replacing
 from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.seeds import DRAWS, generator
-from lavita.core.text import normal_name
-from lavita.data.captions import read_captions
-from lavita.data.catalog import scan
 from lavita.models.adapters import apply_adapter
-from lavita.models.autoencoder import decode, downsampling, pixel_frames
+from lavita.models.autoencoder import pixel_frames
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
-from lavita.sampling.class_choice import ALL, parse_classes
-from lavita.sampling.given import Fitting, Frames, digest, places_of, read_places
-from lavita.sampling.names import class_folders, prompt_folder, table_prefixes
-from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
+from lavita.sampling.given_files import NO_FILES, GivenFiles, digest, read_given
+from lavita.sampling.jobs import Job, parse_seeds, plan_continuations, plan_jobs
+from lavita.sampling.long_videos import plan_windows, write_long_videos
+from lavita.sampling.pipeline import load_pipeline
 from lavita.sampling.recipes import RECIPES, Recipe
 from lavita.sampling.records import (
     GIVEN_TABLE,
@@ -44,88 +34,7 @@ from lavita.sampling.records import (
     record_files,
     write_generation,
 )
-from lavita.sampling.roll_out import DEFAULT_OVERLAP, MOST_FRAMES, Windows, roll_out
-from lavita.video.tree import is_frame_folder
-from lavita.video.writing import video_writer, write_video
-
-MOST_SEEDS = 10**6
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Parses seeds such as `0-3`, `1,5,9` or `0-3,9`, in the order given.
-
-    Raises:
-        ValueError: for another text, an empty range, or more than `MOST_SEEDS`.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
-        if match is None:
-            raise ValueError(f"seeds is {text!r}; allowed: numbers and ranges such as 0-7 or 1,5,9")
-        numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
-        if len(seeds) + len(numbers) > MOST_SEEDS:
-            raise ValueError(f"seeds is {text!r}; at most {MOST_SEEDS:,} seeds are allowed")
-        seeds.extend(numbers)
-    if not seeds:
-        raise ValueError(f"seeds is {text!r}, an empty range")
-    return seeds
-
-
-class Job(NamedTuple):
-    """One video to generate."""
-
-    path: Path
-    seed: int
-    label: int | None = None
-    prompt: str | None = None
-    source: Path | None = None
-    """The video of a folder that gives the frames."""
-
-
-@dataclass(frozen=True)
-class GivenFiles:
-    """Files whose frames are given to the videos."""
-
-    image: Path | None = None
-    """Image, or video for its first frame."""
-    last_image: Path | None = None
-    video: Path | None = None
-    """Video whose first frames are given, or a folder of videos: one is generated for each of them."""
-    keep_frames: int | None = None
-    """Number of first frames of `video`; by default 1."""
-    keep_every: int | None = None
-    """Every n-th frame of `video` instead."""
-    guided: bool = False
-    """Guide towards the frames (see `LavitaPipeline`)."""
-    exact: bool = False
-    """Put the given pixels in the place of their decoded ones."""
-    labelled: bool = True
-    """False generates with "no class" in a model with classes, for a folder of videos."""
-
-    def __post_init__(self) -> None:
-        """Checks that the fields fit together.
-
-        Raises:
-            ValueError: if one has no effect without another, or two give the same frame.
-        """
-        if self.image is not None and self.video is not None:
-            raise ValueError("image and video both give the first frame; give one of them")
-        if self.video is None and (self.keep_frames is not None or self.keep_every is not None):
-            raise ValueError("keep_frames and keep_every have no effect without a video")
-        if not self and (self.guided or self.exact):
-            raise ValueError("guide_frames and exact have no effect without an image or a video")
-        if not self.labelled and self.folder is None:
-            raise ValueError("unlabelled has no effect without --video and a folder of videos")
-
-    def __bool__(self) -> bool:
-        """Whether any frame is given."""
-        return any(path is not None for path in (self.image, self.last_image, self.video))
-
-    @property
-    def folder(self) -> Path | None:
-        """`video`, if it is a folder of videos."""
-        is_folder = self.video is not None and self.video.is_dir() and not is_frame_folder(self.video)
-        return self.video if is_folder else None
+from lavita.video.writing import write_video
 
 
 def generate(
@@ -146,7 +55,7 @@ def generate(
     suffix: str = ".mp4",
     device: str = "auto",
     team: Processes | None = None,
-    given: GivenFiles = GivenFiles(),
+    given: GivenFiles = NO_FILES,
     length: int | None = None,
     seconds: float | None = None,
     overlap: int | None = None,
@@ -200,9 +109,9 @@ def generate(
     config = pipeline.transformer.config
     ending = ".png" if images else suffix
     if given.folder is not None:
-        jobs = _plan_continuations(config, out, ending, numbers, classes, given.folder, given.labelled)[:most]
+        jobs = plan_continuations(config, out, ending, numbers, classes, given.folder, given.labelled)[:most]
     else:
-        jobs = _plan_jobs(config, out, ending, numbers, classes, prompts, prompt_table)[:most]
+        jobs = plan_jobs(config, out, ending, numbers, classes, prompts, prompt_table)[:most]
     if images:
         num_frames = 1
 
@@ -218,7 +127,7 @@ def generate(
     }
     if given:
         settings |= {"guide_frames": given.guided, "exact": given.exact}
-    windows = _windows(
+    windows = plan_windows(
         pipeline,
         None if images else num_frames,
         length,
@@ -228,7 +137,7 @@ def generate(
     )
     if windows is not None:
         settings |= {"num_frames": windows.length, "overlap": windows.overlap}
-    kept = _read_given(given, jobs, pipeline, settings["num_frames"] if windows is None else windows.window)
+    kept = read_given(given, jobs, pipeline, settings["num_frames"] if windows is None else windows.window)
     check_generation(out, settings)
     records: dict[Table, dict[Path, str | None]] = {
         PROMPT_TABLE: {job.path: job.prompt for job in jobs},
@@ -262,7 +171,7 @@ def generate(
             }
             if windows is not None:
                 write_generation(out, settings)
-                _roll_out(pipeline, batch, windows, out, settings, records[GIVEN_TABLE], inputs, progress)
+                write_long_videos(pipeline, batch, windows, out, settings, records[GIVEN_TABLE], inputs, progress)
                 continue
             videos = pipeline(
                 num_frames=num_frames,
@@ -282,67 +191,6 @@ def generate(
     return [job.path for job in jobs]
 
 
-def _windows(
-    pipeline: LavitaPipeline,
-    num_frames: int | None,
-    length: int | None,
-    seconds: float | None,
-    overlap: int | None,
-    is_refused: bool,
-) -> Windows | None:
-    """How long videos are divided; None for videos of one window."""
-    config = pipeline.transformer.config
-    if length is not None and seconds is not None:
-        raise ValueError(f"length is {length} and seconds {seconds:g}; give one of them")
-    if length is None and seconds is None:
-        if overlap is not None:
-            raise ValueError(f"overlap is {overlap}, but has no effect without --length or --seconds")
-        return None
-    if num_frames is not None:
-        raise ValueError(f"num_frames is {num_frames}, but the length of the videos is given, too; give one of them")
-    if is_refused:
-        raise ValueError("length has no effect on images, and does not go with exact or last_image")
-    if seconds is not None:
-        if not 0 < seconds * config["fps"] <= MOST_FRAMES:
-            raise ValueError(f"seconds is {seconds:g}, but must be above 0 and give at most {MOST_FRAMES} frames")
-        length = max(1, round(seconds * config["fps"]))
-    assert length is not None
-    return Windows(length, config["num_frames"], DEFAULT_OVERLAP if overlap is None else overlap)
-
-
-def _roll_out(
-    pipeline: LavitaPipeline,
-    batch: Sequence[Job],
-    windows: Windows,
-    out: Path,
-    settings: Mapping[str, Any],
-    given: Mapping[Path, str | None],
-    inputs: Mapping[str, Any],
-    progress: Progress,
-) -> None:
-    """Generates a batch of long videos and writes them while they grow; finished windows are kept until then."""
-    what = [settings, [(job.path.as_posix(), job.seed, job.label, job.prompt, given.get(job.path)) for job in batch]]
-    journal = out / ".windows" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-    def noise(window: int) -> list[torch.Generator]:
-        return [generator(job.seed, "sample", *([window] if window else [])) for job in batch]
-
-    def finished() -> None:
-        progress.update(progress.done + len(batch))
-
-    with ExitStack() as stack:
-        writers = [
-            None if job.path.exists() else stack.enter_context(video_writer(job.path, settings["fps"])) for job in batch
-        ]
-        for latents in roll_out(pipeline, windows, noise, journal, finished, **inputs):
-            for write, frames in zip(writers, decode(pipeline.vae, latents.to(pipeline.vae.device)), strict=True):
-                if write is not None:
-                    write(frames)
-    shutil.rmtree(journal, ignore_errors=True)
-    with suppress(OSError):  # other processes may have theirs there
-        journal.parent.rmdir()
-
-
 def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> None:
     for job, frames in zip(batch, videos, strict=True):
         if job.path.exists():
@@ -352,108 +200,3 @@ def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> N
                 Image.fromarray(frames[0]).save(partial)
         else:
             write_video(job.path, frames, fps)
-
-
-def _plan_jobs(
-    config: Mapping[str, Any],
-    out: Path,
-    suffix: str,
-    seeds: list[int],
-    classes: str | Sequence[str],
-    prompts: Sequence[str],
-    prompt_table: Path | None,
-) -> list[Job]:
-    """Lists the videos to generate with a class-conditional, a text-conditional or an unconditional model."""
-    if (prompts or prompt_table is not None) and not config["text_dim"]:
-        raise ValueError("a prompt was given, but this model has no texts")
-    if config["num_classes"]:
-        names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
-        asked = [classes] if isinstance(classes, str) else classes
-        labels = parse_classes([normal_name(text) for text in asked], [normal_name(name) for name in names])
-        folders = class_folders(names)
-        return _distinct(
-            Job(inside(out, f"{folders[label]}/{seed}{suffix}"), seed, label) for label in labels for seed in seeds
-        )
-    asked = classes if isinstance(classes, str) else ",".join(classes)
-    if asked != ALL:
-        raise ValueError(f"classes is {asked!r}, but this model has none")
-    if not config["text_dim"]:
-        return _distinct(Job(out / f"{seed}{suffix}", seed) for seed in seeds)
-    rows: list[tuple[str, str]] = [(f"{prompt_folder(prompt)}/", prompt) for prompt in prompts]
-    if prompt_table is not None:
-        captions = read_captions(prompt_table)
-        for file in captions:
-            inside(out, file)  # else an error that names the file, not the name made of it
-        rows += table_prefixes(captions)
-    if not rows:
-        raise ValueError("this model has texts: give --prompt, or a table with --prompts")
-    return _distinct(
-        Job(inside(out, f"{name}{seed}{suffix}"), seed, prompt=text) for name, text in rows for seed in seeds
-    )
-
-
-def _plan_continuations(
-    config: Mapping[str, Any],
-    out: Path,
-    suffix: str,
-    seeds: list[int],
-    classes: str | Sequence[str],
-    folder: Path,
-    labelled: bool,
-) -> list[Job]:
-    """Lists the videos to generate from the frames of each video in a folder."""
-    if config["text_dim"]:
-        raise ValueError("a folder of videos was given, but this model needs a prompt for each; give a single video")
-    catalog = scan(folder)
-    sources = {video.name: video for video in catalog.videos}
-    labels: list[int | None] = [None]
-    names = [normal_name(name) for name in config["class_names"] or map(str, range(config["num_classes"]))]
-    asked = [classes] if isinstance(classes, str) else list(classes)
-    by_folder = bool(names) and labelled and asked == [ALL]
-    if names and labelled and not by_folder:
-        labels = list(parse_classes([normal_name(text) for text in asked], names))
-    elif not by_folder and asked != [ALL]:
-        raise ValueError(f"classes is {','.join(asked)!r}, but no class is used here")
-    jobs = []
-    for prefix, source in table_prefixes({name: [name] for name in sources}):
-        path = Path(sources[source].info.path)
-        if by_folder:
-            parent = normal_name(path.parent.name)
-            if parent not in names:
-                raise ValueError(f"{path}: its folder is no class of this model; give --classes or --unlabelled")
-            labels = [names.index(parent)]
-        for label in labels:
-            group = f"{class_folders(names)[label]}/" if label is not None and not by_folder else ""
-            jobs += [Job(inside(out, f"{group}{prefix}{seed}{suffix}"), seed, label, source=path) for seed in seeds]
-    return _distinct(jobs)
-
-
-def _read_given(
-    given: GivenFiles, jobs: Sequence[Job], pipeline: LavitaPipeline, num_frames: int
-) -> dict[Path, dict[int, Frames]]:
-    """The given frames of each job, by its file; empty without any."""
-    if not given:
-        return {}
-    config = pipeline.transformer.config
-    fit = Fitting(config["sample_size"] * downsampling(pipeline.vae))
-    shared: dict[int, Frames] = {}
-    for path, place in ((given.image, 0), (given.last_image, num_frames - 1)):
-        if path is not None:
-            shared[place] = fit(path, read_places(path, [0], 1))[0]
-    found: dict[Path | None, dict[int, Frames]] = {None: shared}
-    for source in dict.fromkeys(job.source or given.video for job in jobs):
-        if source is not None:
-            places = places_of(source, given.keep_frames, given.keep_every, num_frames)
-            found[source] = {**fit(source, read_places(source, places, config["frame_interval"])), **shared}
-    fit.report()
-    return {job.path: dict(sorted(found[job.source or given.video].items())) for job in jobs}
-
-
-def _distinct(jobs: Iterable[Job]) -> list[Job]:
-    """Each job once; no two of them may have one file, on any file system."""
-    owners: dict[str, Job] = {}
-    for job in jobs:
-        other = owners.setdefault(folded(job.path.as_posix()), job)
-        if other != job:
-            raise ValueError(f"{other.path} and {job.path} would be one file for two videos; sample them apart")
-    return list(owners.values())

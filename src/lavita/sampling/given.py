@@ -1,24 +1,19 @@
-"""Frames that a video is given: read, encoded, and put in their places in the latents of a sampling loop."""
+"""Frames that a video is given: encoded, and put in their places in the latents of a sampling loop."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lavita.core.precision import Precision
-from lavita.core.progress import say
-from lavita.data.clips import center_crop_resize
 from lavita.models.autoencoder import Autoencoder, encode, latent_frames, pixel_frames, temporal_downsampling
 from lavita.models.given_frames import kinds_of
 from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.transformer import LavitaTransformer3DModel
-from lavita.video.reading import probe, read_clip
 
 Frames = npt.NDArray[np.uint8]
 Places = Mapping[int, Frames]
@@ -73,6 +68,26 @@ def merge_places(
     return dict(sorted(found.items()))
 
 
+def frames_of_videos(
+    image: Frames | None,
+    last_image: Frames | None,
+    video: Frames | None,
+    given: Places | Sequence[Places] | None,
+    batch: int,
+    num_frames: int,
+) -> list[dict[int, Frames]]:
+    """The given frames of each video of a batch, see `merge_places`; empty if there are none.
+
+    Raises:
+        ValueError: also if `given` is a list of another length.
+    """
+    each = [given] * batch if given is None or isinstance(given, Mapping) else list(given)
+    if len(each) != batch:
+        raise ValueError(f"given has frames for {len(each)} videos, but this call makes {batch}")
+    kept = [merge_places(image, last_image, video, places, num_frames) for places in each]
+    return kept if any(kept) else []
+
+
 def encode_given(
     model: LavitaTransformer3DModel,
     vae: Autoencoder,
@@ -102,7 +117,7 @@ def encode_given(
         number = latent_frames(vae.config, len(places)) if places == list(range(len(places))) else 0
         if not number or pixel_frames(vae.config, number) != len(places):
             raise ValueError(
-                f"frames {_listed(places)} are given, but the autoencoder merges groups of {factor}: only the first "
+                f"frames {listed(places)} are given, but the autoencoder merges groups of {factor}: only the first "
                 f"1, {1 + factor}, {1 + 2 * factor} ... frames can be given"
             )
         which = list(range(number))
@@ -140,7 +155,7 @@ def place_latents(
         )
     if not mask.all() and not kinds_of(mask) & set(known):
         raise ValueError(
-            f"frames {_listed(places)} of {count} are given, but this model was trained with given frames of the kinds "
+            f"frames {listed(places)} of {count} are given, but this model was trained with given frames of the kinds "
             f"{', '.join(known)}"
         )
     statistics, device = LatentStatistics.of(model.config), model.device
@@ -150,76 +165,6 @@ def place_latents(
     return GivenLatents(clips, mask.to(device))
 
 
-def _listed(places: Sequence[int]) -> str:
+def listed(places: Sequence[int]) -> str:
+    """Places as text, shortened if there are many."""
     return ", ".join(map(str, places)) if len(places) < 8 else f"{places[0]} to {places[-1]}"
-
-
-def read_places(path: Path, places: Sequence[int], frame_interval: int) -> dict[int, Frames]:
-    """Reads frames of a video, or an image.
-
-    Args:
-        path: video file, frame folder or image.
-        places: frames of the clip that starts with the video, rising.
-        frame_interval: frames of the file from one frame of the clip to the next.
-
-    Raises:
-        VideoError: if the file is missing, broken or too short.
-    """
-    return dict(zip(places, read_clip(path, 0, places[-1] + 1, frame_interval)[list(places)], strict=True))
-
-
-class Fitting:
-    """Crops and scales given frames to the size of the model's videos, and counts what was not of this size."""
-
-    def __init__(self, resolution: int) -> None:
-        """`resolution` is the side of the videos in pixels."""
-        self._resolution = resolution
-        self._others: list[str] = []
-
-    def __call__(self, path: Path, places: Places) -> dict[int, Frames]:
-        """The frames of a file in the size of the videos."""
-        height, width = next(iter(places.values())).shape[:2]
-        if (height, width) != (self._resolution, self._resolution):
-            self._others.append(f"{path} is {width}x{height}")
-        fitted = center_crop_resize(np.stack(list(places.values())), self._resolution)
-        return dict(zip(places, fitted, strict=True))
-
-    def report(self) -> None:
-        """Says on stderr what was cropped and scaled, in one line."""
-        if self._others:
-            more = f" (and {len(self._others) - 1:,} more are of other sizes)" if self._others[1:] else ""
-            say(f"{self._others[0]}{more}: the middle is cut out and scaled to {self._resolution}x{self._resolution}")
-
-
-def places_of(path: Path, keep_frames: int | None, keep_every: int | None, num_frames: int) -> list[int]:
-    """Which frames of a video are kept: the first ones, or every n-th.
-
-    Args:
-        path: the video.
-        keep_frames: number of first frames; by default 1.
-        keep_every: n.
-        num_frames: frames of the video that is generated.
-
-    Raises:
-        ValueError: if both are set, or nothing would be left to generate.
-        VideoError: if the file is missing or broken.
-    """
-    if keep_frames is not None and keep_every is not None:
-        raise ValueError(f"keep_frames is {keep_frames} and keep_every {keep_every}; give one of them")
-    if keep_every is not None:
-        if not 2 <= keep_every < num_frames:
-            raise ValueError(f"keep_every is {keep_every}, but must be in 2..{num_frames - 1}")
-        return list(range(0, num_frames, keep_every))
-    number = 1 if keep_frames is None else keep_frames
-    if not 1 <= number < num_frames:
-        raise ValueError(
-            f"keep_frames is {number}, but must be in 1..{num_frames - 1}: a video has {num_frames} frames"
-        )
-    probe(path)
-    return list(range(number))
-
-
-def digest(places: Places) -> str:
-    """A text that tells given frames apart: their places and a hash of their pixels."""
-    pixels = hashlib.sha256(b"".join(frame.tobytes() for frame in places.values())).hexdigest()[:16]
-    return f"{_listed(list(places))}: {pixels}"

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from lavita.core.files import replacing
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
-from lavita.core.text import normal_name
 from lavita.models.adapters import Adapters
 from lavita.models.autoencoder import AUTOENCODERS, Autoencoder, check_autoencoder, decode, latent_frames, pixel_frames
 from lavita.models.diffusion import NUM_TIMESTEPS
@@ -29,8 +28,9 @@ from lavita.models.hub import cannot_load, hub_options
 from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.sampling.conditions import class_numbers, text_embeddings
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.given import Frames, Places, encode_given, merge_places, place_latents
+from lavita.sampling.given import Frames, Places, encode_given, frames_of_videos, place_latents
 from lavita.sampling.schedulers import (
     SCHEDULER_CLASSES,
     Scheduler,
@@ -171,19 +171,21 @@ class LavitaPipeline(DiffusionPipeline):
         """
         config = self.transformer.config
         device = self.transformer.device
-        labels = self._labels(class_labels)
+        labels = class_numbers(config, class_labels)
         guidance = Guidance(guidance_scale, (0, NUM_TIMESTEPS) if guidance_interval is None else guidance_interval)
         guided = guidance_scale != 1.0
         if given is not None and not isinstance(given, Mapping):
             num_videos = len(given) if num_videos is None else num_videos
-        embeds = self._embeds(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided)
+        embeds = text_embeddings(
+            config, self.encode_text, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided
+        )
         conditions = labels if labels is not None else None if embeds is None else embeds[0]
         batch = len(conditions) if conditions is not None else (1 if num_videos is None else num_videos)
         # An image is a clip of one frame, which no other frame is merged with.
         merging = self.vae.config if use_temporal else {}
         frames = pixel_frames(merging, config["num_frames"]) if num_frames is None else num_frames
         count = latent_frames(merging, frames)
-        kept = self._kept(image, last_image, video, given, batch, frames)
+        kept = frames_of_videos(image, last_image, video, given, batch, frames)
         known = encode_given(self.transformer, self.vae, kept, frames, precision) if kept else None
         if given_latents is not None:
             if known is not None:
@@ -261,22 +263,6 @@ class LavitaPipeline(DiffusionPipeline):
         images = decode(self.vae, latents.flatten(0, 1)[:, None], precision)
         return LavitaPipelineOutput(frames=images.reshape(batch, frames, *images.shape[2:]))
 
-    def _kept(
-        self,
-        image: Frames | None,
-        last_image: Frames | None,
-        video: Frames | None,
-        given: Places | Sequence[Places] | None,
-        batch: int,
-        num_frames: int,
-    ) -> list[dict[int, Frames]]:
-        """The given frames of each video; empty if there are none."""
-        each = [given] * batch if given is None or isinstance(given, Mapping) else list(given)
-        if len(each) != batch:
-            raise ValueError(f"given has frames for {len(each)} videos, but this call makes {batch}")
-        kept = [merge_places(image, last_image, video, places, num_frames) for places in each]
-        return kept if any(kept) else []
-
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Embeds texts with the model's text encoder, which is loaded once.
 
@@ -292,59 +278,6 @@ class LavitaPipeline(DiffusionPipeline):
         if self._text_encoder is None:
             self._text_encoder = load_text_encoder(config["text_encoder"], self.transformer.device)
         return self._text_encoder(texts)
-
-    def _embeds(
-        self,
-        prompt: str | Sequence[str] | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt: str | Sequence[str],
-        negative_prompt_embeds: torch.Tensor | None,
-        guided: bool,
-    ) -> list[torch.Tensor] | None:
-        """Embeddings of the prompts, and with guidance of the negative prompts, (B, text_dim) each."""
-        text_dim = self.transformer.config["text_dim"]
-        if not text_dim:
-            if prompt is not None or prompt_embeds is not None:
-                raise ValueError("a prompt was given, but this model has no texts")
-            return None
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("this model has texts: give either prompt or prompt_embeds")
-        if prompt_embeds is None:
-            prompt_embeds = self.encode_text([prompt] if isinstance(prompt, str) else list(prompt or ()))
-        batch = len(prompt_embeds)
-        embeds = [prompt_embeds]
-        if guided:
-            if negative_prompt_embeds is None:
-                texts = [negative_prompt] * batch if isinstance(negative_prompt, str) else list(negative_prompt)
-                negative_prompt_embeds = self.encode_text(texts)
-            embeds.append(negative_prompt_embeds)
-        for name, tensor in zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=False):
-            if tensor.shape != (batch, text_dim):
-                raise ValueError(f"{name} have shape {tuple(tensor.shape)}, but must have {(batch, text_dim)}")
-        return embeds
-
-    def _labels(self, class_labels: Sequence[int | str | None] | None) -> list[int] | None:
-        num_classes, names = self.transformer.config["num_classes"], self.transformer.config["class_names"]
-        if not num_classes:
-            if class_labels is not None:
-                raise ValueError("class_labels were given, but this model is unconditional")
-            return None
-        if class_labels is None or isinstance(class_labels, str):
-            raise ValueError(f"class_labels is {class_labels!r}, but this model needs a list, one class per video")
-        known = ", ".join(names) if names else f"0..{num_classes - 1}"
-        forms = [normal_name(name) for name in names or ()]
-        labels = []
-        for label in class_labels:
-            if label is None:
-                labels.append(num_classes)
-                continue
-            number: int | str = label
-            if isinstance(label, str) and normal_name(label) in forms:
-                number = forms.index(normal_name(label))
-            if not isinstance(number, int) or not 0 <= number < num_classes:
-                raise ValueError(f"class label is {label!r}; allowed: {known}")
-            labels.append(number)
-        return labels
 
     def _check(
         self,

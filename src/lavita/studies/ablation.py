@@ -149,7 +149,7 @@ class StudyPlan:
     steps: tuple[int, ...] = (1000,)
     """Increasing numbers of training steps at which each arm is sampled and scored; the last one is its length."""
     seeds: str = "0-3"
-    """Seeds of the samples, see `generate.parse_seeds`."""
+    """Seeds of the samples, see `jobs.parse_seeds`."""
     sample_steps: int = 20
     """Sampling steps."""
     real: Path | None = None

@@ -31,13 +31,12 @@ def initialize(
     of the image model's become one. Positions in time, unless they are rotary, are added to what the image model knows,
     and distinguish the frames at first. So only Variant 3 with `rope` starts as the image model applied to every frame.
 
-    Without `closed`, only positions and labels are adapted (Sec. 3.6): the blocks of Variants 1 and 2 that attend in
-    time start as the image model's blocks, and the attentions in time of Variants 3 and 4 as they are.
+    Without `closed`, only positions and labels are adapted (Sec. 3.6): blocks that attend in time start as the image
+    model's blocks, and the attentions in time of Variants 3 and 4 as they are.
 
-    Tensors that the source does not have keep their initial values or become zero: the embedding of labels or texts if
-    the source has no such condition, the decoder if the source's predicts something else, and both decoder and patch
-    embedding if the latents have another number of channels, so come from another autoencoder. Classes that the source
-    does not know start as its "no label".
+    Tensors that the source does not have keep their initial values or become zero: the embedding of another kind of
+    condition, the decoder if something else is predicted, and both decoder and patch embedding if the latents have
+    another number of channels, so come from another autoencoder. Unknown classes start as the source's "no label".
 
     Args:
         model: a freshly built model.
@@ -49,8 +48,8 @@ def initialize(
         closed: whether attention in time adds nothing at first; only for an image model.
 
     Returns:
-        Which tensors were taken. The weights of diffusers' `DiTTransformer2DModel` are used with DiT's own timestep
-        frequencies, 10000^(-i/128), with which they were trained; diffusers' class computes 10000^(-i/127).
+        Which tensors were taken. Weights of diffusers' `DiTTransformer2DModel` are used with the timestep frequencies
+        that DiT was trained with, 10000^(-i/128); diffusers' class computes 10000^(-i/127).
 
     Raises:
         ValueError: for a source that is missing, damaged, of another kind or size, or holds more than tensors, or if
@@ -307,14 +306,11 @@ def _transfer_decoder(transfer: _Transfer) -> None:
     config, known = transfer.model.config, transfer.source.config
     is_image = transfer.source.kind == "image"
     why = _other_latents(transfer)
-    if why:
-        why += "; it starts at zero"
-    elif config["prediction_type"] != known["prediction_type"]:
-        why = (
-            f"the source predicts {known['prediction_type']}, this model {config['prediction_type']}; it starts at zero"
-        )
-    elif is_image and config["conditioning"] == "all_tokens":
-        why = "its norm is not the source's; it starts at zero"
+    if not why and config["prediction_type"] != known["prediction_type"]:
+        why = f"the source predicts {known['prediction_type']}, this model {config['prediction_type']}"
+    elif not why and is_image and config["conditioning"] == "all_tokens":
+        why = "its norm is not the source's"
+    why += "; it starts at zero" if why else ""
     tube = transfer.model.tube_size if is_image else 1
     there = config["in_channels"] * (1 + known["learn_sigma"])
     here = transfer.model.out_channels
