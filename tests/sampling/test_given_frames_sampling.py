@@ -172,6 +172,17 @@ def test_a_model_of_whole_clips_refuses_frames(pipeline: LavitaPipeline) -> None
 # ---- files
 
 
+@pytest.mark.parametrize("arguments", [("--image", "good.png"), ("--length", "9", "--overlap", "1")], ids=" ".join)
+def test_a_model_of_whole_clips_writes_nothing(
+    arguments: tuple[str, ...], pipeline: LavitaPipeline, tmp_path: Path, run: Run
+) -> None:
+    save_pipeline(pipeline, tmp_path / "plain")
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "good.png")
+    code, _, errors = run("sample", "plain", "--out", "out", "--steps", 2, "--seeds", 0, *arguments)
+    assert code == 2 and "this model was trained to make whole clips; train it with model.given_frames" in errors
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def model(filler: LavitaPipeline, tmp_path: Path) -> Path:
     save_pipeline(filler, tmp_path / "model")
@@ -241,7 +252,7 @@ def test_each_video_of_a_folder_is_gone_on_with(model: Path, tmp_path: Path, run
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--image", "missing.png"), "missing.png"),
+        (("--image", "missing.png"), "missing.png: cannot be found"),
         (("--image", "broken.png"), "broken.png"),
         (("--video", "short.mkv", "--keep-frames", "3"), "short.mkv"),
         (("--video", "short.mkv", "--keep-frames", "4"), "keep_frames is 4, but must be in 1..3: a video has 4 frames"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -146,9 +147,31 @@ def place_latents(
     Raises:
         ValueError: if the model does not know such places.
     """
+    mask = check_places(model.config, places, count)
+    statistics, device = LatentStatistics.of(model.config), model.device
+    clips = torch.zeros(len(latents), count, *latents.shape[2:], device=device)
+    latents = latents.to(device)
+    clips[:, list(places)] = latents if statistics is None else statistics.normalize(latents)
+    return GivenLatents(clips, mask.to(device))
+
+
+def check_places(config: Mapping[str, Any], places: Sequence[int], count: int) -> torch.Tensor:
+    """Checks that a model was trained with given frames at such places.
+
+    Args:
+        config: the model's fields.
+        places: the places of the given latents.
+        count: latents of a video.
+
+    Returns:
+        The mask, bool (F,).
+
+    Raises:
+        ValueError: if it was not; frames at all places are right for every model with given frames.
+    """
     mask = torch.zeros(count, dtype=torch.bool)
     mask[list(places)] = True
-    known = model.config["given_frames"]
+    known = config["given_frames"]
     if not known:
         raise ValueError(
             "frames were given, but this model was trained to make whole clips; train it with model.given_frames"
@@ -158,11 +181,7 @@ def place_latents(
             f"frames {listed(places)} of {count} are given, but this model was trained with given frames of the kinds "
             f"{', '.join(known)}"
         )
-    statistics, device = LatentStatistics.of(model.config), model.device
-    clips = torch.zeros(len(latents), count, *latents.shape[2:], device=device)
-    latents = latents.to(device)
-    clips[:, list(places)] = latents if statistics is None else statistics.normalize(latents)
-    return GivenLatents(clips, mask.to(device))
+    return mask
 
 
 def listed(places: Sequence[int]) -> str:

@@ -11,10 +11,11 @@ import numpy as np
 
 from lavita.core.progress import say
 from lavita.data.clips import center_crop_resize
-from lavita.models.autoencoder import downsampling
-from lavita.sampling.given import Frames, Places, listed
+from lavita.models.autoencoder import downsampling, temporal_downsampling
+from lavita.sampling.given import Frames, Places, check_places, listed
 from lavita.sampling.jobs import Job
 from lavita.sampling.pipeline import LavitaPipeline
+from lavita.video.formats import VideoError
 from lavita.video.reading import probe, read_clip
 from lavita.video.tree import is_frame_folder
 
@@ -85,6 +86,10 @@ def read_given(
         if source is not None:
             places = places_of(source, given.keep_frames, given.keep_every, num_frames)
             found[source] = {**fit(source, read_places(source, places, config["frame_interval"])), **shared}
+    if temporal_downsampling(pipeline.vae.config) == 1:  # else it is known when they are encoded
+        for each in found.values():
+            if each:
+                check_places(config, sorted(each), num_frames)
     fit.report()
     return {job.path: dict(sorted(found[job.source or given.video].items())) for job in jobs}
 
@@ -100,6 +105,8 @@ def read_places(path: Path, places: Sequence[int], frame_interval: int) -> dict[
     Raises:
         VideoError: if the file is missing, broken or too short.
     """
+    if not path.exists():
+        raise VideoError(path, "cannot be found")
     return dict(zip(places, read_clip(path, 0, places[-1] + 1, frame_interval)[list(places)], strict=True))
 
 

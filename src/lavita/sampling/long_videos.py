@@ -15,6 +15,7 @@ import torch
 from lavita.core.progress import Progress
 from lavita.core.seeds import generator
 from lavita.models.autoencoder import decode
+from lavita.sampling.given import check_places
 from lavita.sampling.jobs import Job
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.sampling.roll_out import DEFAULT_OVERLAP, MOST_FRAMES, Windows, roll_out
@@ -58,7 +59,10 @@ def plan_windows(
             raise ValueError(f"seconds is {seconds:g}, but must be above 0 and give at most {MOST_FRAMES} frames")
         length = max(1, round(seconds * config["fps"]))
     assert length is not None
-    return Windows(length, config["num_frames"], DEFAULT_OVERLAP if overlap is None else overlap)
+    windows = Windows(length, config["num_frames"], DEFAULT_OVERLAP if overlap is None else overlap)
+    if windows.count > 1:
+        check_places(config, range(windows.overlap), windows.window)
+    return windows
 
 
 def write_long_videos(
