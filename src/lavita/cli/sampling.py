@@ -38,7 +38,7 @@ def sample(
         RecipeName,
         typer.Option(
             help="Preset, parts of which the options below change. default: UniPC, 25 steps; paper: DDPM, 250 steps; "
-            "fast: 8 stochastic steps."
+            "fast: 8 stochastic steps, with which fine detail may vary less (docs/speed.md)."
         ),
     ] = "default",
     sampler: Annotated[
