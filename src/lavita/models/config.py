@@ -55,7 +55,7 @@ class ModelConfig(StrictConfig):
     def _has_an_effect(self) -> ModelConfig:
         if len(set(self.given_frames)) < len(self.given_frames):
             raise ValueError(f"given_frames is {self.given_frames}, but must name each kind once")
-        if "given_dropout" in self.model_fields_set and not self.given_frames:
+        if not self.given_frames and self.given_dropout != type(self).model_fields["given_dropout"].default:
             raise ValueError(f"given_dropout is {self.given_dropout}, but has no effect without given_frames")
         if self.tube_size is not None and self.patch_embedding == "uniform":
             raise ValueError(f"tube_size is {self.tube_size}, but has no effect with patch_embedding=uniform")
