@@ -20,9 +20,9 @@ from rich.table import Table
 from lavita.core.files import write_json
 from lavita.data.catalog import read_generation, scan
 from lavita.sampling.names import table_prefixes
+from lavita.video.formats import Frames
 from lavita.video.reading import iter_frames, read_clip
 
-Frames = npt.NDArray[np.uint8]
 BOOTSTRAPS = 1000
 
 

@@ -128,5 +128,10 @@ def test_reconstructed_clips_are_a_folder_that_can_be_scored(tmp_path: Path, tin
     assert np.array_equal(read_clip(file, 0, 3), made)
     assert probe(file).fps == pytest.approx(3)
     assert find_interval(clips, None) == 4
+    reconstruction.reconstruction_quality(tiny_vae, tmp_path / "videos", 16, frame_interval=4, clips=clips)
+    with pytest.raises(ValueError, match="holds videos made with frame_interval=4, not 2; use another folder"):
+        reconstruction.reconstruction_quality(tiny_vae, tmp_path / "videos", 16, frame_interval=2, clips=clips)
+    with pytest.raises(ValueError, match="holds files, but not reconstructed clips"):
+        reconstruction.reconstruction_quality(tiny_vae, tmp_path / "videos", 16, clips=tmp_path)
     with pytest.raises(ValueError, match="takes those of one folder of videos at one resolution"):
         reconstruction.quality_at(tiny_vae, [tmp_path / "videos"], [16, 32], None, clips=clips)

@@ -154,6 +154,7 @@ def test_with_step_caches(cache: Any, filler: LavitaPipeline) -> None:
         ({"image": pictures(1)}, r"image has uint8 \(1, 16, 16, 3\), but frames are uint8 \(H, W, 3\)"),
         ({"given": [{0: pictures(1)[0]}] * 2}, "given has frames for 2 videos, but this call makes 1"),
         ({"exact": True}, "guide_given and exact have no effect without given frames"),
+        ({"image": pictures(1)[0], "guide_given": True}, "guide_given has no effect with a guidance_scale of 1"),
         ({"image": pictures(1)[0], "use_temporal": False}, "images have no frames that could be given"),
     ],
 )
@@ -258,9 +259,17 @@ def test_each_video_of_a_folder_is_gone_on_with(model: Path, tmp_path: Path, run
         (("--video", "short.mkv", "--keep-frames", "4"), "keep_frames is 4, but must be in 1..3: a video has 4 frames"),
         (("--video", "short.mkv", "--keep-every", "9"), "keep_every is 9, but must be in 2..3"),
         (("--video", "short.mkv", "--image", "good.png"), "image and video both give the first frame"),
+        (
+            ("--video", "short.mkv", "--keep-frames", "2", "--keep-every", "2"),
+            "keep_frames is 2 and keep_every 2; give",
+        ),
         (("--keep-frames", "2"), "keep_frames and keep_every have no effect without a video"),
         (("--exact",), "guide_frames and exact have no effect without an image or a video"),
         (("--unlabelled",), "unlabelled has no effect without --video and a folder of videos"),
+        (
+            ("--image", "good.png", "--guide-frames", "--guidance-scale", "1"),
+            "guide_frames has no effect with a guidance",
+        ),
         (("--image", "good.png", "--images"), "images have no frames that could be given"),
     ],
 )

@@ -200,11 +200,7 @@ def study(
     from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
     from lavita.training.config import RunConfig
 
-    by_config = {
-        "frame-interval": ablation.frame_interval_arms,
-        "recipe": ablation.recipe_arms,
-        "variant": ablation.variant_arms,
-    }
+    by_config = {"frame-interval": ablation.frame_interval_arms, "variant": ablation.variant_arms}
     names = sorted({*by_config, *STUDIES, "pretraining"})
     if name not in names:
         raise ValueError(f"name is {name!r}; allowed: {', '.join(names)}")

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 from lavita.demo.games import FRAME_SIZE
+from lavita.video.formats import Frames
 from lavita.video.reading import iter_frames
 
-Frames = npt.NDArray[np.uint8]
 Channel = npt.NDArray[np.int16]
 
 _EVERY = 4  # frames between two that are counted, as successive ones have nearly the same objects

@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lavita.core.files import write_json
-from lavita.data.catalog import Video, scan
+from lavita.core.seeds import DRAWS
+from lavita.data.catalog import Video, read_generation, scan
 from lavita.data.clips import center_crop_resize
 from lavita.evaluation.features.perceptual import FeatureDistance
 from lavita.models.autoencoder import (
@@ -29,7 +30,8 @@ from lavita.models.autoencoder import (
     temporal_downsampling,
     to_pixels,
 )
-from lavita.video.formats import GENERATION
+from lavita.models.fingerprint import fingerprint
+from lavita.sampling.records import check_generation, write_generation
 from lavita.video.reading import iter_frames
 from lavita.video.writing import write_video
 
@@ -69,15 +71,23 @@ def reconstruction_quality(
         distance: the perceptual distance.
         frame_interval: step from one frame to the next.
         clips: folder to write the reconstructed clips to.
+
+    Raises:
+        ValueError: if `clips` holds something else.
     """
     pairs = reconstructions(vae, root, resolution, frame_interval)
-    return score_reconstructions(pairs if clips is None else _written(pairs, clips, frame_interval), distance)
+    if clips is not None:
+        if clips.exists() and any(clips.iterdir()) and read_generation(clips) is None:
+            raise ValueError(f"{clips}: holds files, but not reconstructed clips; use another folder")
+        settings = {"reconstructed_by": fingerprint(vae), "frame_interval": frame_interval, "resolution": resolution}
+        check_generation(clips, settings | {"draws": DRAWS})
+        write_generation(clips, settings | {"draws": DRAWS})
+        pairs = _written(pairs, clips, frame_interval)
+    return score_reconstructions(pairs, distance)
 
 
 def _written(pairs: Iterable[Reconstruction], clips: Path, frame_interval: int) -> Iterator[Reconstruction]:
     """Writes reconstructed clips, losslessly, under the names of their videos, as a folder that can be scored."""
-    clips.mkdir(parents=True, exist_ok=True)
-    write_json(clips / GENERATION, {"frame_interval": frame_interval, "reconstructed": True})
     for pair in pairs:
         video, _, made = pair
         write_video(clips / f"{video.name}.mkv", made, video.info.fps / frame_interval)

@@ -92,7 +92,6 @@ class Denoiser:
         self._labels, self._texts = class_labels, text_embeds
         self._use_temporal, self._precision = use_temporal, precision
         self._given, self._given_noise = given, given_noise
-        self._objective = make_objective(model.config["prediction_type"])
         self._cache = None if cache is None else StepCache(cache, model)
         self._times: list[float] = timesteps.tolist()
         self._scale = guidance.scale
@@ -160,7 +159,8 @@ class Denoiser:
             return torch.cat([placed, placed])
         options["given"] = torch.cat([mask, torch.zeros_like(mask)])
         timesteps = self._timesteps[index].expand(len(latents))
-        noised = self._objective.q_sample(given.latents, timesteps, self._given_noise)
+        objective = make_objective(self._model.config["prediction_type"])
+        noised = objective.q_sample(given.latents, timesteps, self._given_noise)
         return torch.cat([placed, GivenLatents(noised, given.mask).placed(latents)])
 
     def _modulation_at(self, index: int) -> list[torch.Tensor] | None:

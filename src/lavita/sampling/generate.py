@@ -125,6 +125,8 @@ def generate(
         "fps": config["fps"],
         "draws": DRAWS,
     }
+    if given.guided and recipe.scale(config) == 1:
+        raise ValueError("guide_frames has no effect with a guidance_scale of 1")
     if given:
         settings |= {"guide_frames": given.guided, "exact": given.exact}
     windows = plan_windows(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lavita.core.precision import Precision
@@ -15,8 +14,8 @@ from lavita.models.autoencoder import Autoencoder, encode, latent_frames, pixel_
 from lavita.models.given_frames import kinds_of
 from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.transformer import LavitaTransformer3DModel
+from lavita.video.formats import Frames
 
-Frames = npt.NDArray[np.uint8]
 Places = Mapping[int, Frames]
 """Frames by their places in a video, from 0: uint8 (H, W, 3)."""
 
@@ -111,7 +110,7 @@ def encode_given(
     """
     places = list(batch[0])
     if any(list(given) != places for given in batch):
-        raise ValueError(f"the videos of a batch must be given frames at the same places, but {places} differ")
+        raise ValueError("given has frames at different places for some videos, but a batch has them at the same ones")
     count, size = latent_frames(vae.config, num_frames), model.config["sample_size"]
     which = places
     if (factor := temporal_downsampling(vae.config)) > 1:

@@ -12,11 +12,11 @@ import numpy as np
 from lavita.core.progress import say
 from lavita.data.clips import center_crop_resize
 from lavita.models.autoencoder import downsampling, temporal_downsampling
-from lavita.sampling.given import Frames, Places, check_places, listed
+from lavita.sampling.given import Places, check_places, listed
 from lavita.sampling.jobs import Job
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.video.formats import VideoError
-from lavita.video.reading import probe, read_clip
+from lavita.video.formats import Frames, VideoError
+from lavita.video.reading import read_clip
 from lavita.video.tree import is_frame_folder
 
 
@@ -50,6 +50,8 @@ class GivenFiles:
             raise ValueError("image and video both give the first frame; give one of them")
         if self.video is None and (self.keep_frames is not None or self.keep_every is not None):
             raise ValueError("keep_frames and keep_every have no effect without a video")
+        if self.keep_frames is not None and self.keep_every is not None:
+            raise ValueError(f"keep_frames is {self.keep_frames} and keep_every {self.keep_every}; give one of them")
         if not self and (self.guided or self.exact):
             raise ValueError("guide_frames and exact have no effect without an image or a video")
         if not self.labelled and self.folder is None:
@@ -64,6 +66,23 @@ class GivenFiles:
         """`video`, if it is a folder of videos."""
         is_folder = self.video is not None and self.video.is_dir() and not is_frame_folder(self.video)
         return self.video if is_folder else None
+
+    def places(self, num_frames: int) -> list[int]:
+        """Which frames of `video` are given to a video of F frames: the first ones, or every n-th.
+
+        Raises:
+            ValueError: if nothing would be left to generate.
+        """
+        if self.keep_every is not None:
+            if not 2 <= self.keep_every < num_frames:
+                raise ValueError(f"keep_every is {self.keep_every}, but must be in 2..{num_frames - 1}")
+            return list(range(0, num_frames, self.keep_every))
+        number = 1 if self.keep_frames is None else self.keep_frames
+        if self.video is not None and not 1 <= number < num_frames:
+            raise ValueError(
+                f"keep_frames is {number}, but must be in 1..{num_frames - 1}: a video has {num_frames} frames"
+            )
+        return list(range(number))
 
 
 NO_FILES = GivenFiles()
@@ -82,9 +101,9 @@ def read_given(
         if path is not None:
             shared[place] = fit(path, read_places(path, [0], 1))[0]
     found: dict[Path | None, dict[int, Frames]] = {None: shared}
+    places = given.places(num_frames)
     for source in dict.fromkeys(job.source or given.video for job in jobs):
         if source is not None:
-            places = places_of(source, given.keep_frames, given.keep_every, num_frames)
             found[source] = {**fit(source, read_places(source, places, config["frame_interval"])), **shared}
     if temporal_downsampling(pipeline.vae.config) == 1:  # else it is known when they are encoded
         for each in found.values():
@@ -131,34 +150,6 @@ class Fitting:
         if self._others:
             more = f" (and {len(self._others) - 1:,} more are of other sizes)" if self._others[1:] else ""
             say(f"{self._others[0]}{more}: the middle is cut out and scaled to {self._resolution}x{self._resolution}")
-
-
-def places_of(path: Path, keep_frames: int | None, keep_every: int | None, num_frames: int) -> list[int]:
-    """Which frames of a video are kept: the first ones, or every n-th.
-
-    Args:
-        path: the video.
-        keep_frames: number of first frames; by default 1.
-        keep_every: n.
-        num_frames: frames of the video that is generated.
-
-    Raises:
-        ValueError: if both are set, or nothing would be left to generate.
-        VideoError: if the file is missing or broken.
-    """
-    if keep_frames is not None and keep_every is not None:
-        raise ValueError(f"keep_frames is {keep_frames} and keep_every {keep_every}; give one of them")
-    if keep_every is not None:
-        if not 2 <= keep_every < num_frames:
-            raise ValueError(f"keep_every is {keep_every}, but must be in 2..{num_frames - 1}")
-        return list(range(0, num_frames, keep_every))
-    number = 1 if keep_frames is None else keep_frames
-    if not 1 <= number < num_frames:
-        raise ValueError(
-            f"keep_frames is {number}, but must be in 1..{num_frames - 1}: a video has {num_frames} frames"
-        )
-    probe(path)
-    return list(range(number))
 
 
 def digest(places: Places) -> str:

@@ -30,7 +30,7 @@ from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.conditions import class_numbers, text_embeddings
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.given import Frames, Places, encode_given, frames_of_videos, place_latents
+from lavita.sampling.given import Places, encode_given, frames_of_videos, place_latents
 from lavita.sampling.schedulers import (
     SCHEDULER_CLASSES,
     Scheduler,
@@ -42,6 +42,7 @@ from lavita.sampling.schedulers import (
     set_timesteps,
     uses_learned_variance,
 )
+from lavita.video.formats import Frames
 
 logger = get_logger(__name__)
 MOST_FRAMES = 2**16
@@ -202,8 +203,9 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError("use_temporal is false, but images have no frames that could be given")
         can_guide = conditions is not None or (known is not None and guide_given)
         self._check(conditions, num_videos, frames, count, num_inference_steps, guided and not can_guide, output_type)
-        if guidance_interval is not None and not guided:
-            raise ValueError("guidance_interval has no effect with a guidance_scale of 1")
+        for name, is_set in (("guidance_interval", guidance_interval is not None), ("guide_given", guide_given)):
+            if is_set and not guided:
+                raise ValueError(f"{name} has no effect with a guidance_scale of 1")
         if batch < 1:
             raise ValueError(f"{batch} videos were asked for, but must be at least 1")
         if isinstance(generator, list) and len(generator) != batch:

@@ -83,9 +83,9 @@ def make_scheduler(
         prediction_type: what the model predicts: `epsilon`, `v_prediction` or `flow`.
         spacing: positions of the steps: `trailing` has equal steps of time down from the last timestep; `quadratic` has
             times proportional to the square of the remaining steps (Song et al. 2021, App. D.2), so that steps get
-            smaller towards the data: with few equal steps, the last one is so large that it averages over detail and
-            videos differ too little from each other; `karras` has equal steps of sigma^(1/7) (Karras et al. 2022, Eq.
-            5). `ddpm` has a spacing of its own, and a flow no `karras`.
+            smaller towards the data: with few equal steps, the last one is so large that it averages over detail
+            (docs/speed.md); `karras` has equal steps of sigma^(1/7) (Karras et al. 2022, Eq. 5). `ddpm` has a spacing
+            of its own, and a flow no `karras`.
         flow_shift: shift of a flow's timesteps, see `flow.shift_time`; None is 1.
 
     Raises:

@@ -59,6 +59,36 @@ def _combinations() -> Arms:
     }
 
 
+def _recipes() -> Arms:
+    """The paper's objective and optimizer against those of `--recipe modern`, on the same model, data and batches.
+
+    `modern` keeps the optimizer, the rate and the schedule of the configuration, which therefore has to be one that
+    `lavita train --recipe modern` gives or a like one. `paper` has Eq. 1 and Sec. 4.1: noise and variance, AdamW at a
+    constant 1e-4. That rate is for models of XL's width, so `paper-rate-1e-3` has ten times as much. The moving average
+    is the configuration's in all arms: one of 0.9999 from the first step would show a short run's random weights.
+    """
+    modern = (
+        "data.normalize_latents=true",
+        "model.prediction_type=flow",
+        "model.learn_sigma=false",
+        "train.timestep_sampling=logit_normal",
+        "train.timestep_shift=auto",
+    )
+    paper = (
+        "data.normalize_latents=false",
+        "model.prediction_type=epsilon",
+        "model.learn_sigma=true",
+        "train.timestep_sampling=uniform",
+        "train.timestep_shift=1",
+        "train.optimizer=adamw",
+        "train.warmup_steps=0",
+        "train.decay_steps=0",
+        "train.clip_grad_norm=null",
+    )
+    rates = {"paper": "1e-4", "paper-rate-1e-3": "1e-3"}
+    return {"modern": modern, **{name: (*paper, f"train.learning_rate={rate}") for name, rate in rates.items()}}
+
+
 STUDIES: dict[str, Arms] = {
     "temporal-position": _one_field("model.temporal_position", TEMPORAL_POSITIONS),  # Fig. 5 (b)
     "variant": _one_field("model.variant", VARIANTS),  # Fig. 5 (d), Table 4
@@ -66,6 +96,7 @@ STUDIES: dict[str, Arms] = {
     "conditioning": _one_field("model.conditioning", CONDITIONINGS),  # Fig. 5 (f)
     "joint-training": _one_field("data.num_images", (0, 8)),  # Tables 1 and 2: LAVITA, LAVITA+IMG
     "combinations": _combinations(),
+    "recipe": _recipes(),
 }
 """Studies whose arms do not depend on the shared configuration. Those that do: `variant_arms` (its four variants are
 here, too) and `frame_interval_arms`. Fig. 5 (c), learning from an image model, needs weights: `pretraining_arms`."""
@@ -94,36 +125,6 @@ def variant_arms(config: RunConfig) -> Arms:
         print(f"Variant 4 is not compared at patch size {twice}: data.resolution is {config.data.resolution}")
         return STUDIES["variant"]
     return {**STUDIES["variant"], f"variant-4-patch-{twice}": ("model.variant=4", f"model.preset={size}/{twice}")}
-
-
-def recipe_arms(config: RunConfig) -> Arms:
-    """The paper's objective and optimizer against those of `--recipe modern`, on the same model, data and batches.
-
-    `modern` keeps the optimizer, the rate and the schedule of the configuration, which therefore has to be one that
-    `lavita train --recipe modern` gives or a like one. `paper` has Eq. 1 and Sec. 4.1: noise and variance, AdamW at a
-    constant 1e-4. That rate is for models of XL's width, so `paper-rate-1e-3` has ten times as much. The moving average
-    is the configuration's in all arms: one of 0.9999 from the first step would show a short run's random weights.
-    """
-    modern = (
-        "data.normalize_latents=true",
-        "model.prediction_type=flow",
-        "model.learn_sigma=false",
-        "train.timestep_sampling=logit_normal",
-        "train.timestep_shift=auto",
-    )
-    paper = (
-        "data.normalize_latents=false",
-        "model.prediction_type=epsilon",
-        "model.learn_sigma=true",
-        "train.timestep_sampling=uniform",
-        "train.timestep_shift=1",
-        "train.optimizer=adamw",
-        "train.warmup_steps=0",
-        "train.decay_steps=0",
-        "train.clip_grad_norm=null",
-    )
-    rates = {"paper": "1e-4", "paper-rate-1e-3": "1e-3"}
-    return {"modern": modern, **{name: (*paper, f"train.learning_rate={rate}") for name, rate in rates.items()}}
 
 
 def pretraining_arms(weights: str) -> Arms:

@@ -66,8 +66,9 @@ MOST_PIXELS = 2**27
 GENERATION = "generation.json"
 """File beside generated videos that says how they were made."""
 PROMPTS = "prompts.jsonl"
-GIVEN = "given.jsonl"
 """File beside generated videos that says from which prompts they were made."""
+GIVEN = "given.jsonl"
+"""File beside generated videos that says which frames they were given."""
 Frames = npt.NDArray[np.uint8]
 """Pixels: uint8 RGB, `(F, H, W, 3)` for a clip, `(H, W, 3)` for a frame."""
 PathLike = str | os.PathLike[str]
