@@ -33,6 +33,7 @@ from lavita.models.embeddings import (
     spatial_positions,
     temporal_positions,
 )
+from lavita.models.initialization import initialize_weights
 from lavita.models.inputs import check_fields, check_given, check_inputs, check_whole, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
 
@@ -170,7 +171,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             if compression
             else None
         )
-        self.initialize_weights()
+        initialize_weights(self)
 
     if TYPE_CHECKING:
 
@@ -202,39 +203,6 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         model, report = loaded
         check_whole(model.config, report["missing_keys"], wants_report)
         return (model, report) if wants_report else model
-
-    def initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier for linear layers, small embeddings, zeros where a block or the model ends."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
-        if isinstance(self.y_embedder, LabelEmbedder):
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for embedder in (self.t_embedder, self.y_embedder):
-            if isinstance(embedder, (TimestepEmbedder, TextEmbedder)):
-                for layer in embedder.mlp:
-                    if isinstance(layer, nn.Linear):
-                        nn.init.normal_(layer.weight, std=0.02)
-        # With closed gates every block is the identity, and with a zero decoder the model predicts zero noise.
-        for module in (*self.blocks, self.final_layer):
-            if module.adaLN_modulation is not None:
-                nn.init.zeros_(module.adaLN_modulation[1].weight)
-                nn.init.zeros_(module.adaLN_modulation[1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
-        if self.temporal_upsample is not None:
-            # At first, frame s of a tube is the s-th group of the decoder's channels.
-            channels, tube = self.out_channels, self.tube_size
-            identity = torch.eye(channels).repeat(tube, 1).view(tube, channels, channels)
-            weight = torch.zeros(tube, channels, channels, tube)
-            weight[range(tube), :, :, range(tube)] = identity
-            with torch.no_grad():
-                self.temporal_upsample.weight.copy_(weight.view(tube * channels, channels, tube, 1, 1))
-            nn.init.zeros_(self.temporal_upsample.bias)  # type: ignore[arg-type]
 
     def forward(
         self,

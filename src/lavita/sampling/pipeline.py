@@ -21,7 +21,7 @@ from lavita.core.files import replacing
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
 from lavita.models.adapters import Adapters
-from lavita.models.autoencoder import AUTOENCODERS, Autoencoder, check_autoencoder, decode, latent_frames, pixel_frames
+from lavita.models.autoencoder import Autoencoder, check_autoencoder, decode, latent_frames, pixel_frames
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, hub_options
@@ -31,8 +31,8 @@ from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.conditions import class_numbers, text_embeddings
 from lavita.sampling.denoiser import Denoiser, Guidance
 from lavita.sampling.given import Places, encode_given, frames_of_videos, place_latents
+from lavita.sampling.pipeline_parts import check_parts
 from lavita.sampling.schedulers import (
-    SCHEDULER_CLASSES,
     Scheduler,
     denoise_step,
     initial_scale,
@@ -97,7 +97,7 @@ class LavitaPipeline(DiffusionPipeline):
         """
         found = super().load_config(*args, **options)
         folder = Path(str(args[0] if args else options.get("pretrained_model_name_or_path")))
-        _check_parts(folder, found[0] if isinstance(found, tuple) else found)
+        check_parts(folder, found[0] if isinstance(found, tuple) else found)
         return found
 
     def use_sampler(self, sampler: str, spacing: Spacing = "trailing") -> None:
@@ -310,26 +310,6 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError("guidance_scale other than 1 needs a model with classes or texts, or guide_given")
         if output_type not in ("uint8", "latent"):
             raise ValueError(f"output_type is {output_type!r}; allowed: uint8, latent")
-
-
-def _check_parts(folder: Path, config: dict[str, Any]) -> None:
-    """Checks the classes in a `model_index.json`, and sets the modules that they are imported from."""
-    allowed = {"transformer": ("LavitaTransformer3DModel",), "vae": tuple(AUTOENCODERS), "scheduler": SCHEDULER_CLASSES}
-    own = (LavitaTransformer3DModel, *AUTOENCODERS.values())
-    modules = {kind.__name__: kind.__module__ for kind in own if kind.__module__.startswith("lavita.")}
-    if code := [file for part in allowed for file in sorted((folder / part).glob("*.py"))]:
-        raise ValueError(f"{code[0]}: is code, which no part of a pipeline needs and which is never run; remove it")
-    name = config.get("_class_name")
-    if name != LavitaPipeline.__name__:
-        raise ValueError(f"model_index.json names the class {name!r}; allowed: {LavitaPipeline.__name__}")
-    for part, value in config.items():
-        if part not in allowed:
-            if isinstance(value, (list, tuple)):
-                raise ValueError(f"model_index.json names the part {part!r}; allowed: {', '.join(allowed)}")
-            continue
-        if not isinstance(value, (list, tuple)) or len(value) != 2 or value[1] not in allowed[part]:
-            raise ValueError(f"model_index.json: {part} is {value!r}; allowed: {', '.join(allowed[part])}")
-        config[part] = [modules.get(value[1], "diffusers"), value[1]]
 
 
 def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> LavitaPipeline:
