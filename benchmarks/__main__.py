@@ -264,6 +264,30 @@ def continuation(
 
 
 @app.command()
+def drift(
+    real: Annotated[Path, typer.Option(help="Real videos, one folder per class.")],
+    generated: Annotated[
+        list[Path], typer.Option(help="Long samples, one folder per class; may be given several times.")
+    ],
+    num_frames: Annotated[int, typer.Option(min=2, help="Frames of a stretch.")] = 16,
+    num_real_clips: Annotated[int, typer.Option(min=3, help="Real clips to compare with.")] = 256,
+    resolution: Annotated[int, typer.Option(min=8, help="Height and width of the frames.")] = 64,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Cache folder of trained classifiers, as in lavita evaluate --cache.", show_default=False),
+    ] = None,
+    out: JsonFile = None,
+) -> None:
+    """Score long videos stretch by stretch.
+
+    Kernel distance from real clips, right class and motion over time, with intervals: does a video drift?
+    """
+    from benchmarks.evaluation.drift import study_drift
+
+    study_drift(real, generated, num_frames, num_real_clips, resolution, cache, out)
+
+
+@app.command()
 def crash(
     data: Annotated[Path, typer.Option(help="Videos, one folder per class.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; an existing one is replaced.")] = Path("runs/crash"),

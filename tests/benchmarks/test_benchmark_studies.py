@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from conftest import MakeTransformer
 from tiny_data import write_videos
 
-from benchmarks.evaluation import autoencoder_losses, continuation, coverage, monotone, recipes
+from benchmarks.evaluation import autoencoder_losses, continuation, coverage, drift, monotone, recipes
 from benchmarks.speed import startup
 from lavita.evaluation.distances.frechet import frechet_distance
 from lavita.sampling.pipeline import LavitaPipeline
@@ -167,6 +168,35 @@ def test_times_of_help_and_of_loading(
     pipeline.save_pretrained(tmp_path)
     loaded = startup.measure_load("pipeline", str(tmp_path))
     assert loaded["seconds"] > 0 and set(loaded) == {"seconds", "peak_over_weights", "after_over_weights"}
+
+
+def test_drift_is_seen_where_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long videos that are the real ones first and their negatives from then on: only the second stretch is far off."""
+
+    class Known:
+        def recognise(self, frames: npt.NDArray[np.uint8]) -> str:
+            return "a" if frames[..., 0].mean() > frames[..., 2].mean() else "b"
+
+    monkeypatch.setattr(drift, "cached_classifier", lambda *_: Known())
+    random = np.random.default_rng(0)
+    for name in "ab":
+        for number in range(4):
+            video = random.integers(0, 100, (16, 32, 32, 3), dtype=np.uint8)
+            video[..., 0 if name == "a" else 2] += np.uint8(100)
+            write_video(tmp_path / "real" / name / f"{number}.mkv", video, 8)
+            write_video(tmp_path / "made" / name / f"{number}.mkv", np.concatenate([video[:8], 255 - video[8:]]), 8)
+    drift.study_drift(tmp_path / "real", [tmp_path / "made"], 8, 8, 32, None, tmp_path / "rows.json")
+    assert "frames" in capsys.readouterr().out
+    first, second = json.loads((tmp_path / "rows.json").read_text())[str(tmp_path / "made")]
+    assert (first["start"], second["start"]) == (0, 8)
+    assert (first["right_class"], second["right_class"]) == (1.0, 0.0)
+    assert second["distance_interval"][0] > first["distance_interval"][1]
+    assert first["motion"] == pytest.approx(1, abs=0.05)
+    write_video(tmp_path / "made" / "no_class.mkv", video, 8)
+    with pytest.raises(ValueError, match="holds videos without a class"):
+        drift.study_drift(tmp_path / "real", [tmp_path / "made"], 8, 8, 32, None, None)
 
 
 def test_continuations_are_compared_with_what_came_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

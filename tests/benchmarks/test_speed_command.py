@@ -193,6 +193,7 @@ def test_help_lists_the_commands(bench: Bench) -> None:
         "autoencoder-losses",
         "sprites",
         "continuation",
+        "drift",
         "crash",
         "fuzz",
         "mutants",
