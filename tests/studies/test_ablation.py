@@ -218,3 +218,29 @@ def test_a_study_trains_samples_scores_and_goes_on(
     with pytest.raises(ValueError, match="holds arms of a version that drew other clips and noise"):
         run_study(arms, plan)
     assert not calls
+
+
+def test_fields_of_an_arm_win_over_those_of_the_study(tmp_path: Path) -> None:
+    """The arms of `recipe` set the optimizer of the paper's, and leave that of the modern one to the command line."""
+    plan = StudyPlan(tmp_path, "demo", ("train.optimizer=muon", "train.warmup_steps=7"))
+    for arm, expected in (("modern", ["train.optimizer=muon", "train.warmup_steps=7"]), ("paper", [])):
+        (command, _), *_ = commands(arm, STUDIES["recipe"][arm], plan, 5)
+        assert [word for word in command if word in plan.overrides] == expected
+        keys = [word.partition("=")[0] for word in command if "=" in word]
+        assert len(set(keys)) == len(keys), "no field is given twice"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run_dir=x", "run_dir=x has no effect: the study sets run_dir"),
+        ("train.steps=3", "train.steps=3 has no effect: the study sets train.steps"),
+        ("model.variant=1", "model.variant=1 has no effect: every arm sets model.variant"),
+    ],
+)
+def test_overrides_without_an_effect_are_refused_before_anything_is_trained(
+    override: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        run_study(STUDIES["variant"], StudyPlan(tmp_path / "study", "demo", (override,)))
+    assert not (tmp_path / "study").exists()

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
 from lavita.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder
 
-if TYPE_CHECKING:
-    from lavita.models.transformer import LavitaTransformer3DModel
 
+def initialize_weights(model: Any) -> None:
+    """DiT's initialisation: Xavier for linear layers, small embeddings, zeros where a block or the model ends.
 
-def initialize_weights(model: LavitaTransformer3DModel) -> None:
-    """DiT's initialisation: Xavier for linear layers, small embeddings, zeros where a block or the model ends."""
+    Args:
+        model: a `LavitaTransformer3DModel`, which imports this module; its weights are changed in place.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     projection = model.x_embedder.proj
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-    nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
+    nn.init.zeros_(projection.bias)
     if isinstance(model.y_embedder, LabelEmbedder):
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
     for embedder in (model.t_embedder, model.y_embedder):
@@ -44,4 +45,4 @@ def initialize_weights(model: LavitaTransformer3DModel) -> None:
         weight[range(tube), :, :, range(tube)] = identity
         with torch.no_grad():
             model.temporal_upsample.weight.copy_(weight.view(tube * channels, channels, tube, 1, 1))
-        nn.init.zeros_(model.temporal_upsample.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(model.temporal_upsample.bias)

@@ -39,6 +39,8 @@ VARIANTS = (1, 2, 3, 4)
 PATCH_EMBEDDINGS = ("uniform", "compression")
 CONDITIONINGS = ("s_adaln", "all_tokens")
 TEMPORAL_POSITIONS = ("absolute", "rope")
+STUDY_FIELDS = ("run_dir", "train.steps")
+"""Fields that a study sets in every training."""
 
 
 def _one_field(field: str, values: Sequence[object]) -> Arms:
@@ -146,7 +148,7 @@ class StudyPlan:
     config: str
     """Configuration shared by all arms: a YAML file, or the name of a packaged one."""
     overrides: tuple[str, ...] = ()
-    """Fields to change in all arms, as `a.b=c`."""
+    """Fields to change in all arms, as `a.b=c`; an arm that sets a field itself keeps its value."""
     steps: tuple[int, ...] = (1000,)
     """Increasing numbers of training steps at which each arm is sampled and scored; the last one is its length."""
     seeds: str = "0-3"
@@ -180,11 +182,17 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
         One row per training, with several seeds several per arm: see `summarize`.
 
     Raises:
-        ValueError: if the steps do not increase, or finished parts drew other random numbers than this version does.
+        ValueError: if the steps do not increase, an override has no effect, or finished parts drew other random numbers
+            than this version does.
         CommandFailed: if a command failed; the same call continues from there.
     """
     if not plan.steps or list(plan.steps) != sorted(set(plan.steps)) or plan.steps[0] < 1:
         raise ValueError(f"steps is {plan.steps}, but must be increasing numbers of at least 1")
+    for override in plan.overrides:
+        key = _key(override)
+        if key in STUDY_FIELDS or all(key in map(_key, fields) for fields in arms.values()):
+            owner = "the study" if key in STUDY_FIELDS else "every arm"
+            raise ValueError(f"{override} has no effect: {owner} sets {key}")
     record = plan.out / "study.json"
     if any((plan.out / name).exists() for name in arms):
         drawn = json.loads(record.read_text(encoding="utf-8"))["draws"] if record.exists() else 1
@@ -219,8 +227,8 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
     folder = plan.out / name
     point = folder / f"step-{steps:08d}"
     run, samples = folder / "train", point / "samples"
-    own = any(field.startswith("model.preset=") for field in fields)
-    shared = [override for override in plan.overrides if not (own and override.startswith("model.preset="))]
+    own = set(map(_key, fields))
+    shared = [override for override in plan.overrides if _key(override) not in own]
     settings = [f"run_dir={run}", f"train.steps={steps}", *shared, *fields]
     if not any(override.startswith("train.sample_every=") for override in plan.overrides):
         settings.append("train.sample_every=0")
@@ -236,6 +244,11 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
         evaluate += ["--cache", str(plan.out / "cache"), "--out", str(scores), *plan.protocol]
         found.append((evaluate, scores))
     return found
+
+
+def _key(override: str) -> str:
+    """The field that `a.b=c` changes."""
+    return override.partition("=")[0]
 
 
 def summarize(name: str, plan: StudyPlan) -> dict[str, Any]:
