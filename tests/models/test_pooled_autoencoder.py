@@ -17,7 +17,8 @@ from lavita.data.clips import center_crop_resize
 from lavita.models.autoencoder import AutoencoderTiny, decode, encode, load_autoencoder, to_pixels
 from lavita.models.fingerprint import fingerprint
 from lavita.models.pooled_autoencoder import LavitaPooledAutoencoder
-from lavita.sampling.pipeline import load_pipeline, make_pipeline, save_pipeline
+from lavita.sampling.pipeline import load_pipeline, make_pipeline
+from lavita.sampling.pipeline_folder import save_pipeline
 from lavita.video.reading import iter_frames
 
 Tensors = dict[str, torch.Tensor]

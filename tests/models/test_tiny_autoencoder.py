@@ -19,7 +19,8 @@ from lavita.data.clips import ClipDraw
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.models.autoencoder import AutoencoderTiny, decode, downsampling, encode, load_autoencoder, to_pixels
 from lavita.models.fingerprint import fingerprint
-from lavita.sampling.pipeline import load_pipeline, make_pipeline, save_pipeline
+from lavita.sampling.pipeline import load_pipeline, make_pipeline
+from lavita.sampling.pipeline_folder import save_pipeline
 from lavita.studies.memory import autoencoder_config, sampling_memory
 
 

@@ -16,7 +16,8 @@ from sampling.sampled import largest_error, seeded
 
 from lavita.models.autoencoder import AutoencoderKL, decode, encode
 from lavita.models.given_frames import KINDS
-from lavita.sampling.pipeline import LavitaPipeline, make_pipeline, save_pipeline
+from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
+from lavita.sampling.pipeline_folder import save_pipeline
 from lavita.sampling.schedulers import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, make_scheduler
 from lavita.video.reading import read_clip
 from lavita.video.writing import write_video

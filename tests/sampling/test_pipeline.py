@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from sampling.sampled import largest_error, sample, seeded
 
 from lavita.models.autoencoder import AutoencoderKL
-from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline, save_pipeline
+from lavita.sampling.pipeline import LavitaPipeline, load_pipeline, make_pipeline
+from lavita.sampling.pipeline_folder import save_pipeline
 from lavita.sampling.schedulers import DIFFUSION_SAMPLERS, make_scheduler, uses_learned_variance
 
 # ---- what a video depends on

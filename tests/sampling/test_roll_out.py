@@ -13,7 +13,8 @@ from conftest import MakeTransformer, Run
 from lavita.core.seeds import generator
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.given_frames import KINDS
-from lavita.sampling.pipeline import LavitaPipeline, make_pipeline, save_pipeline
+from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
+from lavita.sampling.pipeline_folder import save_pipeline
 from lavita.sampling.roll_out import Windows, roll_out
 from lavita.video.reading import probe, read_clip
 

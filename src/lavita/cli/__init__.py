@@ -12,6 +12,7 @@ from lavita.cli import demo as demo
 from lavita.cli import data as data
 from lavita.cli import training as training
 from lavita.cli import sampling as sampling
+from lavita.cli import sharing as sharing
 from lavita.cli import evaluation as evaluation
 from lavita.cli import studies as studies
 from lavita.cli import config as config

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, get_token, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 _TIMEOUT = 5.0  # seconds
 
@@ -37,7 +39,45 @@ def cannot_load(source: str, what: str, error: Exception, options: dict[str, Any
             f"{source}: cannot load {what}: there is no such folder, {why}, and the cache of downloads in "
             f"{constants.HF_HUB_CACHE} lacks it; give a folder, or download it first"
         )
-    return ValueError(f"{source}: cannot load {what} ({' '.join(str(error).split())[:200]})")
+    return ValueError(f"{source}: cannot load {what} ({why_refused(error) or ' '.join(str(error).split())[:200]})")
+
+
+def download(source: str, what: str, patterns: Sequence[str]) -> Path:
+    """Downloads files of a repository of the hub into the local cache, unless they are there.
+
+    Args:
+        source: hub id.
+        what: what it is, for the message of an error.
+        patterns: the files, such as `transformer/*`.
+
+    Returns:
+        The folder of the files.
+
+    Raises:
+        ValueError: if the repository cannot be read, or the download broke off.
+    """
+    options = hub_options(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns), **options))
+    except Exception as error:  # each version of the library has its own kinds
+        raise cannot_load(source, what, error, options) from error
+
+
+def why_refused(error: Exception) -> str | None:
+    """What an answer of the hub means for the user; None for other errors."""
+    if isinstance(error, GatedRepoError):
+        return "its owner has to give your account access first"
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    status = error.response.status_code
+    token = "a token is needed: set HF_TOKEN, or run `hf auth login`" if get_token() is None else "the token is wrong"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return token
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such repository, or it is private and you may not read it; for a private one, {token}"
+    if status == 403:
+        return "the token has no right to do that"
+    return f"the hub answered {status}" if status >= 500 else None
 
 
 def _is_reachable() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +14,20 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar, get_logger
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors import SafetensorError
 
-from lavita.core.files import replacing
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
-from lavita.models.adapters import Adapters
 from lavita.models.autoencoder import Autoencoder, check_autoencoder, decode, latent_frames, pixel_frames
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.finite import check_finite
-from lavita.models.hub import cannot_load, hub_options
+from lavita.models.hub import cannot_load, download
 from lavita.models.latent_statistics import LatentStatistics
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.conditions import class_numbers, text_embeddings
 from lavita.sampling.denoiser import Denoiser, Guidance
 from lavita.sampling.given import Places, encode_given, frames_of_videos, place_latents
-from lavita.sampling.pipeline_parts import check_parts
+from lavita.sampling.pipeline_parts import PIPELINE_FILES, check_parts
 from lavita.sampling.schedulers import (
     Scheduler,
     denoise_step,
@@ -60,7 +56,7 @@ class LavitaPipelineOutput(BaseOutput):
 class LavitaPipeline(DiffusionPipeline):
     """Generates videos: `LavitaPipeline.from_pretrained(folder)(class_labels=["boxing"]).frames`.
 
-    Load it with this class: `DiffusionPipeline.from_pretrained` does not know it.
+    `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)` gives this class, too.
     """
 
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
@@ -323,16 +319,17 @@ def load_pipeline(source: str | Path, device: torch.device | str = "cpu") -> Lav
         ValueError: if there is no complete pipeline, it holds code, or its weights are not finite.
     """
     folder = Path(source)
-    if folder.exists() and not (folder / "model_index.json").exists():
+    if not folder.exists():
+        if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+            raise ValueError(f"{source}: no such folder; a model is a pipeline's folder or a hub id")
+        folder = download(str(source), "a pipeline", PIPELINE_FILES)
+    if not (folder / "model_index.json").exists():
         raise ValueError(f"{source}: holds no pipeline (no model_index.json in it)")
-    if not folder.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") != 1):
-        raise ValueError(f"{source}: no such folder; a model is a pipeline's folder or a hub id")
     disable_progress_bar()
-    options = hub_options(str(source))
     try:
-        pipeline = LavitaPipeline.from_pretrained(str(source), **options)
+        pipeline = LavitaPipeline.from_pretrained(str(folder))
     except Exception as error:  # diffusers and safetensors raise many kinds for a damaged file
-        raise cannot_load(str(source), "a pipeline", error, options) from error
+        raise cannot_load(str(source), "a pipeline", error, {}) from error
     check_finite(f"{source}: transformer", pipeline.transformer.state_dict())
     check_autoencoder(f"{source}: vae", pipeline.vae)
     pipeline.transformer.float().requires_grad_(False)
@@ -350,25 +347,3 @@ def make_pipeline(model: LavitaTransformer3DModel, vae: Autoencoder) -> LavitaPi
 def _scheduler_for(model: LavitaTransformer3DModel, sampler: str, spacing: Spacing = "trailing") -> Scheduler:
     config = model.config
     return make_scheduler(sampler, config["learn_sigma"], config["prediction_type"], spacing, config["flow_shift"])
-
-
-def save_pipeline(pipeline: LavitaPipeline, folder: Path, adapters: Adapters | None = None) -> None:
-    """Saves a pipeline in diffusers' layout, and adapters in its folder `lora`.
-
-    An older pipeline in the folder is replaced as a whole, and kept if saving fails.
-
-    Raises:
-        OSError: if the disk is full or cannot be written.
-    """
-    old = folder.with_name(f"{folder.name}.old")
-    with replacing(folder) as partial:
-        try:
-            pipeline.save_pretrained(partial)
-            if adapters is not None:
-                adapters.save(partial / "lora")
-        except SafetensorError as error:  # its writer's error for a full disk
-            raise OSError(f"{partial}: {error}") from error
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)

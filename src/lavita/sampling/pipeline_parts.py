@@ -10,6 +10,13 @@ from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.schedulers import SCHEDULER_CLASSES
 
 PIPELINE_CLASS = "LavitaPipeline"
+PART_FILES = ("transformer/*", "vae/*", "scheduler/*", "lora/*")
+PIPELINE_FILES = ("model_index.json", "README.md", "card.json", "samples.png", *PART_FILES)
+"""Files of a pipeline's folder that LAVITA reads: no code is among them."""
+DIFFUSERS_CODE = """# For `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`.
+from lavita.sampling.pipeline import LavitaPipeline  # noqa: F401
+"""
+"""The file `pipeline.py` of a pipeline's folder, by which plain diffusers finds the class. LAVITA never runs it."""
 
 
 def check_parts(folder: Path, config: dict[str, Any]) -> None:

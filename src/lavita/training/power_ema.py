@@ -20,7 +20,8 @@ from torch import nn
 
 from lavita.core.files import replacing
 from lavita.core.processes import Processes, whole
-from lavita.sampling.pipeline import load_pipeline, save_pipeline
+from lavita.sampling.pipeline import load_pipeline
+from lavita.sampling.pipeline_folder import save_pipeline
 from lavita.training.config import LEAST_LENGTH, MOST_LENGTH
 from lavita.training.ema import EMA
 

@@ -14,9 +14,11 @@ from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes, processes
 from lavita.models.adapters import saved_adapters
 from lavita.models.fingerprint import fingerprint
-from lavita.sampling.pipeline import make_pipeline, save_pipeline
+from lavita.sampling.pipeline import make_pipeline
+from lavita.sampling.pipeline_folder import save_pipeline
 from lavita.training.batches import Batch
 from lavita.training.budget import Budget
+from lavita.training.card import newest_sheet, run_facts
 from lavita.training.checkpoint import Keep, save_checkpoint
 from lavita.training.config import RunConfig, TrainConfig
 from lavita.training.power_ema import save_snapshot
@@ -119,7 +121,7 @@ def _loop(run: Run, team: Processes, stop: list[int], budget: Budget | None) -> 
                 # The pipeline comes first: a run that is killed between the two writes it again when it is resumed.
                 adapters = saved_adapters(state.model, state.ema.weights)
                 if team.is_first:
-                    save_pipeline(pipeline, run_dir / "pipeline", adapters)
+                    save_pipeline(pipeline, run_dir / "pipeline", adapters, run_facts(run_dir), newest_sheet(run_dir))
                 facts = {
                     "model_config": model_facts(state.model),
                     "autoencoder": fingerprint(run.vae),
