@@ -57,8 +57,12 @@ app = App(
 )
 data_app = App(cls=Group, help="Inspect data sets, and make some.", no_args_is_help=True, rich_markup_mode=None)
 autoencoder_app = App(cls=Group, help="Train and score autoencoders.", no_args_is_help=True, rich_markup_mode=None)
+lora_app = App(
+    cls=Group, help="Merge, extract and convert low-rank adapters.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 app.add_typer(autoencoder_app, name="autoencoder")
+app.add_typer(lora_app, name="lora")
 
 
 Overrides = Annotated[

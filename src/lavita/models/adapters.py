@@ -7,23 +7,20 @@ adapters, the layer `blocks.0.attn.qkv` has the parameters `base_layer.weight`, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lavita.core.processes import whole
+from lavita.models.adapter_files import PEFT_PREFIX, WEIGHTS_FILE, Change, read_changes
 from lavita.models.finite import check_finite
 from lavita.models.transformer import LavitaTransformer3DModel
 
 _BASE, _LOW, _HIGH = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
-# In a file, names begin with the prefix, and the adapter's own name, `default`, is left out.
-_PREFIX, _SAVED_LOW, _SAVED_HIGH = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter(name: str) -> bool:
@@ -80,7 +77,7 @@ class Adapters:
         """Writes peft's `adapter_config.json` and `adapter_model.safetensors`; creates the folder if necessary."""
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(folder)
-        save_file(self.tensors, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(self.tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def saved_adapters(model: LavitaTransformer3DModel, weights: Mapping[str, torch.Tensor]) -> Adapters | None:
@@ -100,54 +97,74 @@ def saved_adapters(model: LavitaTransformer3DModel, weights: Mapping[str, torch.
         return None
     adapters: Any = model.peft_config
     tensors = {
-        f"{_PREFIX}{name.replace('.default.', '.')}": whole(tensor).cpu().contiguous()
+        f"{PEFT_PREFIX}{name.replace('.default.', '.')}": whole(tensor).cpu().contiguous()
         for name, tensor in weights.items()
     }
     return Adapters(adapters["default"], tensors)
 
 
-def apply_adapter(model: LavitaTransformer3DModel, folder: Path, scale: float = 1.0) -> None:
+def apply_adapter(model: LavitaTransformer3DModel, source: Path, scale: float = 1.0) -> None:
     """Merges saved adapters into a plain model, in place; peft is not needed.
 
     Args:
         model: the model that the adapters were trained on.
-        folder: a folder in peft's layout, as written by `Adapters.save`.
+        source: see `adapter_files.read_changes`.
         scale: factor of the adapters' change; 1 is the trained strength.
 
     Raises:
-        ValueError: for a folder without adapters, with adapters of another model or another kind, or with values that
-            are not finite.
+        ValueError: for what holds no adapters, adapters of another model or another kind, or values that are not
+            finite.
     """
-    try:
-        settings = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / _WEIGHTS_FILE)
-    except Exception as error:  # safetensors has its own class of errors for a damaged file
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: cannot be read as adapters ({_CONFIG_FILE}, {_WEIGHTS_FILE}): {why}") from error
-    plain = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
-    plain |= {"rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False}
-    for key, allowed in plain.items():
-        if settings.get(key, allowed) != allowed:
-            raise ValueError(f"{folder}: {key} is {settings[key]!r}; allowed: {allowed!r}")
-    try:
-        factor = scale * float(settings["lora_alpha"]) / float(settings["r"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder}: {_CONFIG_FILE} needs numbers lora_alpha and r, r above 0") from error
     state, changes = model.state_dict(), {}
-    layers = {name.removesuffix(_SAVED_LOW) for name in tensors if name.endswith(_SAVED_LOW)}
-    expected = {f"{layer}{part}" for layer in layers for part in (_SAVED_LOW, _SAVED_HIGH)}
-    if not layers or tensors.keys() != expected:
-        unpaired = sorted(tensors.keys() ^ expected)[:1]
-        raise ValueError(f"{folder}: holds an incomplete set of adapters" + (f" ({unpaired[0]})" if unpaired else ""))
-    for layer in sorted(layers):
-        name = f"{layer.removeprefix(_PREFIX)}.weight"
-        low, high = tensors[f"{layer}{_SAVED_LOW}"].float(), tensors[f"{layer}{_SAVED_HIGH}"].float()
-        shape = (high.shape[0], low.shape[1])
+    factor = scale
+    for layer, change in read_changes(source).items():
+        factor = scale * change.factor
+        name, shape = f"{layer}.weight", (change.high.shape[0], change.low.shape[1])
         if name not in state or state[name].shape != shape:
             has = f"has {tuple(state[name].shape)}" if name in state else "has none"
-            raise ValueError(f"{folder}: adapts {name} {shape}, but this model {has}: they are of another model")
-        changes[name] = factor * (high @ low)
-    check_finite(f"{folder}, with a factor of {factor:g}", changes)
+            raise ValueError(f"{source}: adapts {name} {shape}, but this model {has}: they are of another model")
+        changes[name] = factor * (change.high @ change.low)
+    check_finite(f"{source}, with a factor of {factor:g}", changes)
     with torch.no_grad():
-        for name, change in changes.items():
-            state[name].add_(change.to(state[name]))
+        for name, difference in changes.items():
+            state[name].add_(difference.to(state[name]))
+
+
+def extract_changes(
+    base: LavitaTransformer3DModel, tuned: LavitaTransformer3DModel, rank: int
+) -> tuple[dict[str, Change], dict[str, float]]:
+    """The best adapters of a rank for the difference of two models: its largest singular vectors.
+
+    Args:
+        base: the model that the adapters are for.
+        tuned: a model with the same tensors, such as a fine-tuned one.
+        rank: rank of each adapter, >= 1; a smaller matrix has a smaller one.
+
+    Returns:
+        The adapters by layer, and for each layer the norm of what they leave out, relative to that of the difference.
+        Layers without a difference have none.
+
+    Raises:
+        ValueError: if the models have other tensors, or differ in tensors that adapters do not change.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}, but must be at least 1")
+    before, after = base.state_dict(), tuned.state_dict()
+    layers = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    changes, left_out = {}, {}
+    for name, tensor in before.items():
+        if name not in after or after[name].shape != tensor.shape:
+            raise ValueError(f"the models are of different kinds: {name} is not in both, or has another shape")
+        difference = after[name].double() - tensor.double()
+        if not difference.any():
+            continue
+        layer = name.removesuffix(".weight")
+        if layer == name or layer not in layers:
+            raise ValueError(f"the models differ in {name}, which no adapter changes: keep the whole model")
+        left, singular, right = torch.linalg.svd(difference, full_matrices=False)
+        kept = min(rank, int((singular > singular[0] * 1e-7).sum()))
+        root = singular[:kept].sqrt()
+        high, low = left[:, :kept] * root, root[:, None] * right[:kept]
+        changes[layer] = Change(low.float().contiguous(), high.float().contiguous(), 1.0)
+        left_out[layer] = float(singular[kept:].norm() / singular.norm())
+    return changes, left_out
