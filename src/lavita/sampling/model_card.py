@@ -154,7 +154,6 @@ def _usage(config: Mapping[str, Any]) -> str:
     elif config["num_classes"]:
         option, argument = " --classes 0", "class_labels=[0]"
     return f"""```sh
-pip install lavita
 lavita sample FOLDER_OR_HUB_ID --out samples{option}
 ```
 
