@@ -1,4 +1,4 @@
-"""Inputs of tiny transformers, their passes and gradients, and two processes that train one model together."""
+"""Inputs of tiny transformers, their passes and gradients, and processes that train one model together."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def fresh_model(**fields: Any) -> LavitaTransformer3DModel:
 
 
 @contextmanager
-def process_group(rank: int, meeting: str) -> Iterator[None]:
-    """Joins two processes that meet at a file."""
+def process_group(rank: int, meeting: str, count: int = 2) -> Iterator[None]:
+    """Joins processes that meet at a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     yield
     dist.barrier()  # gloo may hang if one process leaves while the other is still at work
     dist.destroy_process_group()

@@ -21,6 +21,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from lavita.models.embeddings import rotate
+from lavita.models.sequence_parallel import SharedClip
 
 # The tokens that a block's attention mixes: those of one frame; those at one place of all frames; or both, in two
 # attentions, one after the other or side by side.
@@ -43,6 +44,9 @@ class FrameLayout:
     """Rotary positions of the V frames, (2, V, d/2); None without rotary positions."""
     condition_rows: torch.Tensor | None = None
     """Index of each frame's condition among the R, int64 (F,); None if R is 1."""
+    shared: SharedClip | None = None
+    """The clip, if several processes share it: blocks that attend in time only then have all frames, others have this
+    process's frames, and so has `condition_rows`."""
 
 
 def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -205,10 +209,19 @@ class TransformerBlock(nn.Module):
         x = residual(x, self.norm1, attn_vectors, lambda y: self._attend(y, frames))
         if self.mixing == "space_then_time" and frames.num_video:
             assert self.temporal_attn is not None
-            moving, still = x[:, : frames.num_video], x[:, frames.num_video :]
-            attend, first = self.temporal_attn, attn_vectors and tuple(vector[:, :1] for vector in attn_vectors)
-            moving = residual(moving, self.norm_temporal, first, lambda y: attend(y, "time", frames))
-            x = join(moving, still)
+            attend, shared = self.temporal_attn, frames.shared
+            if shared is not None:
+                x = residual(
+                    x,
+                    self.norm_temporal,
+                    attn_vectors,
+                    lambda y: shared.attend_in_time(lambda z: attend(z, "time", frames), y, frames.num_video),
+                )
+            else:
+                moving, still = x[:, : frames.num_video], x[:, frames.num_video :]
+                first = attn_vectors and tuple(vector[:, :1] for vector in attn_vectors)
+                moving = residual(moving, self.norm_temporal, first, lambda y: attend(y, "time", frames))
+                x = join(moving, still)
         return residual(x, self.norm2, mlp_vectors, self.mlp)
 
     def _attend(self, x: torch.Tensor, frames: FrameLayout) -> torch.Tensor:
@@ -217,6 +230,9 @@ class TransformerBlock(nn.Module):
         if self.mixing != "space_and_time" or not frames.num_video:
             return mixed
         assert self.temporal_attn is not None
+        if frames.shared is not None:
+            attend = self.temporal_attn
+            return mixed + frames.shared.attend_in_time(lambda y: attend(y, "time", frames), x, frames.num_video)
         moving, still = mixed[:, : frames.num_video], mixed[:, frames.num_video :]
         return join(moving + self.temporal_attn(x[:, : frames.num_video], "time", frames), still)
 

@@ -36,6 +36,7 @@ from lavita.models.embeddings import (
 from lavita.models.initialization import initialize_weights
 from lavita.models.inputs import check_fields, check_given, check_inputs, check_whole, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
+from lavita.models.sequence_parallel import SequenceGroup, SharedClip, arranged, own_frames
 
 
 @dataclass
@@ -134,6 +135,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         plan = block_plan(variant, num_blocks)
         compression = patch_embedding == "compression"
         self.tube_size = frames_per_tube(self.config)
+        self.sequence_group: SequenceGroup | None = None  # see `sequence_parallel.open_group`
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         grid = sample_size // patch_size
         self.x_embedder = (
@@ -241,12 +243,15 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             check_given(self.config, given, latents.shape[:2])
         if modulation is not None and num_images:
             raise ValueError(f"num_images is {num_images}, but must be 0 with modulation")
-        x = self.x_embedder(latents)  # (B, T, N, D)
+        length, group = latents.shape[1] // self.tube_size, self.sequence_group  # T
+        # With a group, T is below this process's part of it, and N in temporal blocks.
+        shared = None if group is None else SharedClip(group, length)
+        x = self.x_embedder(own_frames(latents, shared, unit=self.tube_size))  # (B, T, N, D)
         x = x + self.pos_embed[:, None].to(x.dtype)  # (B, T, N, D)
         if given is not None and self.given_embed is not None:
             marks = given.unflatten(1, (-1, self.tube_size)).to(x.dtype) @ self.given_embed.to(x.dtype)  # (B, T, D)
-            x = x + marks[:, :, None]  # where nothing is given, exactly 0 is added
-        frames = self._frame_layout(x, num_images, use_temporal)
+            x = x + own_frames(marks, shared)[:, :, None]  # where nothing is given, exactly 0 is added
+        frames = self._frame_layout(x, length, num_images, use_temporal, shared)
         condition, num_tokens = None, 0
         vectors: list[torch.Tensor | None] = [None] * (len(self.blocks) + 1)
         if modulation is not None:
@@ -259,11 +264,17 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 tokens = self._condition_tokens(embedded, x.shape[1], frames)  # (B, T, K, D)
                 num_tokens = tokens.shape[2]
                 x = torch.cat([tokens, x], dim=2)  # (B, T, K + N, D)
+        mixing, num_places = "space", x.shape[2]
         for index, block in enumerate(self.blocks):
             if index == self.first_temporal and frames.num_video and self.config["temporal_position"] != "rope":
-                x = x + self._temporal_embedding(x.shape[1], frames.num_video).to(x)  # (B, T, K + N, D)
-            x = block(x, condition, frames, vectors[index])  # (B, T, K + N, D)
+                positions = own_frames(self._temporal_embedding(length, frames.num_video), shared)
+                x = x + positions.to(x)  # (B, T, K + N, D)
+            x = arranged(x, shared, mixing, block.mixing, num_places)
+            x, mixing = block(x, condition, frames, vectors[index]), block.mixing  # (B, T, K + N, D)
+        x = arranged(x, shared, mixing, "space", num_places)
         patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)
+        if shared is not None:
+            patches = shared.gather(patches)
         sample = self.unpatchify(patches)  # (B, T, C_out S, H, W)
         if self.temporal_upsample is not None:
             sample = self.temporal_upsample(sample.transpose(1, 2)).transpose(1, 2)  # (B, F, C_out, H, W)
@@ -310,20 +321,23 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             embedded.append(self.y_embedder(given[:, None] if shared else given))  # (B, R, D)
         return embedded
 
-    def _frame_layout(self, x: torch.Tensor, num_images: int, use_temporal: bool) -> FrameLayout:
-        """Layout of the frames of tokens (B, T, N, D), the last `num_images` of which are images."""
-        num_video = x.shape[1] - num_images
+    def _frame_layout(
+        self, x: torch.Tensor, length: int, num_images: int, use_temporal: bool, shared: SharedClip | None
+    ) -> FrameLayout:
+        """Layout of T (`length`) frames, the last `num_images` of which are images; tokens `x` are those here."""
+        num_video = length - num_images
         rows = None
         if num_images and self.y_embedder is not None:
             rows = torch.arange(1 - num_video, num_images + 1, device=x.device).clamp(min=0)  # 0 ... 0 1 ... I
+            rows = own_frames(rows, shared, axis=0)
         if not use_temporal:
-            return FrameLayout(0, None, rows)
+            return FrameLayout(0, None, rows, shared)
         rotation = None
         if self.config["temporal_position"] == "rope":
             heads = self.config["num_heads"] // (2 if self.config["variant"] == 4 else 1)
             head_size = self.config["hidden_size"] // heads
             rotation = rotary_positions(self._positions(num_video), head_size).to(x.device)
-        return FrameLayout(num_video, rotation, rows)
+        return FrameLayout(num_video, rotation, rows, shared)
 
     def _positions(self, num_video: int) -> np.ndarray:
         """Positions in time of the video's frames, float64 (V,)."""

@@ -118,7 +118,7 @@ def save_checkpoint(
     Raises:
         OSError: if it cannot be written, for example because the disk is full; unfinished files are removed.
     """
-    team = team or Processes()
+    team = (team or Processes()).everyone
     target = folder / f"step-{step:08d}"
     with ExitStack() as replacement:
         partial: Path | None = None
@@ -161,7 +161,7 @@ def load_last_checkpoint(folder: Path, team: Processes | None = None) -> Checkpo
     Raises:
         ValueError: if there are checkpoints and none can be read, or the run would go on with other random numbers.
     """
-    team = team or Processes()
+    team = (team or Processes()).everyone
     found: list[Path] = team.first_says(list_checkpoints(folder))
     for path in reversed(found):
         # Each process checks its share of the files.

@@ -52,6 +52,9 @@ class TrainConfig(StrictConfig):
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """How the processes of torchrun share a model. `ddp`: each holds all of it (`auto` means this); `fsdp`: weights,
     averages and optimizer state are sharded over the processes (FSDP2)."""
+    sequence_parallel: int = Field(1, ge=1)
+    """Successive processes that share each clip, for clips too long for one device: each has some of the frames in
+    spatial attention, and some of the places in temporal attention. Must divide the number of processes."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`adamw`, as in the paper, or `muon`: Muon for the matrices of the blocks and AdamW for everything else, which
     reaches the same loss in about half of the steps (docs/results.md)."""

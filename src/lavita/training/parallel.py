@@ -1,4 +1,7 @@
-"""A model on several processes of `torchrun`: a copy on each (DDP), or a shard of it on each (FSDP2)."""
+"""A model on several processes of `torchrun`: a copy on each (DDP), or a shard of it on each (FSDP2).
+
+Either way, groups of processes may share each clip (`models.sequence_parallel`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavita.core.config import ConfigError
 from lavita.core.processes import Processes
+from lavita.models.sequence_parallel import open_group
 from lavita.models.transformer import LavitaTransformer3DModel
 
 Kind = Literal["auto", "ddp", "fsdp"]
@@ -24,7 +28,8 @@ Kind = Literal["auto", "ddp", "fsdp"]
 class ParallelModel:
     """Calls a model so that the gradients of its parameters are means over all processes.
 
-    Every process has the same number of clips, so the mean over processes is the mean over clips.
+    Every process has the same number of clips, so the mean over processes is the mean over clips; and the mean over a
+    group that shares clips is their gradient.
     """
 
     def __init__(self, model: LavitaTransformer3DModel, kind: Kind, team: Processes, device: torch.device) -> None:
@@ -39,19 +44,21 @@ class ParallelModel:
         Raises:
             ConfigError: if `kind` is not `auto` and there is a single process.
         """
-        if kind != "auto" and team.count == 1:
+        count = team.everyone.count
+        if kind != "auto" and count == 1:
             raise ConfigError(f"parallel is {kind}, but there is one process; start several with torchrun, or use auto")
         self.model = model
+        model.sequence_group = open_group(team, device)
         self.is_sharded = kind == "fsdp"
         self._wrapped: nn.Module = model
         if self.is_sharded:
-            mesh = init_device_mesh(device.type, (team.count,))
+            mesh = init_device_mesh(device.type, (count,))
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
             # The warning is about in-place changes of outputs that are views; nothing changes the output in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-        elif team.count > 1:
+        elif count > 1:
             devices = [device] if device.type == "cuda" else None
             # The buffers are constants and need no synchronization.
             # Torch 2.13 renamed the argument.

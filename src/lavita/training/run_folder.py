@@ -21,6 +21,7 @@ RESUMABLE = {
     "train.decay_steps",
     "train.accumulation",
     "train.parallel",
+    "train.sequence_parallel",
     "train.gradient_checkpointing",
     "train.compile",
     "train.bad_steps",

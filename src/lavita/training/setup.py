@@ -124,7 +124,8 @@ def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -
         validations, scores = log("validation", validation is not None), log("scores", bool(settings.score_every))
         if state.step < settings.steps:
             event = "resume" if state.step else "start"
-            events.write(step=state.step, event=event, processes=team.count, parallel=settings.parallel)
+            processes = team.everyone.count
+            events.write(step=state.step, event=event, processes=processes, parallel=settings.parallel)
         progress = Progress("step", settings.steps, state.step, team.is_first)
         progress.message(f"{describe(batches, state, device, team)}; {run_dir}")
         scorer = _open_scorer(config, device, team) if settings.score_every else None
@@ -150,8 +151,9 @@ def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -
 def check_batch_size(settings: TrainConfig, team: Processes) -> None:
     """Refuses a batch that the processes and their micro-batches cannot share evenly; ConfigError says why."""
     if settings.batch_size % (settings.accumulation * team.count):
+        what = "processes" if team.members == 1 else f"groups of {team.members} processes"
         raise ConfigError(
-            f"train.batch_size is {settings.batch_size}, but must be a multiple of the processes ({team.count}) times "
+            f"train.batch_size is {settings.batch_size}, but must be a multiple of the {what} ({team.count}) times "
             f"train.accumulation ({settings.accumulation})"
         )
 
@@ -241,7 +243,9 @@ def describe(batches: BatchMaker, state: TrainState, device: torch.device, team:
     classes = f", {len(batches.class_names)} classes" if batches.class_names else ""
     texts = f", {len(batches.captions.texts) - 1:,} captions" if batches.captions is not None else ""
     kind = "FSDP2" if state.parallel.is_sharded else "DDP"
-    several = f"{team.count} processes ({kind}); " if team.count > 1 else ""
+    sharing = f", {team.members} share a clip" if team.members > 1 else ""
+    count = team.everyone.count
+    several = f"{count} processes ({kind}{sharing}); " if count > 1 else ""
     return (
         f"{len(batches.source.catalog.videos):,} videos{classes}{texts}, {batches.sampler.num_clips:,} clips; "
         f"{trained_parameters(state.model)}; {several}{device}"

@@ -37,6 +37,7 @@ def averaged_model(model: LavitaTransformer3DModel, ema: EMA) -> LavitaTransform
         owner, _, last = name.rpartition(".")
         averaged.get_submodule(owner)._buffers[last] = buffers[name]
     weights = {name: whole(tensor) for name, tensor in {**model.state_dict(), **ema.weights}.items()}
+    averaged.sequence_group = model.sequence_group
     averaged.load_state_dict(merge_state(weights, adapter_scale(model)), assign=True)
     return averaged.eval().requires_grad_(False)
 

@@ -55,7 +55,7 @@ def train(config: RunConfig, budget: Budget | None = None) -> Path:
     """
     check_outside("run_dir", config.run_dir, config.data.path, config.data.images, config.data.validation)
     with (
-        processes(TIMEOUT) as team,
+        processes(TIMEOUT, config.train.sequence_parallel) as team,
         only_run(config.run_dir) if team.is_first else nullcontext(),
         open_run(config, team, budget) as run,
         stop_requested() as stop,
