@@ -141,6 +141,12 @@ def sample(
         float | None, typer.Option(help="Weight of the adapters. default: 1", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Videos per batch; does not change them.")] = 8,
+    sequence_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Successive processes of torchrun that share each video, for videos too long for one device."
+        ),
+    ] = 1,
     video_format: Annotated[VideoFormat, typer.Option("--format", help="mkv is lossless.")] = "mp4",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -166,7 +172,7 @@ def sample(
         compiled=compiled or None,
     )
     given = GivenFiles(image, last_image, video, keep_frames, keep_every, guide_frames, exact, not unlabelled)
-    with processes() as team:
+    with processes(members=sequence_parallel) as team:
         written = generate(
             model,
             out,

@@ -20,6 +20,7 @@ from lavita.models.adapters import apply_adapter
 from lavita.models.autoencoder import pixel_frames
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
+from lavita.models.sequence_parallel import open_group
 from lavita.sampling.given_files import NO_FILES, GivenFiles, digest, read_given
 from lavita.sampling.jobs import Job, parse_seeds, plan_continuations, plan_jobs
 from lavita.sampling.long_videos import plan_windows, write_long_videos
@@ -82,7 +83,8 @@ def generate(
         batch_size: number of videos per batch.
         suffix: `.mp4`, `.gif`, or the lossless `.mkv`.
         device: see `core.precision.pick_device`.
-        team: processes that share the batches; the files are those that one process would write.
+        team: processes that share the batches; the files are those that one process would write. If they work in groups,
+            those of a group share each video, whose numbers then differ by rounding; one of them writes it.
         given: frames that the videos are given. With a folder of videos, a video is written to
             `out/<its path>-<seed>.mp4`, and in a model with classes has the class of its folder, or those of `classes`.
         length: frames of longer videos, generated in windows (see `roll_out`); a stopped command goes on in a video.
@@ -102,6 +104,10 @@ def generate(
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
     if images and num_frames not in (None, 1):
         raise ValueError(f"num_frames is {num_frames}, but an image has 1")
+    team = team or Processes()
+    if team.members > 1 and (images or length is not None or seconds is not None):
+        what = "images" if images else "videos with a length, whose windows are those of the training clips"
+        raise ValueError(f"sequence_parallel is {team.members}, but has no effect on {what}; leave it out")
     pipeline = load_pipeline(model_source(model), pick_device(device))
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
@@ -148,7 +154,7 @@ def generate(
     for table, values in records.items():
         check_files(out, table, values)
     options = recipe.prepare(pipeline)
-    team = team or Processes()
+    pipeline.transformer.sequence_group = open_group(team, pipeline.transformer.device)
     # Batches never depend on what exists or on the number of processes, so files are identical to the bit.
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
     todo = team.share([batch for batch in batches if not all(job.path.exists() for job in batch)])
@@ -185,7 +191,8 @@ def generate(
             if writing is not None:
                 writing.result()
             write_generation(out, settings)
-            writing = writer.submit(_write, batch, np.asarray(videos), config["fps"])
+            if team.member == 0:
+                writing = writer.submit(_write, batch, np.asarray(videos), config["fps"])
             progress.update(progress.done + len(batch))
         if writing is not None:
             writing.result()
