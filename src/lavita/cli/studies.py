@@ -68,6 +68,10 @@ def info(
         typer.Option(help="Training processes, each with this batch. Default: 1.", show_default=False),
     ] = None,
     sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 instead of DDP for several processes.")] = False,
+    sequence_parallel: Annotated[
+        int | None,
+        typer.Option(help="Processes that share this batch (train.sequence_parallel). Default: 1.", show_default=False),
+    ] = None,
     table: Annotated[
         int | None,
         typer.Option(help="Print a table of the paper instead. 3: next to our count; 4: quoted.", show_default=False),
@@ -95,6 +99,7 @@ def info(
         "accumulation": accumulation,
         "processes": processes,
         "sharded": sharded or None,
+        "sequence_parallel": sequence_parallel,
     }
     fields, batch, training = (
         {key: value for key, value in given.items() if value is not None} for given in (fields, batch, training)
@@ -131,7 +136,12 @@ def info(
     sampled = {key: value for key, value in batch.items() if key != "num_images"}
     guidance = bool(cost.config["num_classes"] or cost.config["text_dim"])
     peaks[f"sampling, {setting.precision}"] = memory.sampling_memory(
-        config, **sampled, guidance=guidance, precision=setting.precision, autoencoder=autoencoder
+        config,
+        **sampled,
+        guidance=guidance,
+        precision=setting.precision,
+        autoencoder=autoencoder,
+        sequence_parallel=setting.sequence_parallel,
     )
     if as_json:
         predicted = {name: peak.to_json() for name, peak in peaks.items()}

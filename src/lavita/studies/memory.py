@@ -28,6 +28,7 @@ from lavita.core.precision import store_linear_weights
 from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, decoded
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
+from lavita.models.sequence_parallel import SequenceGroup
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.studies.live_storages import (
     AUTOENCODER,
@@ -70,6 +71,8 @@ class Setting:
     processes: int = 1
     sharded: bool = False
     """Shard the model over the processes (FSDP2) instead of copying it to each (DDP)."""
+    sequence_parallel: int = 1
+    """Processes that share each clip; divides `processes`."""
     num_averages: int = 1
     """Averages of the weights: `train.ema_decay` keeps one, and each length of `train.power_ema` another."""
 
@@ -81,11 +84,15 @@ class Setting:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        for name in ("accumulation", "num_averages", "processes"):
+        for name in ("accumulation", "num_averages", "processes", "sequence_parallel"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be in 1..{MOST}")
         if self.sharded and self.processes == 1:
             raise ValueError("sharded is set, but processes is 1: there is nothing to shard over")
+        if self.processes % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel is {self.sequence_parallel}, but must divide the processes ({self.processes})"
+            )
 
 
 @contextmanager
@@ -142,7 +149,7 @@ def training_memory(
 
     Args:
         config: fields of the model's constructor, for example `model.config`.
-        batch_size: B, clips per micro-batch and process.
+        batch_size: B, clips per micro-batch and process, or group of processes that share them.
         num_frames: frames of the clip; by default those of the configuration.
         num_images: images that follow it, each with its own condition in a conditional model.
         setting: how the model is trained; by default `Setting()`.
@@ -170,6 +177,7 @@ def sampling_memory(
     guidance: bool = False,
     precision: Precision = "fp32",
     autoencoder: Mapping[str, Any] | None = None,
+    sequence_parallel: int = 1,
 ) -> Peak:
     """The peak of sampling a batch of videos and decoding their frames, in one process.
 
@@ -180,6 +188,7 @@ def sampling_memory(
         guidance: classifier-free guidance, which evaluates every video twice at once.
         precision: precision of the matrix products.
         autoencoder: fields of its configuration; by default those of Stable Diffusion's.
+        sequence_parallel: processes that share the videos; each decodes all of them.
 
     Raises:
         ValueError: for sizes that do not fit together, or fields that describe no autoencoder.
@@ -197,6 +206,7 @@ def sampling_memory(
         store_linear_weights(model.eval().blocks, PRECISIONS[precision])
         live.name(WEIGHTS, (*model.parameters(), *model.buffers()))
         live.name(AUTOENCODER, (*vae.parameters(), *vae.buffers()))
+        model.sequence_group = _group(sequence_parallel)
         # The state, and two earlier steps that the solver remembers.
         state = [torch.zeros_like(inputs["latents"][:batch_size]) for _ in range(3)]
         live.name(BATCH, (*tensors_in(inputs), *state))
@@ -265,7 +275,8 @@ def print_memory(peaks: Mapping[str, Peak], setting: Setting, console: Console |
     accumulation = f", {setting.accumulation} micro-batches of the batch above" if setting.accumulation > 1 else ""
     shared = ""
     if setting.processes > 1:
-        shared = f", in each of {setting.processes} processes ({'FSDP2' if setting.sharded else 'DDP'})"
+        groups = f", {setting.sequence_parallel} share a clip" if setting.sequence_parallel > 1 else ""
+        shared = f", in each of {setting.processes} processes ({'FSDP2' if setting.sharded else 'DDP'}{groups})"
     console.print(
         f"Training: {setting.optimizer}, {checkpointing} gradient checkpointing{accumulation}{shared}; parts that are "
         "not alive at the peak are left out. Sampling: the same batch, evaluated twice if the model has classes or "
@@ -292,6 +303,7 @@ def _rehearse_training(
     )
     checkpoint_blocks(model, setting.gradient_checkpointing)
     state = TrainState.build(model, settings, torch.device("cpu"))
+    model.sequence_group = _group(setting.sequence_parallel)
     state.power = [PowerEMA(model, 0.1) for _ in range(setting.num_averages - 1)]
     for parameter in state.parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -325,6 +337,11 @@ def _rehearse_training(
     live.begin("forward pass")
     train_step(state, batch, settings)
     return live.peak
+
+
+def _group(sequence_parallel: int) -> SequenceGroup | None:
+    """The first process of a group that shares clips; nothing is sent in a rehearsal."""
+    return SequenceGroup("", 0, sequence_parallel) if sequence_parallel > 1 else None
 
 
 def _share(peak: Peak, model: LavitaTransformer3DModel, processes: int) -> Peak:
