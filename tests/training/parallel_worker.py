@@ -1,4 +1,4 @@
-"""Trains the runs of the given configuration files one after the other; `test_parallel.py` starts it with torchrun."""
+"""Trains the runs of the given configuration files one after the other; `parallel_runs.py` starts it with torchrun."""
 
 from __future__ import annotations
 

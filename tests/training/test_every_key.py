@@ -181,6 +181,7 @@ KEYS: dict[str, Key] = {
     "train.batch_size": Key("2"),
     "train.accumulation": Key("2", passes),
     "train.parallel": Key("ddp", refused="there is one process"),
+    "train.sequence_parallel": Key("2", refused=r"must divide the processes \(1\)"),
     "train.optimizer": Key("muon", weights),
     "train.learning_rate": Key("1e-2", weights),
     "train.warmup_steps": Key("10", weights),

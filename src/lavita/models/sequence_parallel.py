@@ -27,6 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lavita.core.processes import Processes
 
+_GROUPS: dict[str, dist.ProcessGroup] = {}
+"""Torch's process groups by name: an operator takes no other arguments than tensors, numbers and texts."""
+
 
 @torch.library.custom_op("lavita::exchange", mutates_args=())
 def exchange(parts: torch.Tensor, group: str) -> torch.Tensor:
@@ -36,10 +39,10 @@ def exchange(parts: torch.Tensor, group: str) -> torch.Tensor:
 
     Args:
         parts: (k, ...), contiguous.
-        group: name of torch's process group.
+        group: name of a group of `open_group`.
     """
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=dist.distributed_c10d._resolve_process_group(group))
+    dist.all_to_all_single(received, parts, group=_GROUPS[group])
     return received
 
 
@@ -137,7 +140,9 @@ def open_group(team: Processes, device: torch.device) -> SequenceGroup | None:
     if team.members == 1:
         return None
     mesh = init_device_mesh(device.type, (team.count, team.members), mesh_dim_names=("data", "sequence"))
-    return SequenceGroup(mesh.get_group("sequence").group_name, team.member, team.members)
+    group = mesh.get_group("sequence")
+    _GROUPS[group.group_name] = group
+    return SequenceGroup(group.group_name, team.member, team.members)
 
 
 def own_frames(x: torch.Tensor, shared: SharedClip | None, axis: int = 1, unit: int = 1) -> torch.Tensor:

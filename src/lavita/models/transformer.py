@@ -132,7 +132,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         """
         super().__init__()
         check_fields(self.config)
-        plan = block_plan(variant, num_blocks)
+        self.mixings = plan = block_plan(variant, num_blocks)
         compression = patch_embedding == "compression"
         self.tube_size = frames_per_tube(self.config)
         self.sequence_group: SequenceGroup | None = None  # see `sequence_parallel.open_group`
@@ -264,14 +264,14 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 tokens = self._condition_tokens(embedded, x.shape[1], frames)  # (B, T, K, D)
                 num_tokens = tokens.shape[2]
                 x = torch.cat([tokens, x], dim=2)  # (B, T, K + N, D)
-        mixing, num_places = "space", x.shape[2]
+        num_places, plan = x.shape[2], ["space", *self.mixings, "space"]
         for index, block in enumerate(self.blocks):
             if index == self.first_temporal and frames.num_video and self.config["temporal_position"] != "rope":
                 positions = own_frames(self._temporal_embedding(length, frames.num_video), shared)
                 x = x + positions.to(x)  # (B, T, K + N, D)
-            x = arranged(x, shared, mixing, block.mixing, num_places)
-            x, mixing = block(x, condition, frames, vectors[index]), block.mixing  # (B, T, K + N, D)
-        x = arranged(x, shared, mixing, "space", num_places)
+            x = arranged(x, shared, plan[index], plan[index + 1], num_places)
+            x = block(x, condition, frames, vectors[index])  # (B, T, K + N, D)
+        x = arranged(x, shared, plan[-2], plan[-1], num_places)
         patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)
         if shared is not None:
             patches = shared.gather(patches)

@@ -83,8 +83,8 @@ def generate(
         batch_size: number of videos per batch.
         suffix: `.mp4`, `.gif`, or the lossless `.mkv`.
         device: see `core.precision.pick_device`.
-        team: processes that share the batches; the files are those that one process would write. If they work in groups,
-            those of a group share each video, whose numbers then differ by rounding; one of them writes it.
+        team: processes that share the batches; the files are those that one process would write. Those of a
+            group share each video, which then differs by rounding, and one of them writes it.
         given: frames that the videos are given. With a folder of videos, a video is written to
             `out/<its path>-<seed>.mp4`, and in a model with classes has the class of its folder, or those of `classes`.
         length: frames of longer videos, generated in windows (see `roll_out`); a stopped command goes on in a video.
