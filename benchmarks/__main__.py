@@ -105,6 +105,29 @@ def memory(
 
 
 @app.command()
+def sequence_parallel(
+    preset: Annotated[str, typer.Option(help="Model: S/2 to XL/8, tiny, mini, small.")] = "mini/2",
+    variant: Annotated[int, typer.Option(min=1, max=4, help="Variant of the model.")] = 2,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames of the clip.")] = 128,
+    sample_size: Annotated[int, typer.Option(min=1, help="Height and width of the latents.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps.")] = 4,
+    processes: Annotated[str, typer.Option(help="Numbers of processes, comma-separated.")] = "1,2,4",
+    sharded: Annotated[bool, typer.Option("--sharded", help="FSDP2 instead of DDP.")] = False,
+    out: JsonFile = None,
+) -> None:
+    """Train by processes that share each clip.
+
+    Losses beside those of one process, memory per process, measured and predicted, and time per step, on the CPU.
+    """
+    from benchmarks.speed.sequence_parallel import Work, compare_processes
+
+    if not all(part.isdecimal() for part in processes.split(",")):
+        raise ValueError(f"processes is {processes!r}; allowed: numbers such as 1,2,4")
+    work = Work(preset, variant, num_frames, sample_size, steps, sharded)
+    compare_processes(work, [int(part) for part in processes.split(",")], out)
+
+
+@app.command()
 def startup(
     preset: Annotated[str, typer.Option(help="Transformer that is loaded.")] = "L/2",
     repeats: Annotated[int, typer.Option(min=1, help="Processes per command.")] = 7,

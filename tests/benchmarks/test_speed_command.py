@@ -185,6 +185,7 @@ def test_help_lists_the_commands(bench: Bench) -> None:
         *SECTIONS,
         "speed",
         "memory",
+        "sequence-parallel",
         "startup",
         "coverage",
         "monotone",

@@ -122,7 +122,7 @@ def processes(timeout: timedelta = timedelta(days=2), members: int = 1) -> Itera
 
 
 def sum_over(team: Processes, values: torch.Tensor) -> torch.Tensor:
-    """The elementwise sum of a CPU tensor over the processes, or groups, in each process; `values` itself is changed."""
+    """The elementwise sum of a CPU tensor over processes, or groups, in each process; `values` itself is changed."""
     if team.member:
         values.zero_()  # a group counts once
     if team.everyone.count > 1:
