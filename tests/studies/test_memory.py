@@ -177,6 +177,19 @@ def test_fsdp_divides_the_state_and_gathers_a_block(make_transformer: MakeTransf
     assert shared.parts[EXCHANGE] == sum(sizes.values()) - blocks + 5 * blocks // 4
 
 
+@pytest.mark.parametrize("variant", [2, 3])
+def test_groups_divide_the_activations(variant: int, make_transformer: MakeTransformer) -> None:
+    """All but the loss, which each process computes; measured peaks are in tests/benchmarks/test_sequence_speed.py."""
+    config = make_transformer(variant=variant, num_frames=128, hidden_size=128, num_blocks=4).config
+    alone, shared = (
+        training_memory(config, setting=Setting(processes=8, sequence_parallel=members)) for members in (1, 4)
+    )
+    loss = 28 * 128 * 4 * 8 * 8 * 4  # about as many tensors of the latents' size
+    assert shared.parts[ACTIVATIONS] == pytest.approx(alone.parts[ACTIVATIONS] / 4 + 0.75 * loss, rel=0.05)
+    for part in (WEIGHTS, OPTIMIZER, AVERAGE, BATCH, EXCHANGE):
+        assert shared.parts[part] == alone.parts[part]
+
+
 # --- sampling
 
 
@@ -198,6 +211,15 @@ def test_the_peak_of_sampling_is_the_allocators(
     assert predicted.total == pytest.approx(sum(weights) + latents.nbytes + highest_allocated(sample), rel=0.15)
 
 
+def test_groups_divide_what_the_transformer_takes(make_transformer: MakeTransformer, tiny_vae: AutoencoderKL) -> None:
+    config = make_transformer(num_frames=32, hidden_size=128).config
+    alone, shared = (
+        sampling_memory(config, autoencoder=tiny_vae.config, sequence_parallel=members) for members in (1, 4)
+    )
+    assert alone.phase == shared.phase == "transformer"
+    assert shared.parts[ACTIVATIONS] == pytest.approx(alone.parts[ACTIVATIONS] / 4, rel=0.15)
+
+
 def test_large_frames_peak_in_the_decoder(make_transformer: MakeTransformer) -> None:
     peak = sampling_memory(make_transformer(sample_size=32).config)
     assert peak.phase == "decoder"
@@ -210,26 +232,27 @@ def test_large_frames_peak_in_the_decoder(make_transformer: MakeTransformer) -> 
 def test_the_command_predicts_what_the_functions_do(run: Run, pipeline: LavitaPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "model")
     options = "--optimizer muon --gradient-checkpointing true --accumulation 2 --processes 2 --sharded --batch-size 3"
+    options += " --sequence-parallel 2"
     code, out, _ = run("info", "model", *options.split(), "--json")
     assert code == 0
     answer = json.loads(out)["memory_bytes"]
     config = pipeline.transformer.config
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in precisions:
-        setting = Setting("muon", True, precision, 2, 2, True)
+        setting = Setting("muon", True, precision, 2, 2, True, 2)
         assert answer[f"training, {precision}"] == training_memory(config, 3, setting=setting).to_json()
-    sampled = sampling_memory(config, 3, guidance=True, autoencoder=pipeline.vae.config)
+    sampled = sampling_memory(config, 3, guidance=True, autoencoder=pipeline.vae.config, sequence_parallel=2)
     assert answer["sampling, fp32"] == sampled.to_json()
 
 
 def test_the_command_prints_the_parts(run: Run) -> None:
-    code, out, _ = run("info", "tiny/8", "--precision", "bf16", "--processes", "2")
+    code, out, _ = run("info", "tiny/8", "--precision", "bf16", "--processes", "4", "--sequence-parallel", "2")
     text = " ".join(out.split())
     assert code == 0
     assert "training, bf16" in text and "sampling, bf16" in text and "fp32" not in text
     for part in (WEIGHTS, OPTIMIZER, AVERAGE, EXCHANGE, "whole"):
         assert part in text
-    assert "in each of 2 processes (DDP)" in text
+    assert "in each of 4 processes (DDP, 2 share a clip)" in text
 
 
 @pytest.mark.parametrize(
@@ -241,6 +264,8 @@ def test_the_command_prints_the_parts(run: Run) -> None:
         ("--processes 0", "processes is 0, but must be in 1..65536"),
         ("--accumulation 7004275592969907720", "accumulation is 7004275592969907720, but must be in 1..65536"),
         ("--sharded", "sharded is set, but processes is 1"),
+        ("--sequence-parallel 0", "sequence_parallel is 0, but must be in 1..65536"),
+        ("--sequence-parallel 2", "sequence_parallel is 2, but must divide the processes (1)"),
     ],
 )
 def test_a_bad_option_is_one_line(options: str, message: str, run: Run) -> None:
