@@ -131,6 +131,13 @@ def sample(
     overlap: Annotated[
         int | None, typer.Option(min=1, help="Frames that windows have in common. default: 4", show_default=False)
     ] = None,
+    actions: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the action of each frame, separated by white space; for a model trained with data.actions.",
+            show_default=False,
+        ),
+    ] = None,
     lora: Annotated[
         Path | None,
         typer.Option(
@@ -193,6 +200,7 @@ def sample(
             length=length,
             seconds=seconds,
             overlap=overlap,
+            actions=actions,
         )
         if team.is_first:
             print(f"{out}: {len(written)} {'images' if images else 'videos'}")

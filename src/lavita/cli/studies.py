@@ -173,11 +173,18 @@ def study(
             help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5; variant has "
             "Variant 4 at twice the patch size, too, as the paper's Table 3 has it), joint-training, pretraining, "
             "recipe: the paper's objective and optimizer against the modern ones; or combinations: every variant with "
-            "every embedding, conditioning and position."
+            "every embedding, conditioning and position; or emulator: a model that is told a player's actions against "
+            "the game itself."
         ),
     ],
-    config: Annotated[str, typer.Option(help="Configuration of all arms: a YAML file, or the name of a packaged one.")],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Configuration of all arms: a YAML file, or the name of a packaged one. emulator has its own.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     steps: Annotated[
         str, typer.Option(help="Training steps of each arm; several increasing numbers: sample and score at each.")
@@ -210,10 +217,16 @@ def study(
     from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
     from lavita.training.config import RunConfig
 
+    if name == "emulator":
+        fixed = {"--config": config, "--real": real, "--protocol": protocol, "--weights": weights}
+        _emulator(out, overrides or [], steps, train_seeds, sample_steps, fixed)
+        return
     by_config = {"frame-interval": ablation.frame_interval_arms, "variant": ablation.variant_arms}
-    names = sorted({*by_config, *STUDIES, "pretraining"})
+    names = sorted({*by_config, *STUDIES, "pretraining", "emulator"})
     if name not in names:
         raise ValueError(f"name is {name!r}; allowed: {', '.join(names)}")
+    if config is None:
+        raise ValueError(f"the study {name} needs --config, the configuration of its arms")
     if (weights is None) == (name == "pretraining"):
         raise ValueError("the study pretraining needs --weights, and only that one takes it")
     if protocol and real is None:
@@ -245,3 +258,44 @@ def study(
         run_study(arms, plan)
     except CommandFailed as failed:
         raise typer.Exit(failed.code) from failed
+
+
+def _emulator(
+    out: Path,
+    overrides: list[str],
+    steps: str,
+    train_seeds: str | None,
+    sample_steps: int,
+    fixed: dict[str, object],
+) -> None:
+    """Runs the study `emulator`, whose fields are those of `EmulatorPlan`."""
+    from lavita.core.commands import CommandFailed
+    from lavita.demo.emulator.study import EmulatorPlan, run_emulator_study
+    from lavita.sampling.jobs import parse_seeds
+
+    for option, value in fixed.items():
+        if value is not None:
+            raise ValueError(f"{option} has no effect on the study emulator")
+    if not steps.isdecimal():
+        raise ValueError(f"steps is {steps!r}, but the study emulator takes one number")
+    fields: dict[str, Any] = {"steps": int(steps), "sample_steps": sample_steps}
+    if train_seeds is not None:
+        fields["train_seeds"] = tuple(parse_seeds(train_seeds))
+    numbers = ("episodes", "length", "clips", "horizon")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "games":
+            fields[key] = tuple(value.split(","))
+        elif key == "preset":
+            fields[key] = value
+        elif key in numbers and value.isdecimal():
+            fields[key] = int(value)
+        else:
+            raise ValueError(
+                f"{override!r} is no field of the study; allowed: games=A,B preset=X {'=N '.join(numbers)}=N"
+            )
+    try:
+        run_emulator_study(EmulatorPlan(out, **fields))
+    except CommandFailed as failed:
+        raise typer.Exit(failed.code) from failed
+    print(out / "index.html")

@@ -72,6 +72,11 @@ class DataConfig(StrictConfig):
     """Table of captions of the training videos, which makes the model text-conditional: CSV with a header, JSONL or
     Parquet, with the columns `file` (path below the folder of videos) and `caption`, or WebVid's columns
     (docs/data.md). A file may have several captions. Videos without a caption count as broken."""
+    actions: Path | None = None
+    """Table of the actions of the training videos, which makes the model action-conditional: CSV with a header, JSONL
+    or Parquet, with the columns `file` (path below the folder of videos) and `actions` (the action of each of its
+    frames, separated by spaces; that of a frame led to it from the one before). Needs `frame_interval=1`. Videos
+    without actions count as broken."""
     num_images: int = Field(0, ge=0)
     """Images that follow the frames of every clip in joint training; 0 for training on videos only, 8 in the paper.
     They are frames of independently drawn videos, or image files if `images` is set."""
@@ -132,6 +137,14 @@ class DataConfig(StrictConfig):
             )
         if self.captions is not None and self.class_folders:
             raise ValueError("captions and class_folders are both set, but a model has either texts or classes")
+        if self.actions is not None:
+            for field, value, allowed in (
+                ("frame_interval", self.frame_interval, 1),  # frames that are left out have actions, too
+                ("horizontal_flip", self.horizontal_flip, False),  # a mirrored player would do something else
+                ("validation", self.validation, None),
+            ):
+                if value != allowed:
+                    raise ValueError(f"{field} is {value}, but must be {allowed} with actions")
         if self.images is not None and not self.num_images:
             raise ValueError("images is set, but has no effect with num_images=0")
         decodes = self.latent_cache is None or self.images is not None or self.validation is not None

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ SPLITS = ("train", "heldout")
 
 # The console draws 60 frames a second; four of them make one frame of a 15 fps video.
 _CONSOLE_FRAMES = 4
+# What every game begins with.
+START = ("NOOP",) * 8 + ("FIRE",)
 # Frames over which motion is measured. As many frames are played past the end of a video, because a lost life shows on
 # screen before the console counts it.
 _WINDOW = 16
@@ -192,20 +194,32 @@ class _Console:
         return np.asarray(screen.resize(size, Image.Resampling.BOX, box=self._game.crop))
 
 
-def _attempt(console: _Console, game: Game, rng: np.random.Generator, num_frames: int) -> list[Frame] | None:
+@dataclass(frozen=True)
+class Episode:
+    """A recorded stretch of play."""
+
+    frames: npt.NDArray[np.uint8]
+    """uint8 (F, 64, 64, 3), RGB."""
+    actions: tuple[str, ...]
+    """For each frame the action that led to it from the frame before."""
+    warmup: tuple[str, ...]
+    """The actions between the start of the game and the first frame."""
+
+
+def _attempt(console: _Console, game: Game, rng: np.random.Generator, num_frames: int) -> Episode | None:
     """Plays until ``num_frames`` good frames are recorded; None if that takes too long.
 
     After a mistake (a life lost, a standstill, a flash) the last choices are undone: more of them with each further
     mistake without progress in between.
     """
     console.reset()
-    for _ in range(8):
-        console.play("NOOP")
-    console.play("FIRE")
+    for action in START:
+        console.play(action)
     lives = console.lives
     warmup = int(rng.integers(game.warmup[0], game.warmup[1] + 1))
     total = warmup + num_frames + _WINDOW
     frames: list[Frame] = []
+    actions: list[str] = []
     motion: list[float] = []
     takes: list[tuple[Any, int]] = []
     furthest = mistakes = played = 0
@@ -219,6 +233,7 @@ def _attempt(console: _Console, game: Game, rng: np.random.Generator, num_frames
             if frames:
                 motion.append(float(np.abs(frame.astype(np.int16) - frames[-1]).mean()))
             frames.append(frame)
+            actions.append(action)
             filmed = motion[warmup:]
             still = len(filmed) >= _WINDOW - 1 and np.mean(filmed[1 - _WINDOW :]) < game.min_motion
             flash = bool(filmed) and filmed[-1] > game.max_jump
@@ -236,21 +251,32 @@ def _attempt(console: _Console, game: Game, rng: np.random.Generator, num_frames
             takes.pop()
         state, num_kept = takes.pop()
         console.restore(state)
-        del frames[num_kept:]
+        del frames[num_kept:], actions[num_kept:]
         del motion[max(num_kept - 1, 0) :]
-    return frames[warmup : warmup + num_frames]
+    end = warmup + num_frames
+    return Episode(np.stack(frames[warmup:end]), tuple(actions[warmup:end]), tuple(actions[:warmup]))
 
 
 def render_episode(game: Game, seed: int, num_frames: int) -> npt.NDArray[np.uint8]:
+    """The frames of `play_episode`: uint8 (F, 64, 64, 3), RGB."""
+    return play_episode(game, seed, num_frames).frames
+
+
+def replay(game: Game, warmup: Sequence[str], actions: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """The frames that actions lead to, uint8 (F, 64, 64, 3): those of an episode, if the actions are its own."""
+    console = _Console(game)
+    for action in (*START, *warmup):
+        console.play(action)
+    return np.stack([console.play(action) for action in actions])
+
+
+def play_episode(game: Game, seed: int, num_frames: int) -> Episode:
     """Plays and records one video of a game.
 
     Args:
         game: One of ``GAMES``.
         seed: Any integer >= 0; the same seed gives the same video.
         num_frames: Length of the video, >= 1, at 15 frames per second.
-
-    Returns:
-        uint8 (F, 64, 64, 3), RGB.
 
     Raises:
         DemoDataError: If ``ale_py`` is missing, ``num_frames`` or ``seed`` is out of range, or no attempt gave a video
@@ -260,13 +286,14 @@ def render_episode(game: Game, seed: int, num_frames: int) -> npt.NDArray[np.uin
     _require("seed", seed, 0)
     console = _Console(game)
     for attempt in range(_ATTEMPTS):
-        frames = _attempt(console, game, np.random.default_rng([seed, attempt]), num_frames)
-        if frames is not None:
-            return np.stack(frames)
+        episode = _attempt(console, game, np.random.default_rng([seed, attempt]), num_frames)
+        if episode is not None:
+            return episode
     raise DemoDataError(f"{game.name}: no unbroken play of {num_frames} frames in {_ATTEMPTS} attempts, ask for fewer")
 
 
-def _episode_seed(game: Game, seed: int, split: str, episode: int) -> int:
+def episode_seed(game: Game, seed: int, split: str, episode: int) -> int:
+    """The seed of an episode of a data set with some seed."""
     # From the game's name, so that its videos do not depend on the other games.
     entropy = [seed, zlib.crc32(f"{game.name}/{split}".encode()), episode]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
@@ -324,7 +351,7 @@ def render_dataset(
     out = Path(out)
     _claim(out, {"num_frames": num_frames, "seed": seed})
     files = {
-        out / split / game.name / f"{episode:03d}.mp4": (game, _episode_seed(game, seed, split, episode))
+        out / split / game.name / f"{episode:03d}.mp4": (game, episode_seed(game, seed, split, episode))
         for split in SPLITS
         for episode in range(counts[split])
         for game in GAMES

@@ -84,11 +84,11 @@ def count_sprites(sprite: Sprite, frames: Frames) -> npt.NDArray[np.int64]:
     mask = np.zeros(frames.shape[:3], dtype=bool)
     inside = (slice(None), slice(*sprite.rows), slice(*sprite.columns))
     mask[inside] = sprite.is_colored(red, green, blue)[inside]
-    areas = _number_areas(mask)
+    areas = number_areas(mask)
     return np.array([np.sum(np.unique(area[area > 0], return_counts=True)[1] >= sprite.least_pixels) for area in areas])
 
 
-def _number_areas(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def number_areas(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """For each pixel the number of its area of adjacent pixels, from 1, or 0 outside of all; (N, H, W)."""
     inside = torch.from_numpy(mask)[:, None]
     size = mask.shape[1] * mask.shape[2]

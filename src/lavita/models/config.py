@@ -39,6 +39,9 @@ class ModelConfig(StrictConfig):
     given_dropout: float = Field(0.2, ge=0.0, lt=1.0)
     """With `given_frames`, the probability that a clip is trained without a given frame, so that the model still makes
     whole clips, and guidance towards the frames has a prediction without them."""
+    action_dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    """With `data.actions`, the probability that a clip is trained without its actions, so that the model also makes
+    videos without."""
     text_encoder: str | None = None
     """Path or hub id of the text encoder, with `data.captions`: any of transformers' with a pooled output; by default
     the CLIP of Stable Diffusion 1.4."""

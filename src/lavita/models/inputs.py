@@ -30,10 +30,10 @@ _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     float: ("mlp_ratio", "fps"),
     bool: ("learn_sigma",),
     str: ("patch_embedding", "conditioning", "temporal_position", "text_encoder", "prediction_type"),
-    list: ("class_names", "given_frames"),
+    list: ("class_names", "given_frames", "action_names"),
 }
 """The fields of the constructor; a `config.json` from elsewhere may hold anything."""
-_OPTIONAL = ("class_names", "text_encoder", "given_frames")
+_OPTIONAL = ("class_names", "text_encoder", "given_frames", "action_names")
 _TYPES: dict[type, Any] = {float: (int, float), list: (list, tuple)}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 
@@ -74,9 +74,11 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_size is {hidden_size}, but must be a multiple of 4 and of num_heads ({num_heads})")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names has {len(class_names)} names, but num_classes is {num_classes}")
-    for position, name in enumerate(class_names or ()):
-        if not isinstance(name, str) or name in class_names[:position]:
-            raise ValueError(f"class_names has {name!r} at {position}, but must be a list of different texts")
+    for field in ("class_names", "action_names"):
+        names = config[field] or ()
+        for position, name in enumerate(names):
+            if not isinstance(name, str) or name in names[:position]:
+                raise ValueError(f"{field} has {name!r} at {position}, but must be a list of different texts")
     for name, allowed in (
         ("patch_embedding", PATCH_EMBEDDINGS),
         ("conditioning", CONDITIONINGS),

@@ -21,6 +21,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.outputs import BaseOutput
 from torch import nn
 
+from lavita.models.actions import ActionEmbedder, check_actions
 from lavita.models.blocks import Conditioning, FinalLayer, FrameLayout, TransformerBlock
 from lavita.models.embeddings import (
     LabelEmbedder,
@@ -75,6 +76,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         conditioning: str = "s_adaln",
         temporal_position: str = "absolute",
         given_frames: list[str] | None = None,
+        action_names: list[str] | None = None,
         num_classes: int = 0,
         class_names: list[str] | None = None,
         text_dim: int = 0,
@@ -112,6 +114,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 `rope`: rotary, in every temporal attention (Sec. 3.5).
             given_frames: `given_frames.KINDS` that training gave, for a model that fills in the other frames of a clip;
                 None for one that makes whole clips only.
+            action_names: names of the actions that frames may have as a condition, see `actions`; None for none.
             num_classes: number of classes; 0 for a model without classes.
             class_names: names of the classes, in the order of their labels.
             text_dim: width of the pooled text embeddings of a text-conditional model (Sec. 4.4); 0 for none.
@@ -144,6 +147,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             else PatchEmbed(patch_size, in_channels, hidden_size)
         )
         self.given_embed = nn.Parameter(torch.zeros(self.tube_size, hidden_size)) if given_frames else None
+        self.action_embed = ActionEmbedder(len(action_names), self.tube_size, hidden_size) if action_names else None
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder: LabelEmbedder | TextEmbedder | None = None
         if num_classes:
@@ -217,6 +221,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         return_dict: bool = True,
         modulation: Sequence[torch.Tensor] | None = None,
         given: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
     ) -> TransformerOutput | tuple[torch.Tensor]:
         """Evaluates the model once.
 
@@ -233,6 +238,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             modulation: the output of `modulate` for these timesteps and conditions, if it is known; not with images.
             given: bool (B, F), the frames whose latents have no noise, for a model with `given_frames`; None for none.
                 What is predicted for them means nothing.
+            actions: int64 (B, F), the action of each frame, in 0..len(action_names), where the last means "no action";
+                None for no action at all.
 
         Raises:
             ValueError: for latents or conditions that do not fit the model, or images if the patch embedding is
@@ -241,6 +248,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         check_inputs(self.config, latents, timesteps, class_labels, text_embeds, num_images, use_temporal)
         if given is not None:
             check_given(self.config, given, latents.shape[:2])
+        if actions is not None:
+            check_actions(self.config, actions, latents.shape[:2])
         if modulation is not None and num_images:
             raise ValueError(f"num_images is {num_images}, but must be 0 with modulation")
         length, group = latents.shape[1] // self.tube_size, self.sequence_group  # T
@@ -251,6 +260,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         if given is not None and self.given_embed is not None:
             marks = given.unflatten(1, (-1, self.tube_size)).to(x.dtype) @ self.given_embed.to(x.dtype)  # (B, T, D)
             x = x + own_frames(marks, shared)[:, :, None]  # where nothing is given, exactly 0 is added
+        if self.action_embed is not None:
+            x = x + own_frames(self._action_vectors(actions, latents), shared).to(x.dtype)  # (B, T, N, D)
         frames = self._frame_layout(x, length, num_images, use_temporal, shared)
         condition, num_tokens = None, 0
         vectors: list[torch.Tensor | None] = [None] * (len(self.blocks) + 1)
@@ -321,11 +332,25 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             embedded.append(self.y_embedder(given[:, None] if shared else given))  # (B, R, D)
         return embedded
 
+<<<<<<< HEAD
     def _frame_layout(
         self, x: torch.Tensor, length: int, num_images: int, use_temporal: bool, shared: SharedClip | None
     ) -> FrameLayout:
         """Layout of T (`length`) frames, the last `num_images` of which are images; tokens `x` are those here."""
         num_video = length - num_images
+=======
+    def _action_vectors(self, actions: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
+        """The embedded actions of latents (B, F, C, H, W): (B, T, 1, D)."""
+        assert self.action_embed is not None
+        if actions is None:
+            none = len(self.config["action_names"])
+            actions = torch.full((1, latents.shape[1]), none, device=latents.device)
+        return self.action_embed(actions)
+
+    def _frame_layout(self, x: torch.Tensor, num_images: int, use_temporal: bool) -> FrameLayout:
+        """Layout of the frames of tokens (B, T, N, D), the last `num_images` of which are images."""
+        num_video = x.shape[1] - num_images
+>>>>>>> a462204 (wip)
         rows = None
         if num_images and self.y_embedder is not None:
             rows = torch.arange(1 - num_video, num_images + 1, device=x.device).clamp(min=0)  # 0 ... 0 1 ... I

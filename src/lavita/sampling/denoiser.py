@@ -69,6 +69,7 @@ class Denoiser:
         cache: CacheName | None = None,
         given: GivenLatents | None = None,
         given_noise: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
     ) -> None:
         """Prepares a loop.
 
@@ -84,6 +85,7 @@ class Denoiser:
             given: frames that are given to the model at every step; by default none.
             given_noise: noise (B, F, C, H, W) that the unconditional half of a guided step has in their place, so that
                 guidance is towards the frames, too; by default both halves are given them.
+            actions: int64 (B, F), the actions of the frames, which both halves of a guided step have; by default none.
 
         Raises:
             ValueError: for a cache that is unknown or does not work with this model.
@@ -91,7 +93,7 @@ class Denoiser:
         self._model, self._timesteps = model, timesteps
         self._labels, self._texts = class_labels, text_embeds
         self._use_temporal, self._precision = use_temporal, precision
-        self._given, self._given_noise = given, given_noise
+        self._given, self._given_noise, self._actions = given, given_noise, actions
         self._cache = None if cache is None else StepCache(cache, model)
         self._times: list[float] = timesteps.tolist()
         self._scale = guidance.scale
@@ -127,6 +129,8 @@ class Denoiser:
         options: dict[str, Any] = {"use_temporal": self._use_temporal}
         inputs = self._inputs(index, latents, guided, options)
         timesteps = self._timesteps[index].expand(len(inputs))
+        if self._actions is not None:
+            options["actions"] = self._actions.repeat(len(inputs) // batch, 1)
         for name, given in (("class_labels", self._labels), ("text_embeds", self._texts)):
             if given is not None:
                 options[name] = given[: len(inputs)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.seeds import DRAWS, generator
+from lavita.core.text import read_text
+from lavita.models.actions import action_numbers
 from lavita.models.adapters import apply_adapter
 from lavita.models.autoencoder import pixel_frames
 from lavita.models.fingerprint import fingerprint
@@ -60,6 +62,7 @@ def generate(
     length: int | None = None,
     seconds: float | None = None,
     overlap: int | None = None,
+    actions: Path | None = None,
 ) -> list[Path]:
     """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`; see `names`.
 
@@ -90,6 +93,7 @@ def generate(
         length: frames of longer videos, generated in windows (see `roll_out`); a stopped command goes on in a video.
         seconds: the same in seconds.
         overlap: frames that windows have in common; by default 4.
+        actions: file of the actions of all frames, by name, separated by white space, for a model with actions.
 
     Returns:
         All requested files, each once, written now or before, once all processes have finished.
@@ -145,6 +149,11 @@ def generate(
     )
     if windows is not None:
         settings |= {"num_frames": windows.length, "overlap": windows.overlap}
+    doings = None if actions is None else read_actions(actions, config, settings["num_frames"])
+    if doings is not None:
+        if images:
+            raise ValueError("actions have no effect on images")
+        settings |= {"actions": " ".join(doings)}
     kept = read_given(given, jobs, pipeline, settings["num_frames"] if windows is None else windows.window)
     check_generation(out, settings)
     records: dict[Table, dict[Path, str | None]] = {
@@ -175,6 +184,7 @@ def generate(
                 "num_videos": len(batch),
                 "given": [kept[job.path] for job in batch] if given else None,
                 "guide_given": given.guided,
+                "actions": None if doings is None else [doings] * len(batch),
                 **options,
             }
             if windows is not None:
@@ -198,6 +208,25 @@ def generate(
             writing.result()
     team.wait()
     return [job.path for job in jobs]
+
+
+def read_actions(file: Path, config: Mapping[str, Any], num_frames: int) -> list[str]:
+    """Reads the actions of a video: names, separated by white space.
+
+    Raises:
+        ValueError: if the file cannot be read, or names other actions than the model has, or not one for each frame.
+    """
+    try:
+        names = read_text(file).split()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    if len(names) != num_frames:
+        raise ValueError(f"{file}: has {len(names)} actions, but the videos have {num_frames} frames")
+    try:
+        action_numbers(config, [names])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return names
 
 
 def _write(batch: Sequence[Job], videos: npt.NDArray[np.uint8], fps: float) -> None:

@@ -140,7 +140,13 @@ def export_latte(folder: str | Path, out_file: Path) -> LoadReport:
     source = open_source(str(folder), None)
     if source.kind != "video":
         raise ValueError(f"{folder}: holds an image model; only LAVITA models can be exported")
-    for key, allowed in {**LATTE, "text_dim": 0, "latent_mean": None, "given_frames": None}.items():
+    for key, allowed in {
+        **LATTE,
+        "text_dim": 0,
+        "latent_mean": None,
+        "given_frames": None,
+        "action_names": None,
+    }.items():
         if source.config[key] != allowed:
             raise ValueError(f"{folder}: {key} is {source.config[key]!r}, but Latte's format only holds {allowed!r}")
     state = {name: tensor.contiguous() for name, tensor in source.tensors.items()}

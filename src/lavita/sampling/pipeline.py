@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
+from lavita.models.actions import Actions, action_numbers
 from lavita.models.autoencoder import Autoencoder, check_autoencoder, decode, latent_frames, pixel_frames
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.finite import check_finite
@@ -126,6 +127,7 @@ class LavitaPipeline(DiffusionPipeline):
         given_latents: torch.Tensor | None = None,
         guide_given: bool = False,
         exact: bool = False,
+        actions: Actions | None = None,
     ) -> LavitaPipelineOutput:
         """Generates a batch of videos.
 
@@ -161,6 +163,7 @@ class LavitaPipeline(DiffusionPipeline):
                 of frames.
             guide_given: guide towards the given frames, too: the unconditional prediction is made without them.
             exact: put the given pixels in the place of their decoded ones.
+            actions: for a model with actions, the name or number of the action of each frame, one list per video.
 
         Raises:
             ValueError: if an argument does not fit the model, or arguments do not fit together.
@@ -212,6 +215,11 @@ class LavitaPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call needs {shape}")
+        doings = None if actions is None else action_numbers(config, actions).to(device)
+        if doings is not None and doings.shape != shape[:2]:
+            raise ValueError(
+                f"actions are for {tuple(doings.shape)} videos and frames, but this call makes {shape[:2]}"
+            )
         label_tensor = None if labels is None else torch.tensor(labels, device=device)
         if guided and label_tensor is not None:
             label_tensor = torch.cat([label_tensor, torch.full_like(label_tensor, config["num_classes"])])
@@ -230,6 +238,7 @@ class LavitaPipeline(DiffusionPipeline):
             cache,
             known,
             latents.to(device) if guide_given else None,
+            doings,
         )
         learned_variance = uses_learned_variance(self.scheduler)
         state = latents.to(device).transpose(1, 2) * initial_scale(self.scheduler)  # (B, C, F, h, w)

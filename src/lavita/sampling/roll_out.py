@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lavita.core.files import replacing
+from lavita.models.actions import Actions
 from lavita.models.autoencoder import temporal_downsampling
 from lavita.sampling.pipeline import LavitaPipeline
 
@@ -48,6 +49,11 @@ class Windows:
                 f"overlap is {self.overlap}, but must be in 1..{self.window - 1}: a window has {self.window} frames"
             )
 
+    def frames_of(self, index: int) -> range:
+        """The frames of a window, of which the last one's may lie beyond the end of the video."""
+        start = index * (self.window - self.overlap)
+        return range(start, start + self.window)
+
     @property
     def count(self) -> int:
         """Number of windows."""
@@ -71,7 +77,8 @@ def roll_out(
             as those of a video without roll-out.
         journal: folder in which each finished window is kept, so that a stopped roll-out goes on; by default none.
         on_window: called after each window.
-        options: arguments of `LavitaPipeline`, of which `image`, `video` and `given` are for the first window.
+        options: arguments of `LavitaPipeline`, of which `image`, `video` and `given` are for the first window, and
+            `actions` for the whole videos.
 
     Yields:
         Scaled latents of the next frames, (B, n, C, h, w).
@@ -86,6 +93,10 @@ def roll_out(
     names = {"image", "video", "given"} & set(options)
     first: dict[str, Any] = {name: options.pop(name) for name in names}
     guided = options.pop("guide_given", False)
+    actions: Actions | None = options.pop("actions", None)
+    for row in actions or ():
+        if len(row) != windows.length:
+            raise ValueError(f"actions are for {len(row)} frames, but the videos have {windows.length}")
     tail: torch.Tensor | None = None
     done = 0
     for index in range(windows.count):
@@ -93,6 +104,11 @@ def roll_out(
         found = None if file is None else _read(file)
         if found is None:
             given: dict[str, Any] = first if tail is None else {"given_latents": tail}
+            if actions is not None:
+                places = windows.frames_of(index)
+                options["actions"] = [
+                    [row[place] if place < windows.length else None for place in places] for row in actions
+                ]
             is_given = any(value is not None for value in given.values())
             latents = pipeline(
                 num_frames=windows.window,

@@ -20,7 +20,7 @@ from lavita.core.names import CacheName
 from lavita.models.blocks import TransformerBlock
 from lavita.models.transformer import LavitaTransformer3DModel
 
-_BATCHED = ("class_labels", "text_embeds", "given")
+_BATCHED = ("class_labels", "text_embeds", "given", "actions")
 """Inputs of the model with one row per clip, besides its latents and timesteps."""
 
 # FasterCache warns at every use that it is experimental, and that it calls torch.meshgrid in an old way.

@@ -13,12 +13,13 @@ import torch
 from lavita.core.config import ConfigError
 from lavita.core.processes import Processes
 from lavita.core.seeds import generator
+from lavita.data.actions import ActionTable, match_actions
 from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, LatentClip, open_images, open_videos
 from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
-from lavita.models.autoencoder import Autoencoder
+from lavita.models.autoencoder import Autoencoder, temporal_downsampling
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.given_frames import GivenMasks
 from lavita.models.latent_statistics import LatentStatistics
@@ -49,6 +50,9 @@ class Batch:
     """I, images that follow each clip."""
     given: torch.Tensor | None = None
     """bool (B, F + I), the frames that the model is given without noise; None for a model without `given_frames`."""
+    actions: torch.Tensor | None = None
+    """int64 (B, F + I), the action of each frame; images, and clips whose actions are dropped, have none, the last
+    number. None for a model without actions."""
     draws: Sequence[ClipDraw] = ()
     """Where the clips come from; empty in a random batch."""
 
@@ -71,6 +75,7 @@ class Batch:
             text_embeds=None if self.text_embeds is None else change(self.text_embeds),
             num_images=self.num_images,
             given=None if self.given is None else change(self.given),
+            actions=None if self.actions is None else change(self.actions),
             draws=draws,
         )
 
@@ -103,6 +108,7 @@ def random_batch(
         text_embeds=torch.randn(*conditions, text_dim, generator=random) if text_dim else None,
         num_images=num_images,
         given=torch.zeros(shape[:2], dtype=torch.bool) if config.get("given_frames") else None,
+        actions=torch.zeros(shape[:2], dtype=torch.int64) if config.get("action_names") else None,
     )
 
 
@@ -117,6 +123,7 @@ class BatchMaker:
         class_dropout: float,
         timesteps: Timesteps | None = None,
         masks: GivenMasks | None = None,
+        action_dropout: float = 0.0,
     ) -> None:
         """Opens the videos or the cache, the images, and the tables of captions.
 
@@ -127,6 +134,7 @@ class BatchMaker:
             class_dropout: probability of dropping a clip's label or caption.
             timesteps: the distribution of the timesteps; by default all integers alike.
             masks: which frames of the clips are given; by default none.
+            action_dropout: probability of dropping a clip's actions.
 
         Raises:
             ValueError: if data, configuration and autoencoder do not fit together.
@@ -143,6 +151,12 @@ class BatchMaker:
         if data.captions is not None:
             captions, self.source.catalog = match_captions(data.captions, self.source.catalog, data.broken)
             tables.append((captions, self.source.catalog))
+        self.actions: ActionTable | None = None
+        self.action_dropout = action_dropout
+        if data.actions is not None:
+            if (factor := temporal_downsampling(vae.config)) > 1:
+                raise ConfigError(f"actions are set, but the autoencoder merges groups of {factor} frames")
+            self.actions, self.source.catalog = match_actions(data.actions, self.source.catalog, data.broken)
         catalog = self.source.catalog
         self.class_names = catalog.class_names
         self.sampler = ClipSampler(
@@ -229,6 +243,7 @@ class BatchMaker:
             text_embeds=None,
             num_images=count,
             given=self._draw_given(step, indices, latents[0].shape[0] - count),
+            actions=self._actions_of(step, indices, clips),
             draws=clips,
         )
         if not self.class_names and self.captions is None:
@@ -256,6 +271,17 @@ class BatchMaker:
             return None
         masks = [self.masks.draw(num_frames, generator(self.seed, "given", step, index)) for index in indices]
         return torch.nn.functional.pad(torch.stack(masks), (0, self.num_images))
+
+    def _actions_of(self, step: int, indices: range, clips: Sequence[ClipDraw]) -> torch.Tensor | None:
+        """The actions of the frames of clips, dropped by generators of their own."""
+        if self.actions is None:
+            return None
+        rows, none = [], len(self.actions.names)
+        for index, draw in zip(indices, clips, strict=True):
+            dropped = torch.rand(1, generator=generator(self.seed, "actions", step, index)).item() < self.action_dropout
+            own = self.actions.of_clip(draw.video.name, draw.start, self.sampler.num_frames)
+            rows.append(torch.full_like(own, none) if dropped else own)
+        return torch.nn.functional.pad(torch.stack(rows), (0, self.num_images), value=none)
 
     def _noised(
         self, posteriors: Sequence[tuple[torch.Tensor, torch.Tensor]], random: torch.Generator

@@ -204,6 +204,10 @@ class RunConfig(StrictConfig):
             )
         if self.train.validate_every and data.validation is None:
             raise ValueError(f"train.validate_every is {self.train.validate_every}, but needs data.validation")
+        if data.actions is None and self.model.action_dropout != ModelConfig.model_fields["action_dropout"].default:
+            raise ValueError(
+                f"model.action_dropout is {self.model.action_dropout}, but has no effect without data.actions"
+            )
         if data.validation is not None and not self.train.validate_every:
             raise ValueError("data.validation is set, but has no effect with train.validate_every=0")
         if self.train.score_every and data.dataset != "folder":

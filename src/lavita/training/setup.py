@@ -91,7 +91,15 @@ def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -
     texts = texts_folder(config.data.latent_cache, run_dir)
     encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
     masks = GivenMasks(config.model.given_frames, config.model.given_dropout)
-    batches = BatchMaker(config.data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae), masks)
+    batches = BatchMaker(
+        config.data,
+        settings,
+        vae,
+        config.model.class_dropout,
+        Timesteps.of(config, vae),
+        masks,
+        config.model.action_dropout,
+    )
     contents = batches.contents()
     check_contents(run_dir, contents)
     if batches.captions is not None:
@@ -183,6 +191,7 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
         len(names),
         flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         class_names=names or None,
+        action_names=None if batches.actions is None else list(batches.actions.names),
         text_dim=0 if table is None else table.shape[1],
         text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
         frame_interval=config.data.frame_interval,

@@ -66,7 +66,7 @@ def compute_gradients(state: TrainState, batch: Batch, settings: TrainConfig) ->
     for first in range(0, count, micro):
         part = batch.part(first, micro, device)
         noisy = noised(state.diffusion, part)
-        options = {} if part.given is None else {"given": part.given}
+        options = {name: value for name in ("given", "actions") if (value := getattr(part, name)) is not None}
         with state.parallel.gradients_later(first + micro < count):
             with autocast(device, settings.precision):
                 output = state.parallel(

@@ -1,0 +1,1 @@
+"""The emulator study: a model that is told the player's actions, against the game itself."""
