@@ -127,6 +127,7 @@ FLOW = ("model.prediction_type=flow", "model.learn_sigma=false")
 INIT = ("train.init_from={pipeline}",)
 TEXTS = ("data.captions={captions}", "data.class_folders=false", "model.text_encoder={clip}")
 IMAGES = ("data.num_images=1", "data.images={images}")
+ACTIONS = ("data.actions={actions}", "data.horizontal_flip=false", "data.frame_interval=1")
 KEYS: dict[str, Key] = {
     "run_dir": Key("{other}", lambda config: config.run_dir.name if (config.run_dir / "pipeline").exists() else None),
     "autoencoder": Key("{other_vae}"),
@@ -149,6 +150,7 @@ KEYS: dict[str, Key] = {
     "data.image_captions": Key(
         "{image_captions_2}", weights, (*TEXTS, *IMAGES, "data.image_captions={image_captions}", "train.steps=4")
     ),
+    "data.actions": Key("{actions_2}", weights, ACTIONS),
     "data.validation": Key("{held_out}", validations, only_with=("train.validate_every=2",)),
     "data.validation_captions": Key(
         "{held_captions_2}", validations, (*TEXTS, *VALIDATED, "data.validation_captions={held_captions}")
@@ -164,6 +166,7 @@ KEYS: dict[str, Key] = {
     "model.class_dropout": Key("0.9", weights),
     "model.given_frames": Key("[first]"),
     "model.given_dropout": Key("0.9", also=("model.given_frames=[first]",)),
+    "model.action_dropout": Key("0.9", weights, ACTIONS),
     "model.learn_sigma": Key("false"),
     "model.prediction_type": Key("v_prediction"),
     "train.timestep_sampling": Key("logit_normal", losses, FLOW),
@@ -233,6 +236,11 @@ def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> 
         (tmp_path / name).write_text("file,caption\n" + "".join(f"{file},{text}\n" for file in names))
         return tmp_path / name
 
+    def actions(name: str, turn: str) -> Path:
+        rows = [f"{file},{' '.join(turn[(place // 3) % 2] for place in range(10))}" for file in own]
+        (tmp_path / name).write_text("\n".join(["file,actions", *rows]))
+        return tmp_path / name
+
     def clip(name: str, seed: int) -> Path:
         torch.manual_seed(seed)
         save_text_encoder(CLIPTextModelWithProjection(CLIP), tmp_path / name)
@@ -276,6 +284,8 @@ def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> 
         "captions": lambda: captions("captions.csv", own, "a game of boxing"),
         "images": images,
         "image_captions": lambda: captions("images-1.csv", ["a/0.png", "b/1.png"], "a game"),
+        "actions": lambda: actions("actions.csv", "ab"),
+        "actions_2": lambda: actions("actions-2.csv", "bb"),
         "image_captions_2": lambda: captions("images-2.csv", ["a/0.png", "b/1.png"], "freeway of boxing"),
         "held_captions": lambda: captions("held-1.csv", [*held, "b/9.mp4"], "a game"),
         "held_captions_2": lambda: captions("held-2.csv", [*held, "b/9.mp4"], "freeway of boxing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -266,7 +267,7 @@ def _emulator(
     steps: str,
     train_seeds: str | None,
     sample_steps: int,
-    fixed: dict[str, object],
+    fixed: Mapping[str, object],
 ) -> None:
     """Runs the study `emulator`, whose fields are those of `EmulatorPlan`."""
     from lavita.core.commands import CommandFailed

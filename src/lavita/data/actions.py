@@ -30,6 +30,10 @@ class ActionTable:
         """The actions of successive frames of a video, int64 (num_frames,)."""
         return self.rows[video][start : start + num_frames]
 
+    def texts(self) -> dict[str, str]:
+        """The actions of each video, as one text."""
+        return {video: " ".join(self.names[number] for number in row.tolist()) for video, row in self.rows.items()}
+
 
 def match_actions(
     file: Path, catalog: Catalog, broken: Literal["skip", "error"] = "skip"

@@ -217,9 +217,8 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call needs {shape}")
         doings = None if actions is None else action_numbers(config, actions).to(device)
         if doings is not None and doings.shape != shape[:2]:
-            raise ValueError(
-                f"actions are for {tuple(doings.shape)} videos and frames, but this call makes {shape[:2]}"
-            )
+            asked = " x ".join(map(str, doings.shape))
+            raise ValueError(f"actions are for {asked} videos and frames, but this call makes {batch} x {count}")
         label_tensor = None if labels is None else torch.tensor(labels, device=device)
         if guided and label_tensor is not None:
             label_tensor = torch.cat([label_tensor, torch.full_like(label_tensor, config["num_classes"])])

@@ -182,7 +182,10 @@ class BatchMaker:
         sources = {"videos": self.source}
         if self.image_source is not self.source:
             sources["images"] = self.image_source
-        tables: Sequence[Mapping[str, tuple[str, ...]] | None] = self._captions or [None] * len(sources)
+        tables: list[Mapping[str, tuple[str, ...]] | None] = [*self._captions] or [None] * len(sources)
+        if self.actions is not None:
+            texts = tables[0] or {}
+            tables[0] = {name: (*texts.get(name, ()), text) for name, text in self.actions.texts().items()}
         return {
             kind: video_facts(source.catalog, source.num_bytes, captions)
             for (kind, source), captions in zip(sources.items(), tables, strict=True)

@@ -207,6 +207,9 @@ def predict(
     def noise(window: int) -> list[Any]:
         return [generator(number, "emulator", window) for number in range(len(true))]
 
+    def known(action: str) -> str | None:  # a short training set may lack an action
+        return action if action in pipeline.transformer.config["action_names"] else None
+
     parts = roll_out(
         pipeline,
         plan.windows,
@@ -214,7 +217,7 @@ def predict(
         on_window=on_window,
         class_labels=[game] * len(true),
         given=[dict(enumerate(clip[:NUM_GIVEN])) for clip in true],
-        actions=actions,
+        actions=None if actions is None else [[known(action) for action in row] for row in actions],
         num_inference_steps=plan.sample_steps,
     )
     return np.concatenate([decode(pipeline.vae, latents) for latents in parts], axis=1)
