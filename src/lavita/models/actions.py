@@ -25,9 +25,12 @@ class ActionEmbedder(nn.Module):
         super().__init__()
         self.tables = nn.Parameter(torch.zeros(tube_size, num_actions + 1, hidden_size))
 
-    def forward(self, actions: torch.Tensor) -> torch.Tensor:
-        """Actions (B, F) in 0..num_actions to vectors (B, F / S, 1, D)."""
-        tubes = actions.unflatten(1, (-1, len(self.tables)))  # (B, T, S)
+    def forward(self, actions: torch.Tensor | None, num_frames: int) -> torch.Tensor:
+        """Actions (B, F) in 0..num_actions, or None for "no action" in F frames, to vectors (B or 1, F / S, 1, D)."""
+        tube, rows, _ = self.tables.shape
+        if actions is None:
+            actions = torch.full((1, num_frames), rows - 1, device=self.tables.device)
+        tubes = actions.unflatten(1, (-1, tube))  # (B, T, S)
         return sum(table[tubes[:, :, frame]] for frame, table in enumerate(self.tables))[:, :, None]
 
 

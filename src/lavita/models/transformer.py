@@ -261,7 +261,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             marks = given.unflatten(1, (-1, self.tube_size)).to(x.dtype) @ self.given_embed.to(x.dtype)  # (B, T, D)
             x = x + own_frames(marks, shared)[:, :, None]  # where nothing is given, exactly 0 is added
         if self.action_embed is not None:
-            x = x + own_frames(self._action_vectors(actions, latents), shared).to(x.dtype)  # (B, T, N, D)
+            x = x + own_frames(self.action_embed(actions, latents.shape[1]), shared).to(x.dtype)  # (B, T, N, D)
         frames = self._frame_layout(x, length, num_images, use_temporal, shared)
         condition, num_tokens = None, 0
         vectors: list[torch.Tensor | None] = [None] * (len(self.blocks) + 1)
@@ -332,25 +332,11 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             embedded.append(self.y_embedder(given[:, None] if shared else given))  # (B, R, D)
         return embedded
 
-<<<<<<< HEAD
     def _frame_layout(
         self, x: torch.Tensor, length: int, num_images: int, use_temporal: bool, shared: SharedClip | None
     ) -> FrameLayout:
         """Layout of T (`length`) frames, the last `num_images` of which are images; tokens `x` are those here."""
         num_video = length - num_images
-=======
-    def _action_vectors(self, actions: torch.Tensor | None, latents: torch.Tensor) -> torch.Tensor:
-        """The embedded actions of latents (B, F, C, H, W): (B, T, 1, D)."""
-        assert self.action_embed is not None
-        if actions is None:
-            none = len(self.config["action_names"])
-            actions = torch.full((1, latents.shape[1]), none, device=latents.device)
-        return self.action_embed(actions)
-
-    def _frame_layout(self, x: torch.Tensor, num_images: int, use_temporal: bool) -> FrameLayout:
-        """Layout of the frames of tokens (B, T, N, D), the last `num_images` of which are images."""
-        num_video = x.shape[1] - num_images
->>>>>>> a462204 (wip)
         rows = None
         if num_images and self.y_embedder is not None:
             rows = torch.arange(1 - num_video, num_images + 1, device=x.device).clamp(min=0)  # 0 ... 0 1 ... I
