@@ -22,9 +22,10 @@ from benchmarks.speed.training import CHECKPOINTED, OURS, Trainer, predicted_mem
 from lavita.core.prefetch import prefetch
 from lavita.core.progress import Progress
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import CacheSource, VideoSource
+from lavita.data.clip_sources import VideoSource
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels
 from lavita.data.latent_cache.manifest import VERSION, write_manifest
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.data.latent_cache.shards import TENSORS, ShardVideo, latents_digest, write_shard
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.studies.memory import available_memory

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tiny_data import write_broken, write_videos
 
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import CacheSource, VideoSource
+from lavita.data.clip_sources import VideoSource
 from lavita.data.latent_cache.encode import encode_dataset
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.data.latent_cache.statistics import spread_frames
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.latent_statistics import LatentStatistics

@@ -21,10 +21,11 @@ from tiny_data import paint, write_broken, write_frames, write_videos
 
 from lavita.data import clip_sources
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import CacheSource, ClipSource, VideoSource
+from lavita.data.clip_sources import ClipSource, VideoSource
 from lavita.data.clips import ClipDraw, ClipSampler, clip_span, read_pixels
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import read_manifest, write_manifest
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.data.latent_cache.shards import TENSORS, read_shard, write_shard
 from lavita.models.autoencoder import AutoencoderKL, encode
 
@@ -325,7 +326,7 @@ def test_several_clips_are_those_read_one_by_one(made: Path, vae: AutoencoderKL)
 def test_videos_are_decoded_at_the_same_time(made: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
     meeting = threading.Barrier(3, timeout=30)  # broken unless three threads come to it
 
-    def read(draw: ClipDraw, *options: int) -> np.ndarray:
+    def read(draw: ClipDraw, *options: Any) -> np.ndarray:
         meeting.wait()
         return read_pixels(draw, *options)
 

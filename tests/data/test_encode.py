@@ -20,11 +20,12 @@ from conftest import Run, make_tiny_vae
 from safetensors import safe_open
 from tiny_data import write_videos
 
+from lavita.core.sizes import Size
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import CacheSource
 from lavita.data.latent_cache import encode
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import read_manifest
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.data.latent_cache.shards import read_shard
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.models.fingerprint import fingerprint
@@ -98,11 +99,11 @@ class Watched:
         self.failure: tuple[str, BaseException] | None = None
         real = encode._encode_video
 
-        def encode_video(vae: AutoencoderKL, source: Any, settings: dict[str, Any], pieces: Any) -> Any:
+        def encode_video(vae: AutoencoderKL, source: Any, size: Size, settings: dict[str, Any], pieces: Any) -> Any:
             if self.failure is not None and source.video.name == self.failure[0]:
                 raise self.failure[1]
             self.names.append(source.video.name)
-            return real(vae, source, settings, pieces)
+            return real(vae, source, size, settings, pieces)
 
         monkeypatch.setattr(encode, "_encode_video", encode_video)
 

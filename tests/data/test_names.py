@@ -13,7 +13,7 @@ from conftest import Run
 from tiny_data import write_frames, write_videos
 
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import CacheSource, VideoSource
+from lavita.data.clip_sources import VideoSource
 from lavita.data.clips import ClipDraw
 from lavita.data.config import DataConfig
 from lavita.data.content_hash import content_hash, source_digest
@@ -22,6 +22,7 @@ from lavita.data.inspect import inspect_dataset
 from lavita.data.latent_cache import encode as encode_module
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import read_manifest
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.training.batches import BatchMaker
 from lavita.training.config import TrainConfig

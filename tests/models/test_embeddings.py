@@ -22,7 +22,7 @@ from lavita.models.embeddings import (
 
 def test_positions_are_dits() -> None:
     width, grid = 32, 6
-    table = spatial_positions(grid, width)
+    table = spatial_positions(np.arange(grid), np.arange(grid), width)
     assert table.shape == (1, grid * grid, width) and table.dtype == torch.float32
     expected = [sincos(c, width // 2) + sincos(r, width // 2) for r in range(grid) for c in range(grid)]
     np.testing.assert_allclose(table[0].numpy(), expected, atol=1e-6)

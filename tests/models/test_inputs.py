@@ -21,7 +21,7 @@ CLASSES, TEXTS, NOTHING = {"num_classes": 3}, {"text_dim": 5}, dict[str, int]()
     ("shape", "message"),
     [
         ((1, 2, 3, 8, 8), r"latents have shape \(1, 2, 3, 8, 8\), but this model takes \(B, F, 4, 8, 8\)"),
-        ((1, 2, 4, 8, 16), r"latents have shape \(1, 2, 4, 8, 16\), but this model takes"),
+        ((1, 2, 4, 8, 15), r"latents have shape \(1, 2, 4, 8, 15\), but this model takes"),
         ((2, 4, 8, 8), r"latents have shape \(2, 4, 8, 8\), but this model takes"),
     ],
 )

@@ -14,9 +14,10 @@ from conftest import MakeTransformer
 from tiny_data import paint, write_videos
 
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import CacheSource, VideoSource
+from lavita.data.clip_sources import VideoSource
 from lavita.data.clips import ClipDraw
 from lavita.data.latent_cache.encode import encode_dataset
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.models.autoencoder import AutoencoderTiny, decode, downsampling, encode, load_autoencoder, to_pixels
 from lavita.models.fingerprint import fingerprint
 from lavita.sampling.pipeline import load_pipeline, make_pipeline

@@ -16,9 +16,9 @@ from tiny_data import write_videos
 
 from lavita.core.config import ConfigError, read_yaml
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import CacheSource
 from lavita.data.latent_cache.encode import encode_dataset
 from lavita.data.latent_cache.manifest import write_manifest
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.models.autoencoder import AutoencoderTiny, decode, encode, load_autoencoder, to_pixels
 from lavita.training.autoencoder.frames import draw_frames, load_frames
 from lavita.training.autoencoder.losses import autoencoder_losses

@@ -16,8 +16,9 @@ from tiny_data import paint, write_videos
 
 from lavita.core.config import ConfigError
 from lavita.data.catalog import scan
-from lavita.data.clip_sources import LatentClip, VideoSource
+from lavita.data.clip_sources import VideoSource
 from lavita.data.clips import ClipDraw, read_pixels
+from lavita.data.latent_cache.reading import LatentClip
 from lavita.evaluation.reconstruction import reconstruction_quality
 from lavita.models.autoencoder import encode
 from lavita.models.causal_autoencoder import LavitaCausalAutoencoder, inflate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -82,7 +82,36 @@ def encode(
             help="Folder, hub id, builtin, arcade, or auto: builtin up to 128 pixels, Stable Diffusion's above."
         ),
     ] = "auto",
-    resolution: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 256,
+    resolution: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the frames in pixels: 64, or height x width: 96x160. default: 256", show_default=False
+        ),
+    ] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "bucket"],
+        typer.Option(
+            help="How videos of other sizes get it. crop: the middle is cut out; pad: black bars; bucket: each gets "
+            "the size of the nearest --bucket."
+        ),
+    ] = "crop",
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --fit bucket, instead of --resolution: a shape of clips, frames x height x width, such as "
+            "16x64x64; given several times, for the shapes in data.buckets.",
+            show_default=False,
+        ),
+    ] = None,
+    frame_interval: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --fit bucket, data.frame_interval, for a video goes to a bucket whose clips it is long enough "
+            "for. default: 3",
+            show_default=False,
+        ),
+    ] = None,
     flip: Annotated[bool, typer.Option(help="Also encode the mirrored frames, for data.horizontal_flip=true.")] = True,
     images: Annotated[
         bool,
@@ -103,19 +132,49 @@ def encode(
     Run the same command again to resume, or to update the cache after the videos have changed. Under torchrun, several
     processes share the work.
     """
+    from lavita.core.config import load_config
     from lavita.core.precision import pick_device
     from lavita.core.processes import processes
+    from lavita.core.sizes import Bucket, parse_size
+    from lavita.data.buckets import assign_buckets
+    from lavita.data.catalog import Catalog
+    from lavita.data.config import DataConfig
     from lavita.data.datasets import open_dataset
     from lavita.data.latent_cache.encode import check_target, encode_dataset
     from lavita.models.autoencoder import load_autoencoder
     from lavita.models.packaged import autoencoder_source
 
+    if (fit == "bucket") != bool(bucket) or (bucket and (resolution is not None or images)):
+        raise ValueError("--fit bucket takes --bucket, once or more, instead of --resolution, and is not for --images")
+    if frame_interval is not None and not bucket:
+        raise ValueError(f"frame_interval is {frame_interval}, but has no effect without --fit bucket")
+    fields: dict[str, Any] = {"fit": fit, "frame_interval": frame_interval or 3}
+    if bucket:
+        fields["buckets"] = [Bucket.parse(text) for text in bucket]
+    else:
+        fields["resolution"] = parse_size("256" if resolution is None else resolution)
+    shapes = load_config(DataConfig, fields)
     check_target(out, data)
     with processes() as team:
-        catalog = team.first_says(open_dataset(data, dataset, split, images=images) if team.is_first else None)
-        vae = load_autoencoder(autoencoder_source(autoencoder, resolution), pick_device(device))
+
+        def open_catalog() -> Catalog:
+            found = open_dataset(data, dataset, split, min_frames=shapes.clip_span if bucket else 1, images=images)
+            return assign_buckets(found, shapes.buckets, shapes.frame_interval)
+
+        catalog = team.first_says(open_catalog() if team.is_first else None)
+        vae = load_autoencoder(autoencoder_source(autoencoder, shapes.longest_side), pick_device(device))
         manifest = encode_dataset(
-            catalog, out, vae, resolution, flip, team=team, shard_bytes=shard_mb * 10**6, verify=verify
+            catalog,
+            out,
+            vae,
+            shapes.resolution,
+            flip,
+            team=team,
+            shard_bytes=shard_mb * 10**6,
+            verify=verify,
+            fit=fit,
+            buckets=shapes.buckets,
+            frame_interval=shapes.frame_interval if bucket else None,
         )
     if team.is_first:
         print(f"{out}: {len(manifest['videos'])} videos, {len(manifest['broken'])} broken")

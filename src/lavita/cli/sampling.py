@@ -85,6 +85,14 @@ def sample(
     num_frames: Annotated[
         int | None, typer.Option(min=1, help="Length of the videos. default: the model's", show_default=False)
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the videos in pixels: 64, or height x width: 96x160; with a warning if the model was not "
+            "trained on it. default: the model's, the first of several",
+            show_default=False,
+        ),
+    ] = None,
     images: Annotated[
         bool, typer.Option("--images", help="Single images (.png) from the model without its temporal modules.")
     ] = False,
@@ -162,6 +170,7 @@ def sample(
     Several processes share the work: torchrun --nproc-per-node 8 -m lavita sample ...
     """
     from lavita.core.processes import processes
+    from lavita.core.sizes import parse_size
     from lavita.sampling.generate import generate
     from lavita.sampling.given_files import GivenFiles
     from lavita.sampling.recipes import find_recipe
@@ -201,6 +210,7 @@ def sample(
             seconds=seconds,
             overlap=overlap,
             actions=actions,
+            size=None if size is None else parse_size(size, "size"),
         )
         if team.is_first:
             print(f"{out}: {len(written)} {'images' if images else 'videos'}")

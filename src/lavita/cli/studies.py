@@ -37,7 +37,8 @@ def info(
         int | None, typer.Option(min=0, help="Width of text embeddings. Default: 0.", show_default=False)
     ] = None,
     sample_size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of the latents. Default: 32.", show_default=False)
+        str | None,
+        typer.Option(help="Height and width of the latents: 32, or 12x20. Default: 32.", show_default=False),
     ] = None,
     num_frames: Annotated[
         int | None,
@@ -81,8 +82,11 @@ def info(
 ) -> None:
     """Count a model's parameters and multiply-accumulates, and predict the memory of training and sampling.
 
-    The options from --variant to --sample-size are for presets; a folder has its own values.
+    The options from --variant to --sample-size are for presets; a folder has its own values. Of a model that was
+    trained on clips of several shapes, the largest is measured.
     """
+    from lavita.models.shapes import largest_shape, parse_latent_size
+
     fields: dict[str, Any] = {
         "variant": variant,
         "patch_embedding": patch_embedding,
@@ -90,7 +94,7 @@ def info(
         "temporal_position": temporal_position,
         "num_classes": num_classes,
         "text_dim": text_dim,
-        "sample_size": sample_size,
+        "sample_size": None if sample_size is None else parse_latent_size(sample_size),
     }
     batch: dict[str, Any] = {"batch_size": batch_size, "num_frames": num_frames, "num_images": num_images}
     training: dict[str, Any] = {
@@ -126,7 +130,7 @@ def info(
         else:
             table3.print_table3(rows)
         return
-    config = complexity.model_config(model, fields, num_frames)
+    config = largest_shape(complexity.model_config(model, fields, num_frames))
     setting = memory.Setting(**training)
     autoencoder = memory.autoencoder_config(model, config.get("in_channels", 4))
     if num_frames is not None:

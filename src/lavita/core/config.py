@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from lavita.core.files import write_text
+from lavita.core.sizes import Size
 from lavita.core.text import read_text
 
 
@@ -41,7 +42,7 @@ class StrictConfig(BaseModel):
         types, words = _scalar_types(annotation), _words(annotation)
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if types & {int, float}:
-                if isinstance(item, str) and not types & {str, Path} and item not in words:
+                if isinstance(item, str) and not types & {str, Path, Size} and item not in words:
                     raise ValueError(", or ".join(["must be a number, without quotes or leading zeros", *words]))
                 if isinstance(item, bool) and bool not in types:
                     raise ValueError("must be a number")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lavita.core.config import StrictConfig, to_yaml
+from lavita.core.sizes import Size
 
 WIDTH = 100
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
@@ -116,16 +117,19 @@ def _type_words(annotation: Any) -> str:
         positive = any(getattr(rule, "gt", None) == 0 for rule in annotation.__metadata__)
         return ("positive " if positive else "") + _type_words(arguments[0])
     if origin in (Union, types.UnionType):
-        return " or ".join(_type_words(part) for part in arguments if part is not type(None)) + " or null"
+        parts = [_type_words(part) for part in arguments if part is not type(None)]
+        return " or ".join([*parts, "null"] if type(None) in arguments else parts)
     if origin is list:
         return f"list of {_type_words(arguments[0])}"
+    if hasattr(annotation, "FORMAT"):
+        return str(annotation.FORMAT)
     return {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path"}[annotation]
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, StrictConfig):
         return value.model_dump(mode="json")
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, (Path, Size)) else value
 
 
 def _yaml(value: Any) -> str:

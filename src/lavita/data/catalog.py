@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lavita.core.prefetch import parallel_map
 from lavita.core.progress import say
+from lavita.core.sizes import Bucket
 from lavita.core.text import by_normal_name, normal_name
 from lavita.video.formats import COMMON_SUFFIXES, FRAME_SUFFIXES, GENERATION, VideoError, VideoInfo
 from lavita.video.reading import probe
@@ -26,6 +27,8 @@ class Video:
     """Path below the data set's folder, with forward slashes."""
     label: int | None
     """Index into `Catalog.class_names`, or None without classes."""
+    bucket: Bucket | None = None
+    """The shape of its clips in a run with several, see `data.buckets`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Catalog:
         labels = {label: index for index, label in enumerate(kept)}
         return Catalog(
             self.root,
-            tuple(Video(v.info, v.name, None if v.label is None else labels[v.label]) for v in videos),
+            tuple(replace(video, label=None if video.label is None else labels[video.label]) for video in videos),
             tuple(self.class_names[label] for label in kept),
             self.broken,
         )

@@ -1,4 +1,4 @@
-"""Drawing clips from videos, and the pixels of a clip: center crop, resize, mirror."""
+"""Drawing clips from videos, and the pixels of a clip: crop or pad, resize, mirror."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from lavita.core.seeds import numpy_generator
+from lavita.core.sizes import AnySize, Size
 from lavita.data.catalog import Catalog, Video
+from lavita.data.config import Fit
 from lavita.video.formats import Frames
 from lavita.video.reading import read_clip
 
@@ -27,6 +29,8 @@ class ClipDraw:
     video: Video
     start: int
     flip: bool
+    size: AnySize | None = None
+    """Size of its frames in pixels, in a run with several; by default the only one."""
 
 
 class ClipSampler:
@@ -45,8 +49,9 @@ class ClipSampler:
         seed: int,
         stream: str = "clip",
         span: int | None = None,
+        size: AnySize | None = None,
     ) -> None:
-        """Prepares the draws; samplers of another `stream` draw independently.
+        """Prepares the draws; samplers of another `stream` draw independently. `size` is that of all clips.
 
         With `span`, at least that of a clip, clips start only where so many frames of the file are left: samplers that
         differ in the clip's length or interval only then draw the same starts.
@@ -64,7 +69,7 @@ class ClipSampler:
                 )
         self.catalog = catalog
         self.num_frames, self.frame_interval = num_frames, frame_interval
-        self.horizontal_flip, self.seed, self.stream = horizontal_flip, seed, stream
+        self.horizontal_flip, self.seed, self.stream, self.size = horizontal_flip, seed, stream, size
         self._ends = list(accumulate(starts))
 
     @property
@@ -79,18 +84,27 @@ class ClipSampler:
         video = bisect_right(self._ends, number)
         start = number - (self._ends[video - 1] if video else 0)
         flip = bool(rng.random() < 0.5) if self.horizontal_flip else False
-        return ClipDraw(self.catalog.videos[video], start, flip)
+        return ClipDraw(self.catalog.videos[video], start, flip, self.size)
+
+    def at(self, step: int) -> ClipSampler:
+        """The sampler of a step: this one, for all of them. `buckets.BucketSampler` has several."""
+        return self
 
 
-def read_pixels(draw: ClipDraw, num_frames: int, frame_interval: int, resolution: int) -> Frames:
-    """Reads a clip from its video, crops and resizes it, and mirrors it if it was drawn so.
+def read_pixels(draw: ClipDraw, num_frames: int, frame_interval: int, resolution: AnySize, fit: Fit = "crop") -> Frames:
+    """Reads a clip from its video, fits it to the resolution, and mirrors it if it was drawn so.
 
     Returns:
-        uint8 `(F, resolution, resolution, 3)`.
+        uint8 `(F, height, width, 3)`.
     """
     frames = read_clip(draw.video.info.path, draw.start, num_frames, frame_interval)
-    frames = center_crop_resize(frames, resolution)
+    frames = fit_frames(frames, resolution, fit)
     return mirror(frames) if draw.flip else frames
+
+
+def fit_frames(frames: Frames, resolution: AnySize, fit: Fit = "crop") -> Frames:
+    """Brings frames to a size, as `data.fit` says; `bucket` crops to the size of a bucket."""
+    return pad_resize(frames, resolution) if fit == "pad" else center_crop_resize(frames, resolution)
 
 
 def mirror(frames: Frames) -> Frames:
@@ -98,22 +112,42 @@ def mirror(frames: Frames) -> Frames:
     return np.ascontiguousarray(frames[..., ::-1, :])
 
 
-def center_crop_resize(frames: Frames, resolution: int) -> Frames:
-    """Cuts out the middle square of frames and scales it to `resolution`.
+def center_crop_resize(frames: Frames, resolution: AnySize) -> Frames:
+    """Cuts out the middle of frames, as large as it can be in the shape of `resolution`, and scales it to that.
 
     Args:
         frames: uint8 `(F, H, W, 3)`.
-        resolution: side of the result in pixels.
+        resolution: size of the result in pixels.
 
     Returns:
-        uint8 `(F, resolution, resolution, 3)`, by antialiased bicubic interpolation if the size changes.
+        uint8 `(F, height, width, 3)`, by antialiased bicubic interpolation if the size changes.
     """
     height, width = frames.shape[1:3]
-    side = min(height, width)
-    if side == height == width == resolution:
+    size = Size.of(resolution)
+    if (height, width) == (size.height, size.width):
         return frames
     # Whole pixels: an offset of half a pixel would blur a crop that is not resized.
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    size = (resolution, resolution)
+    cut_height = min(height, max(1, round(width * size.height / size.width)))
+    cut_width = min(width, max(1, round(height * size.width / size.height)))
+    left, top = (width - cut_width) // 2, (height - cut_height) // 2
+    return _resized(frames, size.width, size.height, (left, top, left + cut_width, top + cut_height))
+
+
+def pad_resize(frames: Frames, resolution: AnySize) -> Frames:
+    """Scales frames (F, H, W, 3) to fit into `resolution`, in the middle of black; otherwise as above."""
+    height, width = frames.shape[1:3]
+    size = Size.of(resolution)
+    scaled_height = min(size.height, max(1, round(height * size.width / width)))
+    scaled_width = min(size.width, max(1, round(width * size.height / height)))
+    if (height, width) != (scaled_height, scaled_width):
+        frames = _resized(frames, scaled_width, scaled_height, (0, 0, width, height))
+    top, left = (size.height - scaled_height) // 2, (size.width - scaled_width) // 2
+    padded = np.zeros((len(frames), size.height, size.width, 3), np.uint8)
+    padded[:, top : top + scaled_height, left : left + scaled_width] = frames
+    return padded
+
+
+def _resized(frames: Frames, width: int, height: int, box: tuple[int, int, int, int]) -> Frames:
+    """A box (left, top, right, bottom) of frames, scaled."""
+    size = (width, height)
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BICUBIC, box=box)) for f in frames])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from lavita.core.config import ConfigError, StrictConfig
 from lavita.core.names import DataSetName
+from lavita.core.sizes import Bucket, Size, SizeField, plain_size
 
 SPLITS: Mapping[DataSetName, tuple[str, ...]] = {
     "folder": (),
@@ -19,6 +20,8 @@ SPLITS: Mapping[DataSetName, tuple[str, ...]] = {
     "taichi_hd": ("train", "test", "all"),
 }
 """The splits of each data set; the first is what the paper trains on."""
+Fit = Literal["crop", "pad", "bucket"]
+"""How frames get their size, see `DataConfig.fit`."""
 SETS_WITH_CLASSES = frozenset({"ucf101"})
 
 
@@ -55,8 +58,16 @@ class DataConfig(StrictConfig):
     """Draw a clip's first frame only from those that have so many frames of the file from there on. Default: as many
     as the clip needs. Runs that differ in `frame_interval` only see clips with the same first frames if all have the
     number that the longest clip needs."""
-    resolution: int = Field(256, ge=8)
-    """Side of the square frames in pixels, after a center crop."""
+    resolution: SizeField = 256
+    """Size of the frames in pixels: the side of a square, or height x width, as in `96x160`."""
+    fit: Fit = "crop"
+    """How videos of other sizes get it. `crop`: their middle is cut out in the new shape, and scaled; `pad`: they are
+    scaled to fit, and black bars fill the rest; `bucket`: each video gets the shape in `buckets` that is nearest to its
+    own, and is cropped to it."""
+    buckets: list[Bucket] = Field(default_factory=list)
+    """With `fit=bucket`, the shapes of the clips, each as frames x height x width: `[16x64x64, 16x48x80, 1x128x128]`.
+    Each step draws one of them, and all clips of its batch have that shape. The first is that of samples, and takes the
+    place of `num_frames` and `resolution`."""
     horizontal_flip: bool = True
     """Mirror each clip with probability 1/2, the paper's only augmentation."""
     latent_cache: Path | None = None
@@ -96,8 +107,20 @@ class DataConfig(StrictConfig):
 
     @property
     def clip_span(self) -> int:
-        """Frames of the file that must be left from a clip's first frame on."""
+        """Frames of the file that must be left from a clip's first frame on, in the shortest clips."""
+        if self.buckets:
+            return (min(bucket.num_frames for bucket in self.buckets) - 1) * self.frame_interval + 1
         return self.start_span or self._shortest_span
+
+    @property
+    def shapes(self) -> list[Bucket]:
+        """The shapes of the clips: the buckets, or the only one."""
+        return self.buckets or [Bucket(self.num_frames, Size.of(self.resolution))]
+
+    @property
+    def longest_side(self) -> int:
+        """The longest side that frames have, in pixels."""
+        return max(side for shape in self.shapes for side in (shape.size.height, shape.size.width))
 
     @property
     def _shortest_span(self) -> int:
@@ -107,6 +130,38 @@ class DataConfig(StrictConfig):
     def has_classes(self) -> bool:
         """Whether the model is trained with classes."""
         return self.class_folders or (self.dataset in SETS_WITH_CLASSES and self.use_classes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_bucket(cls, values: Any) -> Any:
+        """Fills in `num_frames` and `resolution` from the first bucket, so that they say the shape of samples."""
+        if isinstance(values, dict) and isinstance(values.get("buckets"), list) and values["buckets"]:
+            first = values["buckets"][0]
+            first = first if isinstance(first, Bucket) else Bucket.parse(str(first))
+            return {"num_frames": first.num_frames, "resolution": plain_size(first.size), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> DataConfig:
+        if (self.fit == "bucket") != bool(self.buckets):
+            raise ValueError(
+                "fit is bucket, but buckets is empty: name the shapes, such as [16x64x64, 16x48x80]"
+                if self.fit == "bucket"
+                else f"buckets is set, but has no effect with fit={self.fit}: set fit=bucket"
+            )
+        if not self.buckets:
+            return self
+        if len(set(self.buckets)) < len(self.buckets):
+            raise ValueError(f"buckets is {[*map(str, self.buckets)]}, but must name each shape once")
+        first = self.buckets[0]
+        if (self.num_frames, Size.of(self.resolution)) != (first.num_frames, first.size):
+            raise ValueError(
+                f"num_frames is {self.num_frames} and resolution {self.resolution}, but the first of buckets is "
+                f"{first}: leave num_frames and resolution out"
+            )
+        if self.start_span is not None:
+            raise ValueError(f"start_span is {self.start_span}, but has no effect with buckets")
+        return self
 
     @model_validator(mode="after")
     def _data_set_fits(self) -> DataConfig:

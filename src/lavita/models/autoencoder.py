@@ -25,6 +25,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Autoen
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as AutoencoderTiny
 
 from lavita.core.precision import Precision, autocast, without_fp16
+from lavita.core.sizes import AnySize, Size
 from lavita.models.causal_autoencoder import (
     FRAME_AUTOENCODERS,
     FrameAutoencoder,
@@ -131,15 +132,21 @@ def downsampling(vae: Autoencoder) -> int:
 
 
 def latent_size(vae: Autoencoder, resolution: int) -> int:
-    """Side of the latents of frames with the given side in pixels.
+    """Side of the latents of square frames with the given side in pixels; see `latent_grid`."""
+    return latent_grid(vae, resolution)[0]
+
+
+def latent_grid(vae: Autoencoder, resolution: AnySize) -> tuple[int, int]:
+    """Height and width (h, w) of the latents of frames with the given size in pixels.
 
     Raises:
-        ValueError: if it is not a whole number.
+        ValueError: if they are not whole numbers.
     """
-    factor = downsampling(vae)
-    if resolution % factor:
-        raise ValueError(f"resolution is {resolution}, but this autoencoder needs a multiple of {factor}")
-    return resolution // factor
+    factor, size = downsampling(vae), Size.of(resolution)
+    if size.height % factor or size.width % factor:
+        sides = "" if isinstance(resolution, int) else " in height and width"
+        raise ValueError(f"resolution is {resolution}, but this autoencoder needs a multiple of {factor}{sides}")
+    return size.height // factor, size.width // factor
 
 
 def temporal_downsampling(config: Mapping[str, Any]) -> int:
@@ -182,10 +189,10 @@ def to_frames(pixels: torch.Tensor) -> npt.NDArray[np.uint8]:
     return scaled.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
-def frames_at_once(device: torch.device, resolution: int) -> int:
-    """Number of frames, of the given side in pixels, that go through the network at once."""
+def frames_at_once(device: torch.device, resolution: AnySize) -> int:
+    """Number of frames, of the given size in pixels, that go through the network at once."""
     return (
-        min(MOST_FRAMES_AT_ONCE, max(1, PIXELS_AT_ONCE // resolution**2))
+        min(MOST_FRAMES_AT_ONCE, max(1, PIXELS_AT_ONCE // Size.of(resolution).area))
         if device.type == "cpu"
         else MOST_FRAMES_AT_ONCE
     )
@@ -203,13 +210,13 @@ def pieces(count: int, size: int, device: torch.device) -> Iterator[list[int]]:
         yield [min(index, count - 1) for index in range(start, stop)]
 
 
-def clip_parts(config: Mapping[str, Any], count: int, resolution: int, device: torch.device) -> Iterator[slice]:
+def clip_parts(config: Mapping[str, Any], count: int, resolution: AnySize, device: torch.device) -> Iterator[slice]:
     """Divides the latents of a clip into parts that a causal autoencoder takes one after the other.
 
     Args:
         config: the autoencoder's.
         count: K.
-        resolution: side of the frames in pixels.
+        resolution: size of the frames in pixels.
         device: where they are encoded or decoded.
 
     Yields:
@@ -290,15 +297,15 @@ def encode(
 
 def _encoded(vae: Autoencoder, frames: npt.NDArray[np.uint8], count: int, precision: Precision) -> Iterator[Posterior]:
     """The latents of frames, in parts of (N, C, h, w); there may be more than `count` of them."""
-    side, past = frames.shape[1], Past()
+    size, past = Size(*frames.shape[1:3]), Past()
     if isinstance(vae, LavitaCausalAutoencoder):
-        for part in clip_parts(vae.config, count, side, vae.device):
+        for part in clip_parts(vae.config, count, size, vae.device):
             first, last = (pixel_frames(vae.config, latents) if latents else 0 for latents in (part.start, part.stop))
             with autocast(vae.device, precision):
                 found = vae.encode(to_pixels(frames[first:last], vae.device)[None], past)
             yield Posterior(found.mean[0], found.std[0], None)
         return
-    for indices in pieces(len(frames), frames_at_once(vae.device, side), vae.device):
+    for indices in pieces(len(frames), frames_at_once(vae.device, size), vae.device):
         with autocast(vae.device, precision):
             yield posterior(vae, to_pixels(frames[indices], vae.device))
 
@@ -332,7 +339,8 @@ def decoded(
         Pixels (N, 3, H, W) in about [-1, 1]; at the end there may be more than belong to the latents, see `pieces`.
     """
     scale, shift = _scale_and_shift(vae)
-    side = latents.shape[-1] * downsampling(vae)
+    height, width = (side * downsampling(vae) for side in latents.shape[-2:])
+    size = Size(height, width)
 
     def decode_part(part: torch.Tensor, past: Past | None = None) -> torch.Tensor:
         unscaled = part.to(vae.device).float() / scale + shift
@@ -343,11 +351,11 @@ def decoded(
     if isinstance(vae, LavitaCausalAutoencoder):
         for clip in latents.flatten(0, -5) if latents.dim() > 4 else [latents]:
             past = Past()
-            for part in clip_parts(vae.config, len(clip), side, vae.device):
+            for part in clip_parts(vae.config, len(clip), size, vae.device):
                 yield decode_part(clip[part][None], past)[0]
         return
     flat = latents.flatten(0, -4)
-    for indices in pieces(len(flat), frames_at_once(vae.device, side), vae.device):
+    for indices in pieces(len(flat), frames_at_once(vae.device, size), vae.device):
         yield decode_part(flat[indices])
 
 

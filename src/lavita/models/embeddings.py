@@ -106,14 +106,19 @@ def sincos_positions(positions: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def spatial_positions(grid: int, width: int) -> torch.Tensor:
-    """2-D sin-cos positions of a square grid of patches, float32 (1, grid * grid, width).
+def spatial_positions(rows: np.ndarray, columns: np.ndarray, width: int) -> torch.Tensor:
+    """2-D sin-cos positions of the patches at some rows (R,) and columns (C,), float32 (1, R * C, width)."""
+    return torch.from_numpy(spatial_table(rows, columns, width)).float()[None]
+
+
+def spatial_table(rows: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray:
+    """The same as float64 (R * C, width).
 
     The first half of the channels encodes the column, the second the row, in DiT's order.
     """
-    rows, columns = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid), indexing="ij")
-    halves = [sincos_positions(axis.reshape(-1), width // 2) for axis in (columns, rows)]
-    return torch.from_numpy(np.concatenate(halves, axis=1)).float()[None]
+    each = np.meshgrid(np.asarray(rows, np.float64), np.asarray(columns, np.float64), indexing="ij")
+    halves = [sincos_positions(axis.reshape(-1), width // 2) for axis in reversed(each)]
+    return np.concatenate(halves, axis=1)
 
 
 def frame_positions(num_frames: int, trained_frames: int) -> np.ndarray:

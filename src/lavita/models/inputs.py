@@ -14,6 +14,7 @@ import torch
 from lavita.models.blocks import Conditioning
 from lavita.models.given_frames import KINDS
 from lavita.models.presets import block_plan
+from lavita.models.shapes import check_shapes, sample_grid, trained_range
 
 PATCH_EMBEDDINGS = ("uniform", "compression")
 CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
@@ -24,7 +25,7 @@ MOST_BLOCKS, MOST_VALUES = 2**12, 2**31
 """Limits that no real model comes near; a model is refused before memory is taken for what it claims."""
 _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     int: (
-        *("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_blocks", "num_heads"),
+        *("num_frames", "in_channels", "patch_size", "hidden_size", "num_blocks", "num_heads"),
         *("variant", "tube_size", "num_classes", "text_dim", "frame_interval"),
     ),
     float: ("mlp_ratio", "fps"),
@@ -57,7 +58,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
                 fits = False
             if not fits and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"{name} is {value!r}, but must be {_TYPE_NAMES[field_type]}")
-    for name in ("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_heads", "tube_size"):
+    for name in ("num_frames", "in_channels", "patch_size", "hidden_size", "num_heads", "tube_size"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}, but must be at least 1")
     for name in ("mlp_ratio", "fps"):
@@ -66,9 +67,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
     num_classes, text_dim, class_names = config["num_classes"], config["text_dim"], config["class_names"]
     if num_classes < 0 or text_dim < 0:
         raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but must be at least 0")
-    sample_size, patch_size = config["sample_size"], config["patch_size"]
-    if sample_size % patch_size:
-        raise ValueError(f"sample_size is {sample_size}, but must be a multiple of patch_size ({patch_size})")
+    check_shapes(config, frames_per_tube(config))
+    trained_frames, trained_height, trained_width = trained_range(config)
+    places = trained_height * trained_width // config["patch_size"] ** 2
     hidden_size, num_heads = config["hidden_size"], config["num_heads"]
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size is {hidden_size}, but must be a multiple of 4 and of num_heads ({num_heads})")
@@ -107,7 +108,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise ValueError(f"num_blocks is {config['num_blocks']}, but must be at most {MOST_BLOCKS}")
     block_plan(config["variant"], config["num_blocks"])
     for name, rows in (
-        *(("sample_size", (sample_size // patch_size) ** 2), ("num_frames", config["num_frames"])),
+        *(("sample_size", places), ("num_frames", trained_frames)),
         *(("num_classes", num_classes), ("text_dim", text_dim), ("hidden_size", hidden_size)),
     ):
         if rows * hidden_size > MOST_VALUES:
@@ -172,10 +173,13 @@ def check_inputs(
     Raises:
         ValueError: if one of them does not fit the model or the others.
     """
-    size, channels, tube = config["sample_size"], config["in_channels"], frames_per_tube(config)
-    if latents.ndim != 5 or latents.shape[2:] != (channels, size, size) or not latents.shape[1]:
+    channels, tube, patch = config["in_channels"], frames_per_tube(config), config["patch_size"]
+    fits = latents.ndim == 5 and latents.shape[2] == channels and all(latents.shape)
+    if not fits or latents.shape[3] % patch or latents.shape[4] % patch:
+        height, width = sample_grid(config)
         raise ValueError(
-            f"latents have shape {tuple(latents.shape)}, but this model takes (B, F, {channels}, {size}, {size})"
+            f"latents have shape {tuple(latents.shape)}, but this model takes (B, F, {channels}, {height}, {width}), "
+            f"or another height and width that {patch} divides"
         )
     if timesteps.ndim:
         _check_shape("timesteps", timesteps, (latents.shape[0],))

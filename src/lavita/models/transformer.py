@@ -31,13 +31,13 @@ from lavita.models.embeddings import (
     TubeEmbed,
     frame_positions,
     rotary_positions,
-    spatial_positions,
     temporal_positions,
 )
 from lavita.models.initialization import initialize_weights
 from lavita.models.inputs import check_fields, check_given, check_inputs, check_whole, frames_per_tube
 from lavita.models.presets import block_plan, preset_sizes
 from lavita.models.sequence_parallel import SequenceGroup, SharedClip, arranged, own_frames
+from lavita.models.shapes import grid_positions, sample_grid, trained_range
 
 
 @dataclass
@@ -62,7 +62,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | list[int] = 32,
         num_frames: int = 16,
         in_channels: int = 4,
         patch_size: int = 2,
@@ -88,6 +88,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         latent_std: list[float] | None = None,
         frame_interval: int = 1,
         fps: float = 8.0,
+        trained_shapes: list[list[int]] | None = None,
     ) -> None:
         """Builds the model; at initialisation its output is exactly zero.
 
@@ -95,7 +96,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         and `fps` are facts about the weights: they change nothing in the forward pass, but sampling needs them.
 
         Args:
-            sample_size: H = W of the latents.
+            sample_size: H = W of the latents, or a list of both. Other sizes work, too: see `shapes.grid_positions`.
             num_frames: F of the training clips. Clips of other lengths work, too: see `frame_positions`.
             in_channels: C of the latents.
             patch_size: P; divides `sample_size`.
@@ -129,6 +130,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             latent_std: standard deviation of each channel, by which they were divided; together with `latent_mean`.
             frame_interval: frame interval of the training clips.
             fps: frames per second of a generated video: the data's divided by `frame_interval`.
+            trained_shapes: lists of F, H and W of the training clips, if they had several shapes; `num_frames` and
+                `sample_size` are then those of samples.
 
         Raises:
             ValueError: if a field is out of range, or fields do not fit together.
@@ -140,7 +143,6 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         self.tube_size = frames_per_tube(self.config)
         self.sequence_group: SequenceGroup | None = None  # see `sequence_parallel.open_group`
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        grid = sample_size // patch_size
         self.x_embedder = (
             TubeEmbed(patch_size, tube_size, in_channels, hidden_size)
             if compression
@@ -154,9 +156,11 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         elif text_dim:
             self.y_embedder = TextEmbedder(text_dim, hidden_size)
-        self.register_buffer("pos_embed", spatial_positions(grid, hidden_size))  # (1, N, D)
+        height, width = sample_grid(self.config)
+        self.grid = height // patch_size, width // patch_size
+        self.register_buffer("pos_embed", grid_positions(self.config, self.grid))  # (1, N, D)
         if temporal_position != "rope":
-            steps = np.arange(num_frames // self.tube_size, dtype=np.float64)
+            steps = np.arange(trained_range(self.config)[0] // self.tube_size, dtype=np.float64)
             self.register_buffer("temp_embed", temporal_positions(steps, hidden_size))  # (1, T, D)
         first = next(index for index, mixing in enumerate(plan) if mixing != "space")
         self.first_temporal = 0 if temporal_position == "absolute_input" else first
@@ -252,11 +256,14 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             check_actions(self.config, actions, latents.shape[:2])
         if modulation is not None and num_images:
             raise ValueError(f"num_images is {num_images}, but must be 0 with modulation")
+        patch = self.config["patch_size"]
+        grid = latents.shape[3] // patch, latents.shape[4] // patch
         length, group = latents.shape[1] // self.tube_size, self.sequence_group  # T
         # With a group, T is below this process's part of it, and N in temporal blocks.
         shared = None if group is None else SharedClip(group, length)
         x = self.x_embedder(own_frames(latents, shared, unit=self.tube_size))  # (B, T, N, D)
-        x = x + self.pos_embed[:, None].to(x.dtype)  # (B, T, N, D)
+        places = self.pos_embed if grid == self.grid else grid_positions(self.config, grid).to(x.device)
+        x = x + places[:, None].to(x.dtype)  # (B, T, N, D)
         if given is not None and self.given_embed is not None:
             marks = given.unflatten(1, (-1, self.tube_size)).to(x.dtype) @ self.given_embed.to(x.dtype)  # (B, T, D)
             x = x + own_frames(marks, shared)[:, :, None]  # where nothing is given, exactly 0 is added
@@ -286,7 +293,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         patches = self.final_layer(x[:, :, num_tokens:], condition, frames, vectors[-1])  # (B, T, N, P P C_out S)
         if shared is not None:
             patches = shared.gather(patches)
-        sample = self.unpatchify(patches)  # (B, T, C_out S, H, W)
+        sample = self.unpatchify(patches, grid)  # (B, T, C_out S, H, W)
         if self.temporal_upsample is not None:
             sample = self.temporal_upsample(sample.transpose(1, 2)).transpose(1, 2)  # (B, F, C_out, H, W)
         return TransformerOutput(sample=sample) if return_dict else (sample,)
@@ -352,7 +359,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
 
     def _positions(self, num_video: int) -> np.ndarray:
         """Positions in time of the video's frames, float64 (V,)."""
-        return frame_positions(num_video, self.config["num_frames"] // self.tube_size)
+        return frame_positions(num_video, trained_range(self.config)[0] // self.tube_size)
 
     def _temporal_embedding(self, num_frames: int, num_video: int) -> torch.Tensor:
         """Absolute positions of the video's frames, zero for images: (1, T, 1, D)."""
@@ -371,11 +378,10 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
                 tokens.append(condition.expand(-1, num_frames, -1))
         return torch.stack(tokens, dim=2)
 
-    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        """Turns patches (B, T, N, P P c) into frames (B, T, c, H, W)."""
+    def unpatchify(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Turns patches (B, T, N, P P c) in rows and columns, `grid`, into frames (B, T, c, H, W)."""
         p = self.config["patch_size"]
-        grid = self.config["sample_size"] // p
         x = patches.unflatten(-1, (p, p, -1))  # (B, T, N, P, P, c)
-        x = x.unflatten(2, (grid, grid))  # (B, T, h, w, P, P, c)
+        x = x.unflatten(2, grid)  # (B, T, h, w, P, P, c)
         x = x.permute(0, 1, 6, 2, 4, 3, 5)  # (B, T, c, h, P, w, P)
         return x.flatten(-2).flatten(-3, -2)  # (B, T, c, H, W)

@@ -16,6 +16,7 @@ from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.seeds import DRAWS, generator
+from lavita.core.sizes import AnySize, Size
 from lavita.core.text import read_text
 from lavita.models.actions import action_numbers
 from lavita.models.adapters import apply_adapter
@@ -23,6 +24,8 @@ from lavita.models.autoencoder import pixel_frames
 from lavita.models.fingerprint import fingerprint
 from lavita.models.packaged import model_source
 from lavita.models.sequence_parallel import open_group
+from lavita.models.shapes import default_frames
+from lavita.sampling.given import latents_of
 from lavita.sampling.given_files import NO_FILES, GivenFiles, digest, read_given
 from lavita.sampling.jobs import Job, parse_seeds, plan_continuations, plan_jobs
 from lavita.sampling.long_videos import plan_windows, write_long_videos
@@ -63,6 +66,7 @@ def generate(
     seconds: float | None = None,
     overlap: int | None = None,
     actions: Path | None = None,
+    size: AnySize | None = None,
 ) -> list[Path]:
     """Writes `out/<class>/<seed>.mp4`, `out/<words of the prompt>/<seed>.mp4`, or `out/<seed>.mp4`; see `names`.
 
@@ -94,6 +98,7 @@ def generate(
         seconds: the same in seconds.
         overlap: frames that windows have in common; by default 4.
         actions: file of the actions of all frames, by name, separated by white space, for a model with actions.
+        size: size of the videos in pixels; by default that of the training clips, the first of several.
 
     Returns:
         All requested files, each once, written now or before, once all processes have finished.
@@ -125,16 +130,22 @@ def generate(
     if images:
         num_frames = 1
 
+    own = latents_of(pipeline.transformer, pipeline.vae, None, None)
+    asked = None if size is None else Size.of(size)
+    grid = own if asked is None else latents_of(pipeline.transformer, pipeline.vae, asked.height, asked.width)
+    clip_frames = default_frames(config, grid)
     settings = {
         "transformer": fingerprint(pipeline.transformer),
         "autoencoder": fingerprint(pipeline.vae),
         **recipe.settings(config),
-        "num_frames": num_frames or pixel_frames(pipeline.vae.config, config["num_frames"]),
+        "num_frames": num_frames or pixel_frames(pipeline.vae.config, clip_frames),
         "use_temporal": not images,
         "frame_interval": config["frame_interval"],
         "fps": config["fps"],
         "draws": DRAWS,
     }
+    if asked is not None and grid != own:
+        settings["size"] = str(asked)
     if given.guided and recipe.scale(config) == 1:
         raise ValueError("guide_frames has no effect with a guidance_scale of 1")
     if given:
@@ -146,6 +157,7 @@ def generate(
         seconds,
         overlap,
         images or given.exact or bool(given.last_image),
+        clip_frames,
     )
     if windows is not None:
         settings |= {"num_frames": windows.length, "overlap": windows.overlap}
@@ -154,7 +166,7 @@ def generate(
         if images:
             raise ValueError("actions have no effect on images")
         settings |= {"actions": " ".join(doings)}
-    kept = read_given(given, jobs, pipeline, settings["num_frames"] if windows is None else windows.window)
+    kept = read_given(given, jobs, pipeline, settings["num_frames"] if windows is None else windows.window, size)
     check_generation(out, settings)
     records: dict[Table, dict[Path, str | None]] = {
         PROMPT_TABLE: {job.path: job.prompt for job in jobs},
@@ -185,6 +197,8 @@ def generate(
                 "given": [kept[job.path] for job in batch] if given else None,
                 "guide_given": given.guided,
                 "actions": None if doings is None else [doings] * len(batch),
+                "height": None if asked is None else asked.height,
+                "width": None if asked is None else asked.width,
                 **options,
             }
             if windows is not None:

@@ -10,9 +10,17 @@ import numpy as np
 import torch
 
 from lavita.core.precision import Precision
-from lavita.models.autoencoder import Autoencoder, encode, latent_frames, pixel_frames, temporal_downsampling
+from lavita.models.autoencoder import (
+    Autoencoder,
+    downsampling,
+    encode,
+    latent_frames,
+    pixel_frames,
+    temporal_downsampling,
+)
 from lavita.models.given_frames import kinds_of
 from lavita.models.latent_statistics import LatentStatistics
+from lavita.models.shapes import sample_grid
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.video.formats import Frames
 
@@ -94,6 +102,7 @@ def encode_given(
     batch: Sequence[Places],
     num_frames: int,
     precision: Precision = "auto",
+    grid: tuple[int, int] | None = None,
 ) -> GivenLatents:
     """Encodes the given frames of a batch of videos, all at the same places.
 
@@ -103,6 +112,7 @@ def encode_given(
         batch: the frames of each video.
         num_frames: frames of a video.
         precision: see `autoencoder.encode`.
+        grid: height and width of the videos' latents; by default those of the model.
 
     Raises:
         ValueError: if the frames are not at places that the model knows, have another size than its videos, or are not
@@ -111,7 +121,7 @@ def encode_given(
     places = list(batch[0])
     if any(list(given) != places for given in batch):
         raise ValueError("given has frames at different places for some videos, but a batch has them at the same ones")
-    count, size = latent_frames(vae.config, num_frames), model.config["sample_size"]
+    count, grid = latent_frames(vae.config, num_frames), grid or sample_grid(model.config)
     which = places
     if (factor := temporal_downsampling(vae.config)) > 1:
         number = latent_frames(vae.config, len(places)) if places == list(range(len(places))) else 0
@@ -124,12 +134,30 @@ def encode_given(
     latents = []
     for given in batch:
         mean = encode(vae, np.stack(list(given.values())), precision)[0]
-        if mean.shape[-2:] != (size, size):
+        if mean.shape[-2:] != grid:
             height, width = next(iter(given.values())).shape[:2]
-            side = size * height // mean.shape[-2]
-            raise ValueError(f"a given frame is {width}x{height}, but the model's videos are {side}x{side}")
+            there, across = (side * downsampling(vae) for side in grid)
+            raise ValueError(f"a given frame is {width}x{height}, but the model's videos are {across}x{there}")
         latents.append(mean)
     return place_latents(model, torch.stack(latents), which, count)
+
+
+def latents_of(
+    model: LavitaTransformer3DModel, vae: Autoencoder, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Height and width of the latents of videos of a size in pixels; by default those of the model.
+
+    Raises:
+        ValueError: if the autoencoder or the model's patches do not divide the size.
+    """
+    grid, unit = sample_grid(model.config), downsampling(vae)
+    sides = []
+    for name, asked, default in (("height", height, grid[0]), ("width", width, grid[1])):
+        side = default * unit if asked is None else asked
+        if side < 1 or side % (unit * model.config["patch_size"]):
+            raise ValueError(f"{name} is {side}, but must be a multiple of {unit * model.config['patch_size']}")
+        sides.append(side // unit)
+    return sides[0], sides[1]
 
 
 def place_latents(

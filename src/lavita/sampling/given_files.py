@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from lavita.core.progress import say
+from lavita.core.sizes import AnySize, Size
 from lavita.data.clips import center_crop_resize
 from lavita.models.autoencoder import downsampling, temporal_downsampling
+from lavita.models.shapes import sample_grid
 from lavita.sampling.given import Places, check_places, listed
 from lavita.sampling.jobs import Job
 from lavita.sampling.pipeline import LavitaPipeline
@@ -89,13 +91,15 @@ NO_FILES = GivenFiles()
 
 
 def read_given(
-    given: GivenFiles, jobs: Sequence[Job], pipeline: LavitaPipeline, num_frames: int
+    given: GivenFiles, jobs: Sequence[Job], pipeline: LavitaPipeline, num_frames: int, size: AnySize | None = None
 ) -> dict[Path, dict[int, Frames]]:
-    """The given frames of each job, by its file; empty without any."""
+    """The given frames of each job, by its file; empty without any. `size`: the videos', if not the model's."""
     if not given:
         return {}
     config = pipeline.transformer.config
-    fit = Fitting(config["sample_size"] * downsampling(pipeline.vae))
+    unit = downsampling(pipeline.vae)
+    height, width = (side * unit for side in sample_grid(config))
+    fit = Fitting(Size(height, width) if size is None else Size.of(size))
     shared: dict[int, Frames] = {}
     for path, place in ((given.image, 0), (given.last_image, num_frames - 1)):
         if path is not None:
@@ -132,24 +136,24 @@ def read_places(path: Path, places: Sequence[int], frame_interval: int) -> dict[
 class Fitting:
     """Crops and scales given frames to the size of the model's videos, and counts what was not of this size."""
 
-    def __init__(self, resolution: int) -> None:
-        """`resolution` is the side of the videos in pixels."""
-        self._resolution = resolution
+    def __init__(self, size: Size) -> None:
+        """`size` is that of the videos in pixels."""
+        self._size = size
         self._others: list[str] = []
 
     def __call__(self, path: Path, places: Places) -> dict[int, Frames]:
         """The frames of a file in the size of the videos."""
         height, width = next(iter(places.values())).shape[:2]
-        if (height, width) != (self._resolution, self._resolution):
+        if (height, width) != (self._size.height, self._size.width):
             self._others.append(f"{path} is {width}x{height}")
-        fitted = center_crop_resize(np.stack(list(places.values())), self._resolution)
+        fitted = center_crop_resize(np.stack(list(places.values())), self._size)
         return dict(zip(places, fitted, strict=True))
 
     def report(self) -> None:
         """Says on stderr what was cropped and scaled, in one line."""
         if self._others:
             more = f" (and {len(self._others) - 1:,} more are of other sizes)" if self._others[1:] else ""
-            say(f"{self._others[0]}{more}: the middle is cut out and scaled to {self._resolution}x{self._resolution}")
+            say(f"{self._others[0]}{more}: the middle is cut out and scaled to {self._size.width}x{self._size.height}")
 
 
 def digest(places: Places) -> str:

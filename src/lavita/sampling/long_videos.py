@@ -29,6 +29,7 @@ def plan_windows(
     seconds: float | None,
     overlap: int | None,
     is_refused: bool,
+    window: int,
 ) -> Windows | None:
     """How long videos are divided; None for videos of one window.
 
@@ -39,6 +40,7 @@ def plan_windows(
         seconds: the same in seconds.
         overlap: frames that windows have in common.
         is_refused: whether something else was asked for that does not go with long videos.
+        window: frames of a window.
 
     Raises:
         ValueError: if the arguments do not fit together.
@@ -59,7 +61,7 @@ def plan_windows(
             raise ValueError(f"seconds is {seconds:g}, but must be above 0 and give at most {MOST_FRAMES} frames")
         length = max(1, round(seconds * config["fps"]))
     assert length is not None
-    windows = Windows(length, config["num_frames"], DEFAULT_OVERLAP if overlap is None else overlap)
+    windows = Windows(length, window, DEFAULT_OVERLAP if overlap is None else overlap)
     if windows.count > 1:
         check_places(config, range(windows.overlap), windows.window)
     return windows

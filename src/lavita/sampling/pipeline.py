@@ -18,16 +18,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from lavita.core.names import CacheName, Spacing
 from lavita.core.precision import Precision
 from lavita.models.actions import Actions, action_numbers
-from lavita.models.autoencoder import Autoencoder, check_autoencoder, decode, latent_frames, pixel_frames
+from lavita.models.autoencoder import Autoencoder, check_autoencoder, decode, downsampling, latent_frames, pixel_frames
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.finite import check_finite
 from lavita.models.hub import cannot_load, download
 from lavita.models.latent_statistics import LatentStatistics
+from lavita.models.shapes import default_frames, shape_warning, trained_range
 from lavita.models.text_encoder import TextEncoder, load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.conditions import class_numbers, text_embeddings
 from lavita.sampling.denoiser import Denoiser, Guidance
-from lavita.sampling.given import Places, encode_given, frames_of_videos, place_latents
+from lavita.sampling.given import Places, encode_given, frames_of_videos, latents_of, place_latents
 from lavita.sampling.pipeline_parts import PIPELINE_FILES, check_parts
 from lavita.sampling.schedulers import (
     Scheduler,
@@ -111,6 +112,8 @@ class LavitaPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         num_videos: int | None = None,
         num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
@@ -143,6 +146,9 @@ class LavitaPipeline(DiffusionPipeline):
             num_frames: frames of a video; by default the length of the training clips. Positions of longer clips are
                 interpolated (see `embeddings.frame_positions`), with a warning. F is the number of their latents, which
                 is smaller only with temporal downsampling.
+            height: height of the videos in pixels; by default that of the training clips, the first of several. In a
+                shape that was not trained there is a warning, and positions are interpolated beyond the trained ones.
+            width: their width in pixels.
             num_inference_steps: steps; each is one evaluation of the network (with the sampler `heun` two, except for
                 the last step), on twice the batch with guidance.
             guidance_scale: 1 for none; w gives `uncond + w (cond - uncond)` (Ho & Salimans 2022).
@@ -183,17 +189,19 @@ class LavitaPipeline(DiffusionPipeline):
         batch = len(conditions) if conditions is not None else (1 if num_videos is None else num_videos)
         # An image is a clip of one frame, which no other frame is merged with.
         merging = self.vae.config if use_temporal else {}
-        frames = pixel_frames(merging, config["num_frames"]) if num_frames is None else num_frames
+        grid = latents_of(self.transformer, self.vae, height, width)
+        frames = pixel_frames(merging, default_frames(config, grid)) if num_frames is None else num_frames
         count = latent_frames(merging, frames)
         kept = frames_of_videos(image, last_image, video, given, batch, frames)
-        known = encode_given(self.transformer, self.vae, kept, frames, precision) if kept else None
+        known = encode_given(self.transformer, self.vae, kept, frames, precision, grid) if kept else None
         if given_latents is not None:
             if known is not None:
                 raise ValueError("frames and given_latents were given; give one of them")
-            if given_latents.ndim != 5 or len(given_latents) != batch or not 1 <= given_latents.shape[1] <= count:
+            fits = given_latents.ndim == 5 and len(given_latents) == batch and given_latents.shape[-2:] == grid
+            if not fits or not 1 <= given_latents.shape[1] <= count:
                 raise ValueError(
                     f"given_latents have shape {tuple(given_latents.shape)}, but must have {batch} videos and 1 to "
-                    f"{count} latents"
+                    f"{count} latents of {grid[0]} x {grid[1]}"
                 )
             known = place_latents(self.transformer, given_latents, range(given_latents.shape[1]), count)
         if (guide_given and known is None) or (exact and not kept):
@@ -201,7 +209,8 @@ class LavitaPipeline(DiffusionPipeline):
         if known is not None and not use_temporal:
             raise ValueError("use_temporal is false, but images have no frames that could be given")
         can_guide = conditions is not None or (known is not None and guide_given)
-        self._check(conditions, num_videos, frames, count, num_inference_steps, guided and not can_guide, output_type)
+        shape = (batch, count, config["in_channels"], *grid)
+        self._check(conditions, num_videos, frames, shape, num_inference_steps, guided and not can_guide, output_type)
         for name, is_set in (("guidance_interval", guidance_interval is not None), ("guide_given", guide_given)):
             if is_set and not guided:
                 raise ValueError(f"{name} has no effect with a guidance_scale of 1")
@@ -209,8 +218,6 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError(f"{batch} videos were asked for, but must be at least 1")
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator has {len(generator)} generators, but this call makes {batch} videos")
-        size, channels = config["sample_size"], config["in_channels"]
-        shape = (batch, count, channels, size, size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
@@ -290,12 +297,14 @@ class LavitaPipeline(DiffusionPipeline):
         given: Sized | None,
         num_videos: int | None,
         frames: int,
-        count: int,
+        shape: tuple[int, int, int, int, int],
         steps: int,
         guided_by_nothing: bool,
         output_type: str,
     ) -> None:
-        trained, tube = self.transformer.config["num_frames"], self.transformer.tube_size
+        config, tube = self.transformer.config, self.transformer.tube_size
+        _, count, _, height, width = shape
+        trained = trained_range(config)[0]
         if not 1 <= frames <= MOST_FRAMES or count % tube:
             what = f"a multiple of {tube}, a tube's frames" if count == frames else f"have a multiple of {tube} latents"
             allowed = f"in {tube}..{MOST_FRAMES}" + (f" and {what}" if tube > 1 else "")
@@ -306,6 +315,8 @@ class LavitaPipeline(DiffusionPipeline):
                 f"{frames} frames were asked for, but the model was trained on {trained}: its temporal positions are "
                 "interpolated"
             )
+        if (warning := shape_warning(config, (count, height, width), downsampling(self.vae))) is not None:
+            logger.warning(warning)
         if not 1 <= steps <= NUM_TIMESTEPS:
             raise ValueError(f"num_inference_steps is {steps}, but must be in 1..{NUM_TIMESTEPS}")
         if given is not None and num_videos is not None and num_videos != len(given):

@@ -122,8 +122,10 @@ def variant_arms(config: RunConfig) -> Arms:
     """
     size, _, patch = config.model.preset.partition("/")
     twice = 2 * int(patch)
-    unit = twice * downsampling(load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution)))
-    if twice not in PATCH_SIZES or config.data.resolution % unit:
+    data = config.data
+    unit = twice * downsampling(load_autoencoder(autoencoder_source(config.autoencoder, data.longest_side)))
+    sides = {side for shape in data.shapes for side in (shape.size.height, shape.size.width)}
+    if twice not in PATCH_SIZES or any(side % unit for side in sides):
         print(f"Variant 4 is not compared at patch size {twice}: data.resolution is {config.data.resolution}")
         return STUDIES["variant"]
     return {**STUDIES["variant"], f"variant-4-patch-{twice}": ("model.variant=4", f"model.preset={size}/{twice}")}

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lavita.models.packaged import model_source
 from lavita.models.presets import preset_sizes
+from lavita.models.shapes import sample_grid
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.studies.memory import meta_model
 
@@ -202,9 +203,9 @@ def print_complexity(name: str, cost: Complexity, console: Console | None = None
     table.add_row("total", f"{cost.num_parameters / 1e6:,.2f}", "", f"{cost.macs / 1e9:,.2f}", "")
     console.print(table)
     images = f" and {cost.num_images} images" if cost.num_images else ""
-    size = config["sample_size"]
+    height, width = sample_grid(config)
     console.print(
-        f"A batch of {cost.batch_size}: {cost.num_frames} frames{images} of {size} x {size} latents, "
+        f"A batch of {cost.batch_size}: {cost.num_frames} frames{images} of {height} x {width} latents, "
         f"{cost.num_tokens:,} tokens per clip. MACs are the multiply-accumulates of one forward pass as executed "
         f"(FLOPs: twice as many), {cost.attention_products / 1e9:,.2f} G of them attention's products q k^T and with "
         f"the values. By the convention of Table 3: {truncated(cost.table3_parameters, 10**6)} M and, for "

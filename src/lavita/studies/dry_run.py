@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 
@@ -14,10 +15,12 @@ from lavita.core.files import check_outside
 from lavita.core.precision import low_precision, pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import clock
+from lavita.data.buckets import BucketSampler
 from lavita.models.autoencoder import load_autoencoder
 from lavita.models.given_frames import GivenMasks
 from lavita.models.packaged import autoencoder_source
 from lavita.models.pretrained.transfer import initialize
+from lavita.models.shapes import largest_shape
 from lavita.models.text_encoder import load_text_encoder
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.studies.live_storages import Peak
@@ -61,7 +64,8 @@ class DryRun:
     device: str
     precision: str
     step_seconds: float | None
-    """Measured time of a step; None if a step does not fit into the memory that is free."""
+    """Measured time of a step, with buckets the mean over the steps; None if a step does not fit into the memory that
+    is free."""
     read_seconds: float | None
     """Measured time of reading a batch."""
     run_seconds: float | None
@@ -91,7 +95,7 @@ def dry_run(config: RunConfig) -> DryRun:
     checkpoints = list_checkpoints(config.run_dir / "checkpoints")
     steps_done = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
     device = pick_device(settings.device)
-    vae = load_autoencoder(autoencoder_source(config.autoencoder, data.resolution), device)
+    vae = load_autoencoder(autoencoder_source(config.autoencoder, data.longest_side), device)
     check_resolution(config, vae)
     masks = GivenMasks(config.model.given_frames, config.model.given_dropout)
     batches = BatchMaker(data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae), masks)
@@ -114,7 +118,7 @@ def dry_run(config: RunConfig) -> DryRun:
         num_averages=1 + len(settings.power_ema),
     )
     micro = settings.batch_size // settings.accumulation
-    memory = training_memory(outline.config, micro, num_images=data.num_images, setting=setting)
+    memory = training_memory(largest_shape(outline.config), micro, num_images=data.num_images, setting=setting)
     free = available_memory(device)
     step_seconds = read_seconds = run_seconds = None
     parameters = trained_parameters(outline)
@@ -123,13 +127,15 @@ def dry_run(config: RunConfig) -> DryRun:
         fresh = _fresh_parameters(model, config, bool(checkpoints))
         state = build_state(model, settings, fresh, device, team)
         parameters = trained_parameters(model)
-        for step in range(steps_done, steps_done + STEPS):
-            start = time.perf_counter()
-            batch = batches.make(step)
-            read = time.perf_counter()
-            train_step(state, batch, settings)  # waits for the device: it reads the loss
-            step_seconds, read_seconds = time.perf_counter() - read, read - start
-        assert step_seconds is not None and read_seconds is not None
+        step_seconds = read_seconds = 0.0
+        for steps, share in _steps_to_time(batches, steps_done):
+            for step in steps:
+                start = time.perf_counter()
+                batch = batches.make(step)
+                read = time.perf_counter()
+                train_step(state, batch, settings)  # waits for the device: it reads the loss
+                last = time.perf_counter() - read, read - start
+            step_seconds, read_seconds = step_seconds + share * last[0], read_seconds + share * last[1]
         run_seconds = (settings.steps - steps_done) * (step_seconds + read_seconds)
     catalog = batches.source.catalog
     return DryRun(
@@ -150,6 +156,18 @@ def dry_run(config: RunConfig) -> DryRun:
         run_seconds=run_seconds,
         free_bytes=free,
     )
+
+
+def _steps_to_time(batches: BatchMaker, first: int) -> list[tuple[Sequence[int], float]]:
+    """For each shape of clips, the next steps that have it, of which the last one is timed, and its share of steps."""
+    sampler = batches.sampler
+    if not isinstance(sampler, BucketSampler):
+        return [(range(first, first + STEPS), 1.0)]
+    found: list[tuple[Sequence[int], float]] = []
+    for number, each in enumerate(sampler.samplers):
+        upcoming = (step for step in count(first) if sampler.choose(step) == number)
+        found.append((list(islice(upcoming, STEPS)), each.num_clips / sampler.num_clips))
+    return found
 
 
 def print_dry_run(config: RunConfig, found: DryRun) -> None:

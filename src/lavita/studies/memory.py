@@ -29,6 +29,7 @@ from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, decoded
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.sequence_parallel import SequenceGroup
+from lavita.models.shapes import sample_grid
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.studies.live_storages import (
     AUTOENCODER,
@@ -120,11 +121,11 @@ def meta_model(
     # The positions are real tensors: they come from numpy.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: LavitaTransformer3DModel = LavitaTransformer3DModel.from_config(dict(config)).train()
-        channels, size = model.config["in_channels"], model.config["sample_size"]
+        channels, grid = model.config["in_channels"], sample_grid(model.config)
         length = (num_frames or model.config["num_frames"]) + num_images
         conditions = (batch_size, 1 + num_images) if num_images else (batch_size,)
         inputs: dict[str, Any] = {
-            "latents": torch.zeros(batch_size, length, channels, size, size),
+            "latents": torch.zeros(batch_size, length, channels, *grid),
             "timesteps": torch.zeros(batch_size, dtype=torch.long),
             "num_images": num_images,
         }

@@ -14,15 +14,18 @@ from lavita.core.config import ConfigError
 from lavita.core.processes import Processes
 from lavita.core.seeds import generator
 from lavita.data.actions import ActionTable, match_actions
+from lavita.data.buckets import clip_sampler, image_sampler
 from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
-from lavita.data.clip_sources import ClipSource, LatentClip, open_images, open_videos
+from lavita.data.clip_sources import ClipSource, open_images, open_videos
 from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
+from lavita.data.latent_cache.reading import LatentClip
 from lavita.models.autoencoder import Autoencoder, temporal_downsampling
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.given_frames import GivenMasks
 from lavita.models.latent_statistics import LatentStatistics
+from lavita.models.shapes import sample_grid
 from lavita.training.config import TrainConfig
 from lavita.training.data_record import Contents, video_facts
 from lavita.training.timesteps import Timesteps
@@ -95,9 +98,9 @@ def random_batch(
     Returns:
         The batch, on torch's default device.
     """
-    random, size = torch.Generator().manual_seed(seed), config["sample_size"]
+    random = torch.Generator().manual_seed(seed)
     length = (num_frames or config["num_frames"]) + num_images
-    shape = (batch_size, length, config.get("in_channels", 4), size, size)
+    shape = (batch_size, length, config.get("in_channels", 4), *sample_grid(config))
     conditions = (batch_size, 1 + num_images) if num_images else (batch_size,)
     num_classes, text_dim = config.get("num_classes", 0), config.get("text_dim", 0)
     return Batch(
@@ -159,9 +162,7 @@ class BatchMaker:
             self.actions, self.source.catalog = match_actions(data.actions, self.source.catalog, data.broken)
         catalog = self.source.catalog
         self.class_names = catalog.class_names
-        self.sampler = ClipSampler(
-            catalog, data.num_frames, data.frame_interval, data.horizontal_flip, seed, span=data.clip_span
-        )
+        self.sampler = clip_sampler(catalog, data, seed)
         self.image_source = self.source if data.images is None else open_images(data, vae, settings.precision)
         if data.image_captions is not None:
             captions, self.image_source.catalog = match_captions(
@@ -169,7 +170,7 @@ class BatchMaker:
             )
             tables.append((captions, self.image_source.catalog))
         images = self.image_source.catalog
-        self.image_sampler = ClipSampler(images, 1, 1, data.horizontal_flip, seed, "image")
+        self.image_sampler = image_sampler(images, data, seed, self.sampler)
         if unknown := sorted(set(images.class_names) - set(self.class_names)):
             raise ConfigError(f"{images.root}: has class {unknown[0]!r}, which the videos do not have")
         self._captions = [captions for captions, _ in tables]
@@ -212,6 +213,8 @@ class BatchMaker:
     def make(self, step: int, indices: range | None = None) -> Batch:
         """The clips with some indices (from 0) in the batch of a step; by default all of them.
 
+        All clips of a step have one shape, see `buckets.BucketSampler`.
+
         A clip, its noise, timestep and label are pure functions of (seed, step, index): processes that share a batch
         or cut it into micro-batches train on the same clips as a single process. They do not depend on the images that
         follow, whose numbers come from a generator of their own, so that joint training sees the same clips with the
@@ -222,9 +225,9 @@ class BatchMaker:
         """
         indices = range(self.batch_size) if indices is None else indices
         count = self.num_images
-        clips, clip_latents = self._read(self.source, self.sampler, step, indices)
+        clips, clip_latents = self._read(self.source, self.sampler.at(step), step, indices)
         image_indices = range(indices.start * count, indices.stop * count)
-        images, image_latents = self._read(self.image_source, self.image_sampler, step, image_indices)
+        images, image_latents = self._read(self.image_source, self.image_sampler.at(step), step, image_indices)
         latents, noises, timesteps, drops = [], [], [], []
         for row, index in enumerate(indices):
             drawn = [self._noised([clip_latents[row]], random := generator(self.seed, "step", step, index))]

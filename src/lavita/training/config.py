@@ -202,6 +202,15 @@ class RunConfig(StrictConfig):
             raise ValueError(
                 f"train.score_every is {self.train.score_every}, but needs data.path and a model without captions"
             )
+        if self.train.score_every and (data.fit != "crop" or not isinstance(data.resolution, int)):
+            raise ValueError(
+                f"train.score_every is {self.train.score_every}, but scores compare squares: they need data.fit=crop "
+                "and a square data.resolution"
+            )
+        if data.buckets and self.train.timestep_shift == "auto":
+            raise ValueError(
+                "train.timestep_shift is auto, but clips of data.buckets differ in their number of positions: give a number"
+            )
         if self.train.validate_every and data.validation is None:
             raise ValueError(f"train.validate_every is {self.train.validate_every}, but needs data.validation")
         if data.actions is None and self.model.action_dropout != ModelConfig.model_fields["action_dropout"].default:
@@ -234,9 +243,11 @@ class RunConfig(StrictConfig):
                     f"data.num_images is {data.num_images}, but must be 0 with model.patch_embedding=compression, "
                     "whose tokens hold several frames: an image is one frame"
                 )
-            if data.num_frames % (model.tube_size or DEFAULT_TUBE_SIZE):
-                raise ValueError(
-                    f"data.num_frames is {data.num_frames}, but must be a multiple of model.tube_size "
-                    f"({model.tube_size or DEFAULT_TUBE_SIZE})"
-                )
+            tube = model.tube_size or DEFAULT_TUBE_SIZE
+            for shape in data.shapes:
+                if shape.num_frames % tube:
+                    raise ValueError(
+                        f"data.num_frames is {shape.num_frames}, but must be a multiple of model.tube_size ({tube})"
+                        + (f": data.buckets has {shape}" if data.buckets else "")
+                    )
         return self

@@ -19,8 +19,9 @@ from lavita.core.precision import pick_device
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
 from lavita.core.text import normal_name
+from lavita.data.buckets import used_buckets
 from lavita.data.text_embeddings import embed_texts, texts_folder
-from lavita.models.autoencoder import Autoencoder, downsampling, latent_frames, latent_size, load_autoencoder
+from lavita.models.autoencoder import Autoencoder, downsampling, latent_frames, latent_grid, load_autoencoder
 from lavita.models.compilation import compile_blocks
 from lavita.models.config import DEFAULT_TUBE_SIZE
 from lavita.models.fingerprint import fingerprint
@@ -30,6 +31,7 @@ from lavita.models.gradient_checkpointing import checkpoint_blocks
 from lavita.models.packaged import autoencoder_source
 from lavita.models.presets import preset_sizes
 from lavita.models.pretrained.transfer import initialize
+from lavita.models.shapes import sample_size_field
 from lavita.models.text_encoder import DEFAULT_TEXT_ENCODER
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.batches import BatchMaker
@@ -86,7 +88,7 @@ def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -
     check_batch_size(settings, team)
     check_resumable(run_dir, config, RESUMABLE)
     device = pick_device(settings.device)
-    vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
+    vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.longest_side), device)
     check_resolution(config, vae)
     texts = texts_folder(config.data.latent_cache, run_dir)
     encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
@@ -167,16 +169,23 @@ def check_batch_size(settings: TrainConfig, team: Processes) -> None:
 
 
 def check_resolution(config: RunConfig, vae: Autoencoder) -> None:
-    """Refuses a resolution that the autoencoder and the patches do not divide; ConfigError names the nearest others."""
-    size, preset, factor = config.data.resolution, config.model.preset, downsampling(vae)
+    """Refuses sizes that the autoencoder and the patches do not divide; ConfigError names the nearest others."""
+    preset, factor = config.model.preset, downsampling(vae)
     patch = preset_sizes(preset, config.model.variant)["patch_size"]
     unit = factor * patch
-    if size % unit:
-        near = " or ".join(str(n) for n in (size // unit * unit, size // unit * unit + unit) if n)
-        raise ConfigError(
-            f"data.resolution is {size}, but must be a multiple of {unit}, such as {near}: the autoencoder divides it "
-            f"by {factor}, and model.preset={preset} by {patch}"
-        )
+    for shape in config.data.shapes:
+        for side in (shape.size.height, shape.size.width):
+            if not side % unit:
+                continue
+            near = " or ".join(str(n) for n in (side // unit * unit, side // unit * unit + unit) if n)
+            field = (
+                f"data.buckets has {shape}" if config.data.buckets else f"data.resolution is {config.data.resolution}"
+            )
+            what = "" if isinstance(config.data.resolution, int) and not config.data.buckets else f"{side} "
+            raise ConfigError(
+                f"{field}, but {what}must be a multiple of {unit}, such as {near}: the autoencoder divides it by "
+                f"{factor}, and model.preset={preset} by {patch}"
+            )
 
 
 def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> LavitaTransformer3DModel:
@@ -184,6 +193,12 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
     names, table = list(batches.class_names), batches.text_table
     rates = sorted(video.info.fps for video in batches.source.catalog.videos)
     statistics = {} if batches.statistics is None else batches.statistics.fields()
+    shapes: dict[str, Any] = {}
+    if config.data.buckets:
+        used = used_buckets(batches.source.catalog, config.data)
+        shapes["trained_shapes"] = [
+            [latent_frames(vae.config, bucket.num_frames), *latent_grid(vae, bucket.size)] for bucket in used
+        ]
     torch.manual_seed(config.train.seed)
     return model_of_sizes(
         config,
@@ -197,6 +212,7 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
         frame_interval=config.data.frame_interval,
         fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
         **statistics,
+        **shapes,
     )
 
 
@@ -219,7 +235,7 @@ def model_of_sizes(config: RunConfig, vae: Autoencoder, num_classes: int, **fact
         given_frames=config.model.given_frames or None,
         learn_sigma=config.model.learn_sigma,
         prediction_type=config.model.prediction_type,
-        sample_size=latent_size(vae, config.data.resolution),
+        sample_size=sample_size_field(*latent_grid(vae, config.data.resolution)),
         in_channels=vae.config["latent_channels"],
         num_frames=latent_frames(vae.config, config.data.num_frames, "data.num_frames"),
         num_classes=num_classes,
@@ -312,6 +328,6 @@ def _resume(state: TrainState, run_dir: Path, vae: Autoencoder, team: Processes)
 
 def _open_scorer(config: RunConfig, device: torch.device, team: Processes) -> TrainingScorer:
     data = config.data
-    assert data.path is not None, "the configuration has no scores without data.path"
+    assert data.path is not None and isinstance(data.resolution, int), "the configuration has no scores for these data"
     options = TrackingOptions(num_clips=config.train.score_clips)
     return TrainingScorer(data.path, data.num_frames, data.frame_interval, data.resolution, options, device, team)

@@ -13,6 +13,7 @@ from lavita.core.processes import Processes, whole
 from lavita.core.seeds import generator
 from lavita.models.adapters import adapter_scale, merge_state
 from lavita.models.autoencoder import downsampling, pixel_frames
+from lavita.models.shapes import trained_shapes
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
 from lavita.training.batches import BatchMaker
@@ -22,6 +23,10 @@ from lavita.video.contact_sheet import contact_sheet
 from lavita.video.writing import write_video
 
 SAMPLE_STEPS = 20
+
+
+def _place(sample: tuple[int, npt.NDArray[np.uint8]]) -> int:
+    return sample[0]
 
 
 @torch.no_grad()
@@ -61,28 +66,35 @@ def write_samples(
     num_samples = settings.num_samples
     names, embeds = batches.class_names, batches.example_embeds(num_samples)
     size = min(num_samples, settings.batch_size)
-    parts = [range(first, min(num_samples, first + size)) for first in range(0, num_samples, size)]
-    own: list[npt.NDArray[np.uint8]] = []
+    config, factor = pipeline.transformer.config, downsampling(pipeline.vae)
+    shapes = trained_shapes(config)
+    # Sample i has the i-th trained shape, and so on in turn; those of one batch have one shape.
+    turns = [range(first, num_samples, len(shapes)) for first in range(min(num_samples, len(shapes)))]
+    parts = [turn[first : first + size] for turn in turns for first in range(0, len(turn), size)]
+    own: list[list[npt.NDArray[np.uint8]]] = []
     for part in team.share(parts):
+        length, height, width = shapes[part.start % len(shapes)]
+        length = pixel_frames(pipeline.vae.config, length)
         try:
             frames = pipeline(
                 class_labels=[i % len(names) for i in part] if names else None,
-                prompt_embeds=None if embeds is None else embeds[part.start : part.stop],
+                prompt_embeds=None if embeds is None else embeds[list(part)],
                 num_videos=len(part),
+                num_frames=length,
+                height=height * factor,
+                width=width * factor,
                 num_inference_steps=SAMPLE_STEPS,
                 generator=[generator(seed, "sample") for seed in part],
                 precision=settings.precision,
             ).frames
         except FloatingPointError as error:  # of a young model, or in fp16: no reason to end the run
-            print(f"step {step:,}: samples {part.start} to {part.stop - 1} are black: {error}", file=sys.stderr)
-            config, side = pipeline.transformer.config, downsampling(pipeline.vae)
-            side *= config["sample_size"]
-            length = pixel_frames(pipeline.vae.config, config["num_frames"])
-            frames = np.zeros((len(part), length, side, side, 3), np.uint8)
-        own.append(np.asarray(frames))
+            print(f"step {step:,}: samples {part.start} to {part[-1]} are black: {error}", file=sys.stderr)
+            frames = np.zeros((len(part), length, height * factor, width * factor, 3), np.uint8)
+        own.append(list(np.asarray(frames)))
     sheet = folder / f"step-{step:08d}.png"
-    videos = [video for batch in team.collect(own) for video in batch]
+    made = [video for batch in team.collect(own) for video in batch]
     if team.is_first:
+        videos = [video for _, video in sorted(zip((i for part in parts for i in part), made, strict=True), key=_place)]
         for index, video in enumerate(videos):
             write_video(folder / f"step-{step:08d}" / f"{index}.mp4", video, pipeline.transformer.config["fps"])
         contact_sheet([[video] for video in videos], sheet)

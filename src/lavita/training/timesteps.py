@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from lavita.models.autoencoder import Autoencoder, latent_frames, latent_size
+from lavita.models.autoencoder import Autoencoder, latent_frames, latent_grid
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.flow import FLOW, auto_shift, shift_time
 from lavita.training.config import RunConfig, TimestepSampling
@@ -31,7 +32,7 @@ class Timesteps:
         shift = settings.timestep_shift
         if shift == "auto":
             frames = latent_frames(vae.config, data.num_frames, "data.num_frames")
-            shift = auto_shift(frames * latent_size(vae, data.resolution) ** 2)
+            shift = auto_shift(frames * math.prod(latent_grid(vae, data.resolution)))
         return cls(True, settings.timestep_sampling, shift)
 
     def draw(self, random: torch.Generator) -> torch.Tensor:

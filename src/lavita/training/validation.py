@@ -13,6 +13,7 @@ from lavita.core.config import ConfigError
 from lavita.core.precision import Precision, autocast
 from lavita.core.processes import Processes
 from lavita.core.seeds import generator
+from lavita.data.buckets import validation_sampler
 from lavita.data.captions import CaptionSampler, match_captions
 from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, open_validation
@@ -99,10 +100,18 @@ class Validation:
             raise ConfigError(f"train.validation_clips is {count}, but each of {self._team.count} processes needs one")
         held_out = HeldOut.open(data, settings.precision, vae, training)
         catalog = held_out.source.catalog
-        sampler = ClipSampler(catalog, data.num_frames, data.frame_interval, False, seed, "validation")
-        draws = [sampler.draw(0, index) for index in range(count)]
+        sampler = validation_sampler(catalog, data, seed)
         self._own = self._team.share(range(count))
-        clips = held_out.source.read_many([draws[index] for index in self._own], data.num_frames, data.frame_interval)
+        if isinstance(sampler, ClipSampler):
+            draws = [sampler.draw(0, index) for index in range(count)]
+            own = [draws[index] for index in self._own]
+            clips = held_out.source.read_many(own, data.num_frames, data.frame_interval)
+        else:  # each clip has its own shape
+            shapes = [sampler.at(index) for index in range(count)]
+            draws = [shape.draw(0, index) for index, shape in enumerate(shapes)]
+            clips = [
+                held_out.source.read(draws[index], shapes[index].num_frames, data.frame_interval) for index in self._own
+            ]
         sampled = (
             mean + std * torch.randn(mean.shape, generator=generator(seed, "validation", index))
             for index, (mean, std) in zip(self._own, clips, strict=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -25,9 +26,11 @@ from lavita.core.precision import Precision, without_fp16
 from lavita.core.prefetch import prefetch
 from lavita.core.processes import Processes
 from lavita.core.progress import Progress
+from lavita.core.sizes import AnySize, Bucket, Size, listed_sizes, plain_size
 from lavita.core.text import normal_name
 from lavita.data.catalog import Catalog, Video
-from lavita.data.clips import center_crop_resize, mirror
+from lavita.data.clips import fit_frames, mirror
+from lavita.data.config import Fit
 from lavita.data.content_hash import source_bytes, source_digest
 from lavita.data.latent_cache.manifest import MANIFEST, VERSION, read_manifest, write_manifest
 from lavita.data.latent_cache.shards import (
@@ -43,13 +46,15 @@ from lavita.data.latent_cache.shards import (
     write_shard,
 )
 from lavita.data.latent_cache.statistics import cache_statistics
-from lavita.models.autoencoder import Autoencoder, encode, latent_size, temporal_downsampling
+from lavita.models.autoencoder import Autoencoder, encode, latent_grid, temporal_downsampling
 from lavita.models.fingerprint import encoder_fingerprint, fingerprint
 from lavita.video.formats import Frames, VideoError
 from lavita.video.reading import iter_frames
 
 CHUNK = 64  # frames that are decoded and encoded together
 SHARD_BYTES = 256 * 10**6
+SHAPE_SETTINGS = ("fit", "buckets", "frame_interval")
+"""Settings that a cache of cropped frames of one size does not have."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,16 @@ def encode_dataset(
     catalog: Catalog,
     folder: Path,
     vae: Autoencoder,
-    resolution: int,
+    resolution: AnySize,
     horizontal_flip: bool,
     precision: Precision = "auto",
     broken: Literal["skip", "error"] = "skip",
     team: Processes | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = False,
+    fit: Fit = "crop",
+    buckets: Sequence[Bucket] = (),
+    frame_interval: int | None = None,
 ) -> dict[str, Any]:
     """Writes the latent cache of a data set, or completes an existing one.
 
@@ -89,16 +97,19 @@ def encode_dataset(
     shard is deleted when none of its videos is left, and never changed. Any number of processes write the same files.
 
     Args:
-        catalog: the videos; the same in every process.
+        catalog: the videos; the same in every process. With buckets, `buckets.assign_buckets` has given them theirs.
         folder: the cache; created if missing.
         vae: the autoencoder.
-        resolution: side of the frames in pixels, after center crop and resize.
+        resolution: size of the frames in pixels; ignored with buckets, in whose sizes the videos are encoded.
         horizontal_flip: also encode the mirrored frames.
         precision: see `core.precision.autocast`.
         broken: `skip` reports videos that cannot be decoded and leaves them out; `error` raises at the first.
         team: the processes that share the work.
         shard_bytes: most bytes of latents in a shard; a video with more has a shard of its own.
         verify: read finished shards back first; damaged ones are reported and written again.
+        fit: how frames of other sizes get theirs, see `clips.fit_frames`.
+        buckets: shapes of clips, with `fit="bucket"`.
+        frame_interval: the interval that the videos were given their buckets for.
 
     Returns:
         The manifest.
@@ -109,7 +120,9 @@ def encode_dataset(
     """
     team = team or Processes()
     check_target(folder, catalog.root)
-    size = latent_size(vae, resolution)
+    sizes = [bucket.size for bucket in buckets] or [Size.of(resolution)]
+    for size in sizes:
+        latent_grid(vae, plain_size(size))
     factor = temporal_downsampling(vae.config)
     if factor > 1 and any(video.info.num_frames > 1 for video in catalog.videos):
         raise ValueError(
@@ -120,9 +133,16 @@ def encode_dataset(
         {
             "version": VERSION,
             "autoencoder": fingerprint(vae),
-            "resolution": resolution,
+            # As caches had it when frames were cropped squares; those are still read, and completed.
+            "resolution": listed_sizes(sizes)
+            if buckets
+            else resolution
+            if isinstance(resolution, int)
+            else str(resolution),
             "horizontal_flip": horizontal_flip,
             "precision": without_fp16(vae.device, precision),
+            **({} if fit == "crop" else {"fit": fit}),
+            **({"buckets": [*map(str, buckets)], "frame_interval": frame_interval} if buckets else {}),
         }
     )
     finished: dict[str, Shard]
@@ -132,14 +152,16 @@ def encode_dataset(
         for file in _damaged(finished, team):
             del finished[file]
     sources = _hash_sources(catalog, team)
-    frame_bytes = ITEM * 2 * (1 + horizontal_flip) * int(vae.config["latent_channels"]) * size**2
-    groups = _group(sources, finished, listed, settings, frame_bytes, shard_bytes)
+    value_bytes = ITEM * 2 * (1 + horizontal_flip) * int(vae.config["latent_channels"])
+    frame_bytes = {size: value_bytes * math.prod(latent_grid(vae, plain_size(size))) for size in sizes}
+    sized = [(source, _size_of(source, sizes[0])) for source in sources]
+    groups = _group(sized, finished, listed, settings, frame_bytes, shard_bytes)
     work = team.share([(file, group) for file, group in groups.items() if file not in finished])
 
     progress = Progress("encoding frame", sum(source.video.info.num_frames for _, group in work for source in group))
     note = f"process 1 of {team.count}" if team.count > 1 else ""
     outcome: dict[str, tuple[bool, list[str]]] = {}
-    with closing(prefetch(_read([source for _, group in work for source in group], resolution))) as pieces:
+    with closing(prefetch(_read([source for _, group in work for source in group], sizes[0], fit))) as pieces:
         videos = groupby(pieces, key=itemgetter(0))
         for file, group in work:
             done, problems = [], []
@@ -147,7 +169,9 @@ def encode_dataset(
                 decoded, pieces_of_source = next(videos)
                 assert decoded is source
                 try:
-                    done.append(_encode_video(vae, source, settings, (piece for _, piece in pieces_of_source)))
+                    done.append(
+                        _encode_video(vae, source, sizes[0], settings, (piece for _, piece in pieces_of_source))
+                    )
                 except ValueError as error:
                     if broken == "error":
                         raise
@@ -206,8 +230,8 @@ def _prepare(folder: Path, settings: dict[str, Any], catalog: Catalog) -> tuple[
             print(f"{str(error).partition(';')[0]}; is written again", file=sys.stderr)
             (folder / MANIFEST).unlink()
     for other in [shard.settings for shard in shards.values()] + ([manifest] if manifest else []):
-        for key, value in settings.items():
-            if other.get(key) != value:
+        for key in [*settings, *(key for key in SHAPE_SETTINGS if key in other)]:
+            if other.get(key) != (value := settings.get(key)):
                 raise ValueError(
                     f"{folder}: holds a cache with {key}={other.get(key)}, not {value}; use another folder"
                 )
@@ -248,31 +272,38 @@ def _hash_sources(catalog: Catalog, team: Processes) -> list[_Source]:
     return [_Source(video, *fact) for video, fact in zip(catalog.videos, team.collect(facts), strict=True)]
 
 
+def _size_of(source: _Source, size: Size) -> Size:
+    """The size of a video's frames: that of its bucket, or the only one."""
+    return size if source.video.bucket is None else source.video.bucket.size
+
+
 def _group(
-    sources: Sequence[_Source],
+    sources: Sequence[tuple[_Source, Size]],
     finished: dict[str, Shard],
     listed: set[str],
     settings: dict[str, Any],
-    frame_bytes: int,
+    frame_bytes: Mapping[Size, int],
     shard_bytes: int,
 ) -> dict[str, list[_Source]]:
-    """Groups videos into shards, by the name of the shard; shards of an interrupted run are among them."""
+    """Groups videos of one size into shards, by the shard's name; shards of an interrupted run are among them."""
+    # All frames of a shard have one size; the order of the videos would change from one size to another all the time.
+    sources = [pair for size in frame_bytes for pair in sources if pair[1] == size]
     # Shards that the manifest does not list come from an interrupted run. Their videos are grouped once more, so that
     # the other videos are grouped as they were then.
     kept = listed & finished.keys()
     for _ in range(2):
         done = {(normal_name(row.name), row.source_sha256) for file in kept for row in finished[file].videos.values()}
         groups: list[list[_Source]] = []
-        room = 0
-        for source in sources:
+        room, last = 0, None
+        for source, size in sources:
             if source.content in done:
                 continue
-            size = source.video.info.num_frames * frame_bytes
-            if not groups or size > room:
+            num_bytes = source.video.info.num_frames * frame_bytes[size]
+            if size != last or num_bytes > room:
                 groups.append([])
-                room = shard_bytes
+                room, last = shard_bytes, size
             groups[-1].append(source)
-            room -= size
+            room -= num_bytes
         named = {_shard_name(settings, group): group for group in groups}
         if finished.keys() <= kept | named.keys():
             break
@@ -305,13 +336,14 @@ def _manifest_rows(catalog: Catalog, sources: Sequence[_Source], shards: dict[st
                     "fps": row.fps,
                     "source_sha256": row.source_sha256,
                     "source_bytes": row.source_bytes,
+                    **({} if source.video.bucket is None else {"size": str(source.video.bucket.size)}),
                 }
             )
     return rows
 
 
-def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source, Frames | ValueError]]:
-    """Yields the frames of videos in order, cropped and resized, up to CHUNK at a time.
+def _read(sources: Sequence[_Source], size: Size, fit: Fit) -> Iterator[tuple[_Source, Frames | ValueError]]:
+    """Yields the frames of videos in order, in their size, up to CHUNK at a time.
 
     If a video breaks, its error takes the place of its remaining frames. There is at least one item per video.
     """
@@ -324,7 +356,7 @@ def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source
                 num_read += len(chunk)
                 if num_read > info.num_frames:
                     raise VideoError(info.path, f"has more than the {info.num_frames} frames that were counted")
-                yield source, center_crop_resize(np.stack(chunk), resolution)
+                yield source, fit_frames(np.stack(chunk), _size_of(source, size), fit)
             if num_read < info.num_frames:
                 raise VideoError(info.path, f"has {num_read} of the {info.num_frames} frames that were counted")
         except ValueError as error:
@@ -332,12 +364,12 @@ def _read(sources: Sequence[_Source], resolution: int) -> Iterator[tuple[_Source
 
 
 def _encode_video(
-    vae: Autoencoder, source: _Source, settings: dict[str, Any], pieces: Iterable[Frames | ValueError]
+    vae: Autoencoder, source: _Source, size: Size, settings: dict[str, Any], pieces: Iterable[Frames | ValueError]
 ) -> tuple[ShardVideo, dict[str, torch.Tensor]]:
     """Encodes the frames of a video, in the pieces that `_read` yields, to float16 latents."""
     info = source.video.info
-    side = latent_size(vae, settings["resolution"])
-    shape = (info.num_frames, int(vae.config["latent_channels"]), side, side)
+    grid = latent_grid(vae, _size_of(source, size))
+    shape = (info.num_frames, int(vae.config["latent_channels"]), *grid)
     keys = TENSORS if settings["horizontal_flip"] else TENSORS[:2]
     tensors = {key: torch.empty(shape, dtype=torch.float16) for key in keys}
     first = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lavita.core.files import inside, write_text
+from lavita.core.sizes import Bucket, parse_size
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -42,15 +43,38 @@ def _is_whole(manifest: Any) -> bool:
     if not isinstance(manifest, dict):
         return False
     lists = [manifest.get(key) for key in ("videos", "broken")]
+    if manifest.get("fit") == "bucket":
+        lists.append(buckets := manifest.get("buckets"))
+        if not isinstance(buckets, list) or not all(map(_is_bucket, buckets)):
+            return False
+    elif not _is_size(manifest.get("resolution")):
+        return False
     texts, numbers = ("name", "shard", "source_sha256"), ("num_frames", "source_bytes")
     return all(isinstance(each, list) for each in lists) and all(
         isinstance(row, dict)
         and all(isinstance(row.get(key), str) for key in texts)
         and all(type(row.get(key)) is int for key in numbers)
         and type(row.get("fps")) in (int, float)
+        and _is_size(row.get("size", manifest.get("resolution")))
         and (row.get("class") is None or isinstance(row["class"], str))
         for row in manifest["videos"]
     )
+
+
+def _is_size(value: Any) -> bool:
+    try:
+        parse_size(str(value))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_bucket(value: Any) -> bool:
+    try:
+        Bucket.parse(str(value))
+    except ValueError:
+        return False
+    return True
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ In this file `here` is the model, `there` the source of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isqrt
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from lavita.models.embeddings import spatial_positions, temporal_positions
 from lavita.models.presets import block_plan
 from lavita.models.pretrained.load_report import LoadReport
 from lavita.models.pretrained.reading import BLOCK_LAYERS, LABEL_TABLE, Source, Weights, open_source
+from lavita.models.shapes import stored_grid
 from lavita.models.transformer import LavitaTransformer3DModel
 
 
@@ -259,16 +259,17 @@ def _transfer_positions(transfer: _Transfer) -> None:
         here, there = transfer.targets.get(name), tensors.get(name)
         if here is None:
             continue
+        grid = (0, 0) if there is None else stored_grid(transfer.source.config, there.shape[1])
         if there is None:
             transfer.new(name, "fixed sin-cos, computed; the source stores no positions")
-        elif here.shape == there.shape:
+        elif here.shape == there.shape and (name == "temp_embed" or grid == transfer.model.grid):
             is_image = transfer.source.kind == "image"
             transfer.take(name, f"replicated over {num_tokens} frames" if is_image else "")
         else:
-            length = there.shape[1]
+            length, is_space = there.shape[1], name == "pos_embed"
             steps = np.arange(length, dtype=np.float64)
-            is_space = name == "pos_embed"
-            table = spatial_positions(isqrt(length), width) if is_space else temporal_positions(steps, width)
+            rows, columns = map(np.arange, grid)
+            table = spatial_positions(rows, columns, width) if is_space else temporal_positions(steps, width)
             # The tolerance is for tables stored in half precision.
             if there.shape != table.shape or not torch.allclose(there.float(), table, rtol=0, atol=1e-2):
                 raise ValueError(

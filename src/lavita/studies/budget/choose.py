@@ -14,10 +14,10 @@ from lavita.core.config import ConfigError
 from lavita.core.precision import pick_device
 from lavita.core.progress import clock
 from lavita.data.catalog import Catalog
-from lavita.data.clip_sources import CacheSource
 from lavita.data.clips import clip_span
 from lavita.data.datasets import open_dataset
 from lavita.data.latent_cache.manifest import read_manifest
+from lavita.data.latent_cache.reading import CacheSource
 from lavita.models.autoencoder import Autoencoder, downsampling, latent_size, load_autoencoder, temporal_downsampling
 from lavita.models.packaged import BUILTIN, autoencoder_source
 from lavita.studies.budget import table
@@ -69,6 +69,9 @@ def choose(given: Mapping[str, Any], seconds: float, spent: Callable[[], float])
     """
     chosen = recipe(given)
     draft = load(chosen, given)
+    if draft.data.buckets or not isinstance(draft.data.resolution, int):
+        shape = "data.buckets" if draft.data.buckets else f"data.resolution={draft.data.resolution}"
+        raise ConfigError(f"a time is only kept with square clips of one shape; train with {shape} by train.steps")
     device = pick_device(draft.train.device)
     catalog, side, flip_cached = _open(draft)
     lengths = [video.info.num_frames for video in catalog.videos]
@@ -156,7 +159,12 @@ def _open(draft: RunConfig) -> tuple[Catalog, int, bool | None]:
     flip = side = None
     if data.latent_cache is not None:
         manifest = read_manifest(data.latent_cache)
-        flip, side = bool(manifest["horizontal_flip"]), int(manifest["resolution"])
+        if not isinstance(manifest["resolution"], int):
+            raise ConfigError(
+                f"{data.latent_cache}: has frames of {manifest['resolution']}, but a time is only kept with square "
+                "clips of one shape; train by train.steps"
+            )
+        flip, side = bool(manifest["horizontal_flip"]), manifest["resolution"]
     if data.path is not None:
         catalog = open_dataset(
             data.path, data.dataset, data.split, data.class_folders, 1, data.broken, use_classes=data.use_classes
@@ -198,6 +206,7 @@ def _resolution(
 ) -> tuple[int, str]:
     data = given.get("data", {})
     if "resolution" in data:
+        assert isinstance(draft.data.resolution, int), "others are refused at the start"
         return draft.data.resolution, "as given"
     if draft.data.latent_cache is not None:
         return side, f"that of {draft.data.latent_cache}"

@@ -203,7 +203,7 @@ def _encode(start: Start) -> None:
     catalog = open_dataset(
         root, data.dataset, data.split, data.class_folders, 1, data.broken, use_classes=data.use_classes
     )
-    vae = load_autoencoder(autoencoder_source(config.autoencoder, data.resolution), pick_device(config.train.device))
+    vae = load_autoencoder(autoencoder_source(config.autoencoder, data.longest_side), pick_device(config.train.device))
     encode_dataset(
         catalog.only(set(videos)),
         folder,
@@ -212,6 +212,7 @@ def _encode(start: Start) -> None:
         data.horizontal_flip,
         config.train.precision,
         data.broken,
+        fit=data.fit,
     )
 
 

@@ -51,7 +51,7 @@ def choose_size(
     rows: Iterable[table.Row] = table.ROWS if preset is None else [row_of(preset.partition("/")[0])]
     best: tuple[table.Row, StepTrial, dict[str, Any], str] | None = None
     why = "as given" if preset is not None else "the largest one"
-    resolution = load(chosen, given).data.resolution
+    resolution = load(chosen, given).data.longest_side  # it is a square, see `choose`
     tokens = table.FEW_TOKENS if device.type == "cpu" and resolution <= table.SMALL_SIDE else table.TOKENS
     for row in rows:
         if best is not None and num_clips < row.least_clips:
