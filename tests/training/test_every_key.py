@@ -140,6 +140,8 @@ KEYS: dict[str, Key] = {
     "data.frame_interval": Key("1"),
     "data.start_span": Key("7"),
     "data.resolution": Key("32"),
+    "data.fit": Key("pad"),
+    "data.buckets": Key("[2x16x16,3x16x32]", model_config, only_with=("data.fit=bucket",)),
     "data.horizontal_flip": Key("false"),
     "data.latent_cache": Key("{cache}", threads),
     "data.normalize_latents": Key("true"),

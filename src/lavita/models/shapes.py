@@ -124,7 +124,7 @@ def stored_grid(config: Mapping[str, Any], count: int) -> tuple[int, int]:
 def check_shapes(config: Mapping[str, Any], tube: int) -> None:
     """Checks the fields `sample_size` and `trained_shapes`; ValueError names what is wrong."""
     size, patch = config["sample_size"], config["patch_size"]
-    if not isinstance(size, int) and not _are_counts(size, 2):
+    if isinstance(size, bool) or not (isinstance(size, int) or _are_counts(size, 2)):
         raise ValueError(f"sample_size is {size!r}, but must be a whole number, or a list of a height and a width")
     if min(sample_grid(config)) < 1:
         raise ValueError(f"sample_size is {size}, but must be at least 1")
