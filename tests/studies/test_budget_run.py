@@ -133,7 +133,7 @@ def test_encoding_that_is_interrupted_counts(within: Within, tmp_path: Path, mon
     videos, now = write_videos(tmp_path / "videos"), [0.0]
     real = encode_dataset
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
         now[0] += 7.0
         raise KeyboardInterrupt
 

@@ -238,6 +238,18 @@ def complete_protocol(protocol: Protocol, generated: Source, frame_interval: int
     )
 
 
+def crop_warnings(generated: Source, protocol: Protocol) -> list[str]:
+    """Says so if only the middle of the generated videos is scored, because they are no squares."""
+    info = generated.catalog.videos[0].info
+    if info.width == info.height:
+        return []
+    side = min(info.width, info.height)
+    return [
+        f"generated videos are {info.width}x{info.height}, but scores compare squares: only their middle, "
+        f"{side}x{side}, is scored, at {protocol.resolution} pixels, and so is that of the real videos"
+    ]
+
+
 def _check_one_size(videos: Sequence[Video]) -> None:
     first = videos[0].info
     for video in videos:

@@ -22,7 +22,7 @@ from lavita.data.catalog import read_generation
 from lavita.data.clips import clip_span
 from lavita.evaluation.classes.clips import select_videos
 from lavita.evaluation.classes.scores import CLASS_METRICS
-from lavita.evaluation.clips import Selection, choose_all, complete_protocol
+from lavita.evaluation.clips import Selection, choose_all, complete_protocol, crop_warnings
 from lavita.evaluation.enough import check_enough, drop_small_floor
 from lavita.evaluation.feature_metrics import (
     FEATURE_METRICS,
@@ -346,7 +346,7 @@ def _select(
         if name != "generated":
             sources[name] = folders[name].usable(span, skip_broken, undecodable[name])
     real = [video.info for video in sources["real"].catalog.videos]
-    warnings = []
+    warnings = crop_warnings(sources["generated"], protocol)
     num_small = sum(min(info.width, info.height) < protocol.resolution for info in real)
     if num_small:
         warnings.append(f"{num_small} of {len(real)} real videos are enlarged to {protocol.resolution} pixels")

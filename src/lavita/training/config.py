@@ -209,7 +209,8 @@ class RunConfig(StrictConfig):
             )
         if data.buckets and self.train.timestep_shift == "auto":
             raise ValueError(
-                "train.timestep_shift is auto, but clips of data.buckets differ in their number of positions: give a number"
+                "train.timestep_shift is auto, but clips of data.buckets differ in their number of positions: give a "
+                "number"
             )
         if self.train.validate_every and data.validation is None:
             raise ValueError(f"train.validate_every is {self.train.validate_every}, but needs data.validation")

@@ -267,8 +267,7 @@ def _transfer_positions(transfer: _Transfer) -> None:
             transfer.take(name, f"replicated over {num_tokens} frames" if is_image else "")
         else:
             length, is_space = there.shape[1], name == "pos_embed"
-            steps = np.arange(length, dtype=np.float64)
-            rows, columns = map(np.arange, grid)
+            rows, columns, steps = (np.arange(count, dtype=np.float64) for count in (*grid, length))
             table = spatial_positions(rows, columns, width) if is_space else temporal_positions(steps, width)
             # The tolerance is for tables stored in half precision.
             if there.shape != table.shape or not torch.allclose(there.float(), table, rtol=0, atol=1e-2):
