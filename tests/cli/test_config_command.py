@@ -60,7 +60,8 @@ def test_a_change_shows_the_default_beside_the_value(run: Run) -> None:
     code, out, _ = run("config", "demo", "data.resolution=96")
     lines = out.splitlines()
     place = lines.index("  resolution: 96")
-    assert code == 0 and lines[place - 1].endswith("[integer or height x width; default: 256]")
+    comment = " ".join(line.strip(" #") for line in lines[place - 2 : place])
+    assert code == 0 and comment.endswith("[integer or height x width; default: 256]")
 
 
 def test_a_run_folder_and_a_required_field(run: Run, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ class Pipeline:
     """Makes frames of one value, the number of the video; remembers what it was asked for."""
 
     def __init__(self) -> None:
-        self.transformer = SimpleNamespace(config={"fps": 5.5})
+        self.transformer = SimpleNamespace(config={"fps": 5.5, "num_frames": 2, "sample_size": 4})
+        self.vae = SimpleNamespace(config={})
         self.labels: list[int] = []
         self.embeds: list[torch.Tensor] = []
         self.seeds: list[int] = []
@@ -47,6 +48,7 @@ def test_every_sample_has_its_own_seed_and_condition(
         "write_video",
         lambda path, frames, fps: written.update({path.relative_to(tmp_path).as_posix(): (frames[0, 0, 0, 0], fps)}),
     )
+    monkeypatch.setattr(snapshots, "downsampling", lambda vae: 2)
     table = torch.arange(7.0)[:, None].repeat(1, 3)
     batches: Any = SimpleNamespace(
         class_names=("a", "b", "c") if condition == "classes" else (),

@@ -36,6 +36,9 @@ def run_facts(run_dir: Path) -> CardFacts:
     step = metrics[-1]["step"] if metrics else 0
     hours = _seconds(metrics, settings.batch_size) / 3600
     clips = f"{data.num_frames} frames at interval {data.frame_interval}, {data.resolution} pixels"
+    if data.buckets:
+        shapes = ", ".join(map(str, data.buckets))
+        clips = f"{shapes} (frames x height x width in pixels) at interval {data.frame_interval}"
     mirrored = ", mirrored at random" if data.horizontal_flip else ""
     joint = f", with {data.num_images} images after each clip" if data.num_images else ""
     kind = "" if data.dataset == "folder" else f" of {data.dataset}"
