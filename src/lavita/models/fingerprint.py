@@ -7,7 +7,7 @@ import json
 
 from diffusers.models.modeling_utils import ModelMixin
 
-LATER_FIELDS = {"flow_shift", "given_frames", "latent_mean", "latent_std"}
+LATER_FIELDS = {"flow_shift", "given_frames", "latent_mean", "latent_std", "text_tokens"}
 """Fields of the transformer that its first models did not have; their default is None."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 
 from lavita.models.blocks import Conditioning
+from lavita.models.cross_attention import check_text_tokens, text_shape
 from lavita.models.given_frames import KINDS
 from lavita.models.presets import block_plan
 
@@ -25,7 +26,7 @@ MOST_BLOCKS, MOST_VALUES = 2**12, 2**31
 _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     int: (
         *("sample_size", "num_frames", "in_channels", "patch_size", "hidden_size", "num_blocks", "num_heads"),
-        *("variant", "tube_size", "num_classes", "text_dim", "frame_interval"),
+        *("variant", "tube_size", "num_classes", "text_dim", "text_tokens", "frame_interval"),
     ),
     float: ("mlp_ratio", "fps"),
     bool: ("learn_sigma",),
@@ -33,7 +34,7 @@ _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     list: ("class_names", "given_frames"),
 }
 """The fields of the constructor; a `config.json` from elsewhere may hold anything."""
-_OPTIONAL = ("class_names", "text_encoder", "given_frames")
+_OPTIONAL = ("class_names", "text_encoder", "given_frames", "text_tokens")
 _TYPES: dict[type, Any] = {float: (int, float), list: (list, tuple)}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 
@@ -66,6 +67,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     num_classes, text_dim, class_names = config["num_classes"], config["text_dim"], config["class_names"]
     if num_classes < 0 or text_dim < 0:
         raise ValueError(f"num_classes is {num_classes} and text_dim {text_dim}, but must be at least 0")
+    check_text_tokens(config)
     sample_size, patch_size = config["sample_size"], config["patch_size"]
     if sample_size % patch_size:
         raise ValueError(f"sample_size is {sample_size}, but must be a multiple of patch_size ({patch_size})")
@@ -163,7 +165,8 @@ def check_inputs(
         latents: must be (B, F, C, H, W).
         timesteps: must be (B,) or a scalar.
         class_labels: must be (B,), or (B, 1 + I) with images, for a model with classes; None for another.
-        text_embeds: must be (B, text_dim), or (B, 1 + I, text_dim), for a model with texts; None for another.
+        text_embeds: must be (B, text_dim), or (B, 1 + I, text_dim), for a model with texts, with 1 + L before text_dim
+            if it has `text_tokens`; None for another.
         num_images: I; must be less than F, and 0 for tubes.
         use_temporal: must be true for tubes.
 
@@ -202,7 +205,7 @@ def check_inputs(
     if text_dim:
         if text_embeds is None:
             raise ValueError("text_embeds are missing, but this model has texts")
-        _check_shape("text_embeds", text_embeds, (*expected, text_dim))
+        _check_shape("text_embeds", text_embeds, (*expected, *text_shape(config)))
 
 
 def check_given(config: Mapping[str, Any], given: torch.Tensor, shape: Sequence[int]) -> None:

@@ -89,7 +89,14 @@ def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -
     vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.resolution), device)
     check_resolution(config, vae)
     texts = texts_folder(config.data.latent_cache, run_dir)
-    encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
+    encoder = partial(
+        embed_texts,
+        source=config.model.text_encoder,
+        folder=texts,
+        device=device,
+        team=team,
+        num_tokens=config.model.text_tokens,
+    )
     masks = GivenMasks(config.model.given_frames, config.model.given_dropout)
     batches = BatchMaker(config.data, settings, vae, config.model.class_dropout, Timesteps.of(config, vae), masks)
     contents = batches.contents()
@@ -181,7 +188,8 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
         len(names),
         flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         class_names=names or None,
-        text_dim=0 if table is None else table.shape[1],
+        text_dim=0 if table is None else table.shape[-1],
+        text_tokens=config.model.text_tokens,
         text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
         frame_interval=config.data.frame_interval,
         fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),
