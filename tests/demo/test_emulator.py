@@ -139,7 +139,7 @@ def test_a_study_goes_on_and_shows_what_it_found(tmp_path: Path, run: Run, monke
         (("games=chess",), "games has 'chess', but must name each once; allowed: boxing"),
         (("horizon=0",), "horizon is 0, but must be at least 1"),
         (("colour=red",), "'colour=red' is no field of the study; allowed: games=A,B preset=X"),
-        (("--config", "demo"), "--config has no effect on the study emulator"),
+        (("--config", "demo"), "config is demo, but has no effect on the study emulator"),
         (("--steps", "1,2"), "steps is '1,2', but the study emulator takes one number"),
     ],
 )
@@ -151,4 +151,4 @@ def test_a_wrong_command(arguments: tuple[str, ...], words: str, run: Run, tmp_p
 
 def test_other_studies_need_a_configuration(run: Run, tmp_path: Path) -> None:
     code, _, errors = run("study", "variant", "--out", tmp_path / "study")
-    assert code == 2 and "the study variant needs --config" in errors
+    assert code == 2 and "config is missing, but the study variant needs one" in errors

@@ -11,6 +11,7 @@ from conftest import MakeTransformer, Run, SavePipeline
 from models.dit import layout, make_dit
 
 from lavita.models.autoencoder import AutoencoderKL
+from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.latte_files import convert_latte, export_latte, latte_config
 from lavita.sampling.pipeline import load_pipeline
 
@@ -155,3 +156,16 @@ def test_bad_input_is_one_line(line: str, words: str, latte: Path, run: Run) -> 
     last = stderr.splitlines()[-1]
     assert last.startswith("error:") and words in last
     assert not (latte.parent / "out").exists() and not (latte.parent / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"sample_size": [4, 8]}, "has squares only"), ({"trained_shapes": [[2, 4, 4]]}, r"trained_shapes is \[\[2, 4")],
+)
+def test_shapes_that_latte_has_no_place_for(
+    fields: dict[str, Any], message: str, tmp_path: Path, save_pipeline: SavePipeline
+) -> None:
+    small = {"num_frames": 2, "hidden_size": 32, "num_blocks": 2, "num_heads": 2}
+    folder = save_pipeline(LavitaTransformer3DModel(**{"sample_size": 4, **small, **fields}))
+    with pytest.raises(ValueError, match=message):
+        export_latte(folder, tmp_path / "out.pt")

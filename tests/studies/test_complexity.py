@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lavita import cli
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.sampling.pipeline import LavitaPipeline
-from lavita.studies.complexity import measure, model_config, truncated
+from lavita.studies.complexity import CROSS_ATTENTION, measure, model_config, truncated
 from lavita.studies.table3 import Table3Row, table3
 
 # --- Table 3
@@ -86,6 +86,7 @@ def macs_by_hand(model: LavitaTransformer3DModel, batch: int, frames: int, image
     total = frames * patches * patch**2 * channels * tube * width  # patch embedding
     total += 256 * width + layers  # timestep
     total += conditions * (config["text_dim"] * width + layers) if config["text_dim"] else 0
+    total += conditions * (config["text_tokens"] or 0) * config["text_dim"] * width
     for index in range(config["num_blocks"]):
         late = index >= config["num_blocks"] // 2 if config["variant"] == 1 else index % 2 == 1
         if config["variant"] <= 2 and late:
@@ -93,6 +94,8 @@ def macs_by_hand(model: LavitaTransformer3DModel, batch: int, frames: int, image
             continue
         total += frames * tokens * (linear_attention + mlp) + conditions * steering
         total += in_space
+        if words := config["text_tokens"]:
+            total += frames * tokens * (2 * layers + 2 * words * width) + conditions * words * 2 * layers
         if config["variant"] >= 3:
             total += video * tokens * linear_attention + in_time
     total += 0 if plain else conditions * 2 * layers
@@ -108,6 +111,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "images": ({"num_classes": 3}, 2),
     "images without conditions": ({}, 2),
     "texts": ({"text_dim": 6, "temporal_position": "rope"}, 1),
+    "words": ({"text_dim": 6, "text_tokens": 7}, 2),
     "tokens": ({"conditioning": "all_tokens", "num_classes": 3}, 2),
     "tubes": ({"patch_embedding": "compression", "tube_size": 2}, 0),
     "many tokens": ({"sample_size": 24}, 0),  # 144 a frame: attention by torch's own function
@@ -129,11 +133,15 @@ def test_macs_and_parameters_are_those_of_the_layers(
     assert cost.macs == macs_by_hand(model, 2, 4, images)
     assert cost.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
-    attentions = [part for name, part in cost.parts.items() if "attention" in name]
+    attentions = [part for name, part in cost.parts.items() if name.endswith("attention")]
     layers = 32 * 96 + 96 + 32 * 32 + 32
     assert sum(part.num_parameters for part in attentions) == (8 if variant >= 3 else 4) * layers
     assert len(attentions) == 2
-    assert 0 < cost.attention_products < sum(part.macs for part in attentions)
+    words = cost.parts.get(CROSS_ATTENTION)
+    assert (words is not None) == ("text_tokens" in fields)
+    if words is not None:
+        assert words.num_parameters == (4 if variant >= 3 else 2) * layers
+    assert 0 < cost.attention_products < sum(part.macs for part in attentions) + (words.macs if words else 0)
 
 
 def test_a_clip_of_another_length(make_transformer: MakeTransformer) -> None:
@@ -226,8 +234,8 @@ def test_the_command_takes_every_option_of_a_preset() -> None:
     expected = measure(answer["config"], batch_size=2, num_images=3)
     assert (answer["macs"], answer["batch_size"], answer["num_images"]) == (expected.macs, 2, 3)
     assert sum(part["num_parameters"] for part in answer["parts"].values()) == answer["num_parameters"]
-    text_dim = json.loads(info("tiny/8", "--text-dim", "7", "--json"))["config"]["text_dim"]
-    assert text_dim == 7
+    texts = json.loads(info("tiny/8", "--text-dim", "7", "--text-tokens", "9", "--json"))["config"]
+    assert (texts["text_dim"], texts["text_tokens"]) == (7, 9)
 
 
 def test_the_command_reads_folders(pipeline: LavitaPipeline, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "unconditional": ({}, 0),
     "images": ({"num_classes": 3}, 2),
     "texts": ({"text_dim": 6, "temporal_position": "rope"}, 1),
+    "words": ({"text_dim": 6, "text_tokens": 7}, 2),
     "tokens": ({"conditioning": "all_tokens", "num_classes": 3}, 2),
     "tubes": ({"patch_embedding": "compression", "tube_size": 2}, 0),
     "many tokens": ({"sample_size": 24}, 0),  # 144 a frame: attention by torch's own function

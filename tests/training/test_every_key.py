@@ -16,7 +16,7 @@ from PIL import Image
 from run_folders import last_checkpoint, lines_of
 from tiny_data import paint, write_broken, write_videos
 from tiny_text import CLIP, save_text_encoder
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from lavita.core.config import StrictConfig
 from lavita.data.catalog import scan
@@ -165,6 +165,7 @@ KEYS: dict[str, Key] = {
     "model.conditioning": Key("all_tokens"),
     "model.temporal_position": Key("rope", model_config),
     "model.text_encoder": Key("{other_clip}", weights, TEXTS),
+    "model.text_tokens": Key("6", model_config, (*TEXTS[:2], "model.text_encoder={plain_clip}")),
     "model.class_dropout": Key("0.9", weights),
     "model.given_frames": Key("[first]"),
     "model.given_dropout": Key("0.9", also=("model.given_frames=[first]",)),
@@ -243,9 +244,9 @@ def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> 
         (tmp_path / name).write_text("\n".join(["file,actions", *rows]))
         return tmp_path / name
 
-    def clip(name: str, seed: int) -> Path:
+    def clip(name: str, seed: int, model: PreTrainedModel | None = None) -> Path:
         torch.manual_seed(seed)
-        save_text_encoder(CLIPTextModelWithProjection(CLIP), tmp_path / name)
+        save_text_encoder(model or CLIPTextModelWithProjection(CLIP), tmp_path / name)
         return tmp_path / name
 
     def images() -> Path:
@@ -293,6 +294,7 @@ def places(tmp_path: Path, make_config: MakeConfig, tiny_vae: AutoencoderKL) -> 
         "held_captions_2": lambda: captions("held-2.csv", [*held, "b/9.mp4"], "freeway of boxing"),
         "clip": lambda: clip("clip", 1),
         "other_clip": lambda: clip("other-clip", 2),
+        "plain_clip": lambda: clip("plain-clip", 1, CLIPTextModel(CLIP)),
         "pipeline": pipeline,
         "published": published,
         "with_broken": with_broken,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +34,12 @@ def info(
     num_classes: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
     text_dim: Annotated[
         int | None, typer.Option(min=0, help="Width of text embeddings. Default: 0.", show_default=False)
+    ] = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a text that blocks attend to; needs --text-dim. Default: none.", show_default=False
+        ),
     ] = None,
     sample_size: Annotated[
         str | None,
@@ -94,6 +99,7 @@ def info(
         "temporal_position": temporal_position,
         "num_classes": num_classes,
         "text_dim": text_dim,
+        "text_tokens": text_tokens,
         "sample_size": None if sample_size is None else parse_latent_size(sample_size),
     }
     batch: dict[str, Any] = {"batch_size": batch_size, "num_frames": num_frames, "num_images": num_images}
@@ -177,8 +183,9 @@ def study(
         typer.Argument(
             help="frame-interval, temporal-position, variant, patch-embedding, conditioning (Fig. 5; variant has "
             "Variant 4 at twice the patch size, too, as the paper's Table 3 has it), joint-training, pretraining, "
-            "recipe: the paper's objective and optimizer against the modern ones; or combinations: every variant with "
-            "every embedding, conditioning and position; or emulator: a model that is told a player's actions against "
+            "recipe: the paper's objective and optimizer against the modern ones; combinations: every variant with "
+            "every embedding, conditioning and position; words: attention to a caption's tokens against its pooled "
+            "embedding, on clips that the study renders; or emulator: a model that is told a player's actions against "
             "the game itself."
         ),
     ],
@@ -186,14 +193,20 @@ def study(
     config: Annotated[
         str | None,
         typer.Option(
-            help="Configuration of all arms: a YAML file, or the name of a packaged one. emulator has its own.",
+            help="Configuration of all arms: a YAML file, or the name of a packaged one. Default for words: words; "
+            "emulator has its own.",
             show_default=False,
         ),
     ] = None,
     overrides: Overrides = None,
     steps: Annotated[
-        str, typer.Option(help="Training steps of each arm; several increasing numbers: sample and score at each.")
-    ] = "1000",
+        str | None,
+        typer.Option(
+            help="Training steps of each arm; several increasing numbers: sample and score at each. Default: 1000; for "
+            "words those of its configuration.",
+            show_default=False,
+        ),
+    ] = None,
     real: Annotated[
         Path | None, typer.Option(help="Class folders of real videos to score against.", show_default=False)
     ] = None,
@@ -206,7 +219,8 @@ def study(
     train_seeds: Annotated[
         str | None,
         typer.Option(
-            help="Train each arm once per seed, such as 0-2. Default: once, with train.seed.", show_default=False
+            help="Train each arm once per seed, such as 0-2. Default: once, with train.seed; for words 0-2.",
+            show_default=False,
         ),
     ] = None,
     sample_steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
@@ -220,36 +234,50 @@ def study(
     from lavita.sampling.jobs import parse_seeds
     from lavita.studies import ablation
     from lavita.studies.ablation import STUDIES, StudyPlan, pretraining_arms, run_study
+    from lavita.studies.words.study import run_words
     from lavita.training.config import RunConfig
 
+    if name in ("words", "emulator"):
+        for option, value, default in (
+            *(("real", real, None), ("protocol", protocol, None), ("weights", weights, None), ("seeds", seeds, "0-3")),
+            ("metrics", metrics, "accuracy,motion"),
+            ("config", config if name == "emulator" else None, None),
+        ):
+            if value != default:
+                raise ValueError(f"{option} is {value}, but has no effect on the study {name}")
     if name == "emulator":
-        fixed = {"--config": config, "--real": real, "--protocol": protocol, "--weights": weights}
-        _emulator(out, overrides or [], steps, train_seeds, sample_steps, fixed)
+        _emulator(out, overrides or [], steps, train_seeds, sample_steps)
         return
     by_config = {"frame-interval": ablation.frame_interval_arms, "variant": ablation.variant_arms}
-    names = sorted({*by_config, *STUDIES, "pretraining", "emulator"})
+    names = sorted({*by_config, *STUDIES, "pretraining", "words", "emulator"})
     if name not in names:
         raise ValueError(f"name is {name!r}; allowed: {', '.join(names)}")
-    if config is None:
-        raise ValueError(f"the study {name} needs --config, the configuration of its arms")
     if (weights is None) == (name == "pretraining"):
         raise ValueError("the study pretraining needs --weights, and only that one takes it")
     if protocol and real is None:
         raise ValueError(f"protocol is {protocol}, but has no effect without --real")
+    if config is None and name != "words":
+        raise ValueError(f"config is missing, but the study {name} needs one, such as --config demo")
+    source = find_config(config or "words")
+    if steps is None:
+        steps = str(load_config(RunConfig, read_yaml(source)).train.steps) if name == "words" else "1000"
     if not all(part.strip().isdecimal() for part in steps.split(",")):
         raise ValueError(f"steps is {steps!r}; allowed: numbers such as 1000 or 500,1000")
+    arms: ablation.Arms = {}
     if weights is not None:
         arms = pretraining_arms(weights)
     elif name in by_config:
         if name == "variant" and any(override.startswith("model=") for override in overrides or ()):
             raise ValueError("the study variant changes model.preset in an arm: set fields as model.preset=S/2")
-        arms = by_config[name](load_config(RunConfig, read_yaml(find_config(config)), overrides or (), source=config))
-    else:
+        arms = by_config[name](load_config(RunConfig, read_yaml(source), overrides or (), source=str(source)))
+    elif name != "words":
         arms = STUDIES[name]
     points = tuple(int(part) for part in steps.split(","))
+    if train_seeds is None and name == "words":
+        train_seeds = "0-2"
     plan = StudyPlan(
         out,
-        config,
+        config or "words",
         tuple(overrides or ()),
         points,
         seeds,
@@ -260,7 +288,10 @@ def study(
         () if train_seeds is None else tuple(parse_seeds(train_seeds)),
     )
     try:
-        run_study(arms, plan)
+        if name == "words":
+            run_words(plan)
+        else:
+            run_study(arms, plan)
     except CommandFailed as failed:
         raise typer.Exit(failed.code) from failed
 
@@ -268,22 +299,20 @@ def study(
 def _emulator(
     out: Path,
     overrides: list[str],
-    steps: str,
+    steps: str | None,
     train_seeds: str | None,
     sample_steps: int,
-    fixed: Mapping[str, object],
 ) -> None:
     """Runs the study `emulator`, whose fields are those of `EmulatorPlan`."""
     from lavita.core.commands import CommandFailed
     from lavita.demo.emulator.study import EmulatorPlan, run_emulator_study
     from lavita.sampling.jobs import parse_seeds
 
-    for option, value in fixed.items():
-        if value is not None:
-            raise ValueError(f"{option} has no effect on the study emulator")
-    if not steps.isdecimal():
+    if steps is not None and not steps.isdecimal():
         raise ValueError(f"steps is {steps!r}, but the study emulator takes one number")
-    fields: dict[str, Any] = {"steps": int(steps), "sample_steps": sample_steps}
+    fields: dict[str, Any] = {"sample_steps": sample_steps}
+    if steps is not None:
+        fields["steps"] = int(steps)
     if train_seeds is not None:
         fields["train_seeds"] = tuple(parse_seeds(train_seeds))
     numbers = ("episodes", "length", "clips", "horizon")

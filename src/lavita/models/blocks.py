@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
+from lavita.models.cross_attention import CrossAttention, Words
 from lavita.models.embeddings import rotate
 from lavita.models.sequence_parallel import SharedClip
 
@@ -47,6 +48,8 @@ class FrameLayout:
     shared: SharedClip | None = None
     """The clip, if several processes share it: blocks that attend in time only then have all frames, others have this
     process's frames, and so has `condition_rows`."""
+    words: Words | None = None
+    """The tokens of the texts, for blocks with `cross_attn`."""
 
 
 def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -145,7 +148,8 @@ class TransformerBlock(nn.Module):
     attentions of Variant 3 share their three vectors, as its parameter count in Table 3 implies. The two of Variant 4
     have one norm, too, and half of the heads each, twice as wide: their outputs are added, so that together they are
     one layer f. With all tokens, the condition is among the tokens, and each layer adds `f(LayerNorm(x))`, where the
-    norm has weights of its own.
+    norm has weights of its own. With `cross_attn`, set by `cross_attention.add_cross_attention`, the tokens attend to
+    those of the text after they attended to each other in space.
 
     With `gradient_checkpointing`, set by `LavitaTransformer3DModel.enable_gradient_checkpointing`, autograd keeps only
     the block's input, and the backward pass computes the rest again (Chen et al. 2016). With `compiled`, the block runs
@@ -165,6 +169,7 @@ class TransformerBlock(nn.Module):
         self.mixing: Mixing = mixing
         heads = num_heads // 2 if mixing == "space_and_time" else num_heads
         self.attn = Attention(hidden_size, heads)
+        self.cross_attn: CrossAttention | None = None
         self.temporal_attn = Attention(hidden_size, heads) if mixing in ("space_then_time", "space_and_time") else None
         self.mlp = Mlp(hidden_size, mlp_ratio)
         plain = conditioning == "all_tokens"
@@ -207,6 +212,8 @@ class TransformerBlock(nn.Module):
             return join(moving, still)
         attn_vectors, mlp_vectors = split_vectors(vectors, frames.condition_rows)
         x = residual(x, self.norm1, attn_vectors, lambda y: self._attend(y, frames))
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(x, frames.words, frames.condition_rows)
         if self.mixing == "space_then_time" and frames.num_video:
             assert self.temporal_attn is not None
             attend, shared = self.temporal_attn, frames.shared

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lavita.core.config import StrictConfig
+from lavita.models.cross_attention import LEAST_TEXT_TOKENS, MOST_TEXT_TOKENS
 from lavita.models.given_frames import GivenKind
 
 DEFAULT_TUBE_SIZE = 2
@@ -45,6 +46,10 @@ class ModelConfig(StrictConfig):
     text_encoder: str | None = None
     """Path or hub id of the text encoder, with `data.captions`: any of transformers' with a pooled output; by default
     the CLIP of Stable Diffusion 1.4."""
+    text_tokens: int | None = Field(None, ge=LEAST_TEXT_TOKENS, le=MOST_TEXT_TOKENS)
+    """With `data.captions`, tokens of each caption that the model attends to by cross-attention, in every block that
+    attends in space, besides its pooled embedding: texts are then understood word for word. Longer captions are cut,
+    shorter ones padded. Default: the pooled embedding alone, as in the paper."""
     class_dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Probability that a clip is trained without its label or caption, as classifier-free guidance needs."""
     learn_sigma: bool = True

@@ -7,7 +7,9 @@ import json
 
 from diffusers.models.modeling_utils import ModelMixin
 
-LATER_FIELDS = {"action_names", "flow_shift", "given_frames", "latent_mean", "latent_std", "trained_shapes"}
+LATER_FIELDS = {
+    *("action_names", "flow_shift", "given_frames", "latent_mean", "latent_std", "text_tokens", "trained_shapes"),
+}
 """Fields of the transformer that its first models did not have; their default is None."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 
 from lavita.models.blocks import Conditioning
+from lavita.models.cross_attention import check_text_tokens, text_shape
 from lavita.models.given_frames import KINDS
 from lavita.models.presets import block_plan
 from lavita.models.shapes import check_shapes, sample_grid, trained_range
@@ -26,7 +27,7 @@ MOST_BLOCKS, MOST_VALUES = 2**12, 2**31
 _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     int: (
         *("num_frames", "in_channels", "patch_size", "hidden_size", "num_blocks", "num_heads"),
-        *("variant", "tube_size", "num_classes", "text_dim", "frame_interval"),
+        *("variant", "tube_size", "num_classes", "text_dim", "text_tokens", "frame_interval"),
     ),
     float: ("mlp_ratio", "fps"),
     bool: ("learn_sigma",),
@@ -34,7 +35,7 @@ _FIELDS_BY_TYPE: dict[type, tuple[str, ...]] = {
     list: ("class_names", "given_frames", "action_names"),
 }
 """The fields of the constructor; a `config.json` from elsewhere may hold anything."""
-_OPTIONAL = ("class_names", "text_encoder", "given_frames", "action_names")
+_OPTIONAL = ("class_names", "text_encoder", "given_frames", "action_names", "text_tokens")
 _TYPES: dict[type, Any] = {float: (int, float), list: (list, tuple)}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 
@@ -70,6 +71,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     check_shapes(config, frames_per_tube(config))
     trained_frames, trained_height, trained_width = trained_range(config)
     places = trained_height * trained_width // config["patch_size"] ** 2
+    check_text_tokens(config)
     hidden_size, num_heads = config["hidden_size"], config["num_heads"]
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"hidden_size is {hidden_size}, but must be a multiple of 4 and of num_heads ({num_heads})")
@@ -166,7 +168,8 @@ def check_inputs(
         latents: must be (B, F, C, H, W).
         timesteps: must be (B,) or a scalar.
         class_labels: must be (B,), or (B, 1 + I) with images, for a model with classes; None for another.
-        text_embeds: must be (B, text_dim), or (B, 1 + I, text_dim), for a model with texts; None for another.
+        text_embeds: must be (B, text_dim), or (B, 1 + I, text_dim), for a model with texts, with 1 + L before text_dim
+            if it has `text_tokens`; None for another.
         num_images: I; must be less than F, and 0 for tubes.
         use_temporal: must be true for tubes.
 
@@ -208,7 +211,7 @@ def check_inputs(
     if text_dim:
         if text_embeds is None:
             raise ValueError("text_embeds are missing, but this model has texts")
-        _check_shape("text_embeds", text_embeds, (*expected, text_dim))
+        _check_shape("text_embeds", text_embeds, (*expected, *text_shape(config)))
 
 
 def check_given(config: Mapping[str, Any], given: torch.Tensor, shape: Sequence[int]) -> None:

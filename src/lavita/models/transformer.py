@@ -8,7 +8,7 @@ one per image; 1 if they share it), K condition tokens per frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import nn
 
 from lavita.models.actions import ActionEmbedder, check_actions
 from lavita.models.blocks import Conditioning, FinalLayer, FrameLayout, TransformerBlock
+from lavita.models.cross_attention import WordEmbedder, add_cross_attention, pooled_part
 from lavita.models.embeddings import (
     LabelEmbedder,
     PatchEmbed,
@@ -81,6 +82,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         class_names: list[str] | None = None,
         text_dim: int = 0,
         text_encoder: str | None = None,
+        text_tokens: int | None = None,
         learn_sigma: bool = True,
         prediction_type: str = "epsilon",
         flow_shift: float | None = None,
@@ -120,6 +122,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             class_names: names of the classes, in the order of their labels.
             text_dim: width of the pooled text embeddings of a text-conditional model (Sec. 4.4); 0 for none.
             text_encoder: path or hub id of the encoder of the text embeddings.
+            text_tokens: L, tokens of a text that blocks attend to (see `cross_attention`), besides its pooled
+                embedding; None for a model that knows the pooled embedding alone.
             learn_sigma: predict the variance, too.
             prediction_type: what the weights predict: `epsilon` or `v_prediction` (see `diffusion`), or `flow` (see
                 `flow`), without `learn_sigma`.
@@ -182,6 +186,10 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             else None
         )
         initialize_weights(self)
+        self.text_proj: WordEmbedder | None = None
+        if text_tokens is not None:  # after all other weights, which are therefore those of the same seed without it
+            self.text_proj = WordEmbedder(text_dim, hidden_size)
+            add_cross_attention(self.blocks, hidden_size, num_heads)
 
     if TYPE_CHECKING:
 
@@ -234,7 +242,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
             timesteps: (B,) or a scalar, in 0..999; for a flow floats in 0..1000.
             class_labels: for a model with classes, in 0..num_classes, where the last means "no label": (B,), or with
                 `num_images` (B, 1 + I), the video's label and each image's own.
-            text_embeds: for a model with texts, pooled embeddings (B, text_dim) or (B, 1 + I, text_dim).
+            text_embeds: for a model with texts, pooled embeddings (B, text_dim) or (B, 1 + I, text_dim); with
+                `text_tokens` (B, 1 + L, text_dim) or (B, 1 + I, 1 + L, text_dim), see `cross_attention`.
             num_images: I; the last I of the F frames are independent images, not frames of the video: they pass the
                 spatial modules only (Sec. 3.6).
             use_temporal: False treats every frame as an image (A.4).
@@ -270,6 +279,8 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         if self.action_embed is not None:
             x = x + own_frames(self.action_embed(actions, latents.shape[1]), shared).to(x.dtype)  # (B, T, N, D)
         frames = self._frame_layout(x, length, num_images, use_temporal, shared)
+        if self.text_proj is not None and text_embeds is not None:
+            frames = replace(frames, words=self.text_proj(text_embeds))
         condition, num_tokens = None, 0
         vectors: list[torch.Tensor | None] = [None] * (len(self.blocks) + 1)
         if modulation is not None:
@@ -313,7 +324,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         Args:
             timesteps: (M,).
             class_labels: (B,), as in `forward`.
-            text_embeds: (B, text_dim).
+            text_embeds: (B, text_dim), or with `text_tokens` (B, 1 + L, text_dim).
 
         Returns:
             One tensor (M, B, 6 D) per block, then (M, B, 2 D) for the decoder; their slices at a timestep are
@@ -333,7 +344,7 @@ class LavitaTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):  # type: ig
         """Embeds the timesteps, (M, 1, D), and for a model with classes or texts those, (B, R, D)."""
         embedded = [self.t_embedder(timesteps)[:, None]]  # (M, 1, D)
         has_classes = isinstance(self.y_embedder, LabelEmbedder)
-        given = class_labels if has_classes else text_embeds
+        given = class_labels if has_classes else pooled_part(self.config, text_embeds)
         if self.y_embedder is not None and given is not None:
             shared = given.ndim == (1 if has_classes else 2)
             embedded.append(self.y_embedder(given[:, None] if shared else given))  # (B, R, D)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lavita.core.text import normal_name
+from lavita.models.cross_attention import text_shape
 
 
 def class_numbers(config: Mapping[str, Any], class_labels: Sequence[int | str | None] | None) -> list[int] | None:
@@ -52,7 +53,7 @@ def text_embeddings(
     negative_prompt_embeds: torch.Tensor | None,
     guided: bool,
 ) -> list[torch.Tensor] | None:
-    """Embeddings of the prompts, and with guidance of the negative prompts, (B, text_dim) each; None without texts.
+    """Embeddings of the prompts, and with guidance of the negative prompts; None without texts.
 
     Args:
         config: the model's fields.
@@ -63,11 +64,13 @@ def text_embeddings(
         negative_prompt_embeds: instead of `negative_prompt`.
         guided: whether there is guidance.
 
+    Returns:
+        (B, text_dim) each, or (B, 1 + L, text_dim) for a model of `text_tokens`.
+
     Raises:
         ValueError: if they do not fit the model or each other.
     """
-    text_dim = config["text_dim"]
-    if not text_dim:
+    if not config["text_dim"]:
         if prompt is not None or prompt_embeds is not None:
             raise ValueError("a prompt was given, but this model has no texts")
         return None
@@ -83,6 +86,9 @@ def text_embeddings(
             negative_prompt_embeds = encode(texts)
         embeds.append(negative_prompt_embeds)
     for name, tensor in zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=False):
-        if tensor.shape != (batch, text_dim):
-            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, but must have {(batch, text_dim)}")
+        expected = (batch, *text_shape(config))
+        if tensor.shape != expected:
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, but must have {expected}")
+        if len(expected) == 3 and not (tensor[:, 1:] != 0).any(-1).any(-1).all():
+            raise ValueError(f"{name} have a text without a token: all of its rows after the first are 0")
     return embeds

@@ -159,7 +159,7 @@ def quantize_int8(model: LavitaTransformer3DModel) -> LavitaTransformer3DModel:
     layers = []
     for index, block in enumerate(model.blocks):
         assert isinstance(block, TransformerBlock)
-        attentions = {"attn": block.attn, "temporal_attn": block.temporal_attn}
+        attentions = {"attn": block.attn, "temporal_attn": block.temporal_attn, "cross_attn": block.cross_attn}
         parents = {name: module for name, module in attentions.items() if module is not None} | {"mlp": block.mlp}
         for parent_name, parent in parents.items():
             for name, layer in parent.named_children():

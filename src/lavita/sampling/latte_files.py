@@ -146,9 +146,14 @@ def export_latte(folder: str | Path, out_file: Path) -> LoadReport:
         "latent_mean": None,
         "given_frames": None,
         "action_names": None,
+        "trained_shapes": None,
     }.items():
         if source.config[key] != allowed:
             raise ValueError(f"{folder}: {key} is {source.config[key]!r}, but Latte's format only holds {allowed!r}")
+    if not isinstance(source.config["sample_size"], int):
+        raise ValueError(
+            f"{folder}: sample_size is {source.config['sample_size']}, but Latte's format has squares only"
+        )
     state = {name: tensor.contiguous() for name, tensor in source.tensors.items()}
     with replacing(out_file) as partial:
         torch.save({"ema": state}, partial)

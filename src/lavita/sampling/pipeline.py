@@ -140,8 +140,8 @@ class LavitaPipeline(DiffusionPipeline):
             prompt: one text per video; a text-conditional model requires them or `prompt_embeds`.
             negative_prompt: with guidance, the text to steer away from, one for all videos or one per video; the
                 default, the empty text, means "no caption".
-            prompt_embeds: pooled embeddings (B, text_dim), instead of `prompt`.
-            negative_prompt_embeds: pooled embeddings (B, text_dim), instead of `negative_prompt`.
+            prompt_embeds: what `encode_text` returns for them, instead of `prompt`.
+            negative_prompt_embeds: the same, instead of `negative_prompt`.
             num_videos: number of videos of an unconditional model; 1 by default.
             num_frames: frames of a video; by default the length of the training clips. Positions of longer clips are
                 interpolated (see `embeddings.frame_positions`), with a warning. F is the number of their latents, which
@@ -280,7 +280,8 @@ class LavitaPipeline(DiffusionPipeline):
         """Embeds texts with the model's text encoder, which is loaded once.
 
         Returns:
-            Pooled embeddings, float32 (B, text_dim).
+            Pooled embeddings, float32 (B, text_dim); for a model of `text_tokens` (B, 1 + L, text_dim), with the states
+            of the tokens after them, see `TextEncoder.encode`.
 
         Raises:
             ValueError: if the model is not text-conditional, or its encoder cannot be loaded.
@@ -290,7 +291,9 @@ class LavitaPipeline(DiffusionPipeline):
             raise ValueError("this model has no texts")
         if self._text_encoder is None:
             self._text_encoder = load_text_encoder(config["text_encoder"], self.transformer.device)
-        return self._text_encoder(texts)
+        if (num_tokens := config["text_tokens"]) is None:
+            return self._text_encoder(texts)
+        return self._text_encoder.encode(texts, num_tokens)
 
     def _check(
         self,

@@ -165,12 +165,20 @@ class StudyPlan:
     """Fields of the evaluation protocol, as `a=b`."""
     train_seeds: tuple[int, ...] = ()
     """Seeds that each arm is trained with, one training per seed; by default once, with the configuration's seed."""
+    prompts: Path | None = None
+    """Table of prompts for models of texts, see `lavita sample`."""
+    guidance_scale: float | None = None
+    """Guidance of the samples; by default that of `lavita sample`."""
 
     def trainings(self, arm: str, fields: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """The fields of each training of an arm, by its folder below `out`."""
         if not self.train_seeds:
             return {arm: tuple(fields)}
         return {f"{arm}/seed-{seed}": (*fields, f"train.seed={seed}") for seed in self.train_seeds}
+
+    def samples(self, name: str, steps: int) -> Path:
+        """Folder of the samples of a training after some steps."""
+        return self.out / name / f"step-{steps:08d}" / "samples"
 
 
 def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
@@ -227,8 +235,8 @@ def run_study(arms: Arms, plan: StudyPlan) -> list[dict[str, Any]]:
 def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> list[tuple[list[str], Path]]:
     """The `lavita` commands that bring a training to a number of steps, each with the file that marks it as done."""
     folder = plan.out / name
-    point = folder / f"step-{steps:08d}"
-    run, samples = folder / "train", point / "samples"
+    samples = plan.samples(name, steps)
+    run, point = folder / "train", samples.parent
     own = set(map(_key, fields))
     shared = [override for override in plan.overrides if _key(override) not in own]
     settings = [f"run_dir={run}", f"train.steps={steps}", *shared, *fields]
@@ -236,6 +244,10 @@ def commands(name: str, fields: Sequence[str], plan: StudyPlan, steps: int) -> l
         settings.append("train.sample_every=0")
     sample = ["sample", str(run / "pipeline"), "--out", str(samples)]
     sample += ["--seeds", plan.seeds, "--steps", str(plan.sample_steps)]
+    if plan.prompts is not None:
+        sample += ["--prompts", str(plan.prompts)]
+    if plan.guidance_scale is not None:
+        sample += ["--guidance-scale", f"{plan.guidance_scale:g}"]
     found = [
         (["train", "--config", plan.config, *settings], point / "trained"),
         (sample, point / "sampled"),
@@ -338,7 +350,7 @@ def _write_contact_sheet(rows: Sequence[Mapping[str, Any]], plan: StudyPlan) -> 
     """Writes `contact_sheet.png`: final samples of every arm's first training, with the same seeds and conditions."""
     pictures, labels = [], []
     for arm, (row, *_) in by_arm(rows).items():
-        samples = sorted((plan.out / row["name"] / f"step-{plan.steps[-1]:08d}" / "samples").rglob("*.mp4"))
+        samples = sorted(plan.samples(row["name"], plan.steps[-1]).rglob("*.mp4"))
         picked = np.linspace(0, len(samples) - 1, min(8, len(samples))).round().astype(int)
         pictures.append([np.stack(list(iter_frames(samples[index]))) for index in picked])
         labels.append(arm)

@@ -33,6 +33,7 @@ PATCH_EMBEDDING = "patch embedding"
 CONDITION_EMBEDDING = "condition embedding"
 SPATIAL_ATTENTION = "spatial attention"
 TEMPORAL_ATTENTION = "temporal attention"
+CROSS_ATTENTION = "attention to texts"
 MLP = "MLP"
 MODULATION = "modulation"
 NORMS = "norms"
@@ -158,8 +159,8 @@ def measure(
             macs[part] += _macs(counts.get(f"{root}.{path}", {}))
         products = 0
         for path in (path for path in part_of if path.endswith("attn")):
-            whole, qkv, proj = (_macs(counts.get(f"{root}.{path}{child}", {})) for child in ("", ".qkv", ".proj"))
-            products += whole - qkv - proj
+            layers = (_macs(counts.get(f"{root}.{path}.{child}", {})) for child in ("qkv", "q", "kv", "proj"))
+            products += _macs(counts.get(f"{root}.{path}", {})) - sum(layers)
         assert sum(macs.values()) == _macs(counts["Global"]), "a layer does not belong to any part"
 
         paper_macs = sum(macs.values()) - products + counts["Global"].get(torch.ops.aten.native_layer_norm, 0)
@@ -221,10 +222,12 @@ def truncated(count: int, unit: int) -> str:
 
 def _parts(model: LavitaTransformer3DModel) -> dict[str, str]:
     """The part that each module belongs to, by its path; every layer is in exactly one of these modules."""
-    parts = {"x_embedder": PATCH_EMBEDDING, "t_embedder": CONDITION_EMBEDDING, "y_embedder": CONDITION_EMBEDDING}
+    parts = {"x_embedder": PATCH_EMBEDDING}
+    parts |= dict.fromkeys(("t_embedder", "y_embedder", "text_proj"), CONDITION_EMBEDDING)
     for index, block in enumerate(model.blocks):
         parts[f"blocks.{index}.attn"] = TEMPORAL_ATTENTION if block.mixing == "time" else SPATIAL_ATTENTION
         parts[f"blocks.{index}.temporal_attn"] = TEMPORAL_ATTENTION
+        parts[f"blocks.{index}.cross_attn"] = CROSS_ATTENTION
         parts[f"blocks.{index}.mlp"] = MLP
         parts[f"blocks.{index}.adaLN_modulation"] = MODULATION
         for norm in ("norm1", "norm_temporal", "norm2"):

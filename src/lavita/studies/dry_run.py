@@ -214,7 +214,8 @@ def _fresh_parameters(model: LavitaTransformer3DModel, config: RunConfig, resume
 
 def _stand_in_embeddings(texts: Sequence[str], config: RunConfig, device: torch.device) -> torch.Tensor:
     """The embedding of the first text for all texts: of the right size, in no time, and without a cache."""
-    return load_text_encoder(config.model.text_encoder, device)(texts[:1]).expand(len(texts), -1)
+    first = load_text_encoder(config.model.text_encoder, device).encode(texts[:1], config.model.text_tokens)
+    return first.expand(len(texts), *first.shape[1:])
 
 
 def _precision_name(dtype: torch.dtype | None) -> Precision:

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lavita.core.precision import store_linear_weights
 from lavita.models.autoencoder import AutoencoderKL, autoencoder_class, decoded
+from lavita.models.cross_attention import text_shape
 from lavita.models.gradient_checkpointing import Checkpointing, checkpoint_blocks
 from lavita.models.packaged import STABLE_DIFFUSION_AUTOENCODER, model_source
 from lavita.models.sequence_parallel import SequenceGroup
@@ -132,7 +133,7 @@ def meta_model(
         if model.config["num_classes"]:
             inputs["class_labels"] = torch.zeros(conditions, dtype=torch.long)
         if model.config["text_dim"]:
-            inputs["text_embeds"] = torch.zeros(*conditions, model.config["text_dim"])
+            inputs["text_embeds"] = torch.zeros(*conditions, *text_shape(model.config))
         yield model, inputs
 
 

@@ -21,7 +21,9 @@ from lavita.data.clip_sources import ClipSource, open_images, open_videos
 from lavita.data.clips import ClipDraw, ClipSampler
 from lavita.data.config import DataConfig
 from lavita.data.latent_cache.reading import LatentClip
+from lavita.data.text_embeddings import TextTable
 from lavita.models.autoencoder import Autoencoder, temporal_downsampling
+from lavita.models.cross_attention import text_shape
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.given_frames import GivenMasks
 from lavita.models.latent_statistics import LatentStatistics
@@ -48,7 +50,8 @@ class Batch:
     class_labels: torch.Tensor | None
     """int64 (B,) or, with images, (B, 1 + I); a dropped label is the null class. None without classes."""
     text_embeds: torch.Tensor | None
-    """float32 (B, text_dim) or (B, 1 + I, text_dim); a dropped caption is the empty text. None without captions."""
+    """float32 (B, text_dim) or (B, 1 + I, text_dim), with 1 + L before text_dim for a model of `text_tokens`; a dropped
+    caption is the empty text. None without captions."""
     num_images: int = 0
     """I, images that follow each clip."""
     given: torch.Tensor | None = None
@@ -108,7 +111,7 @@ def random_batch(
         noise=torch.randn(shape, generator=random),
         timesteps=torch.randint(0, NUM_TIMESTEPS, (batch_size,), generator=random),
         class_labels=torch.randint(0, num_classes, conditions, generator=random) if num_classes else None,
-        text_embeds=torch.randn(*conditions, text_dim, generator=random) if text_dim else None,
+        text_embeds=torch.randn(*conditions, *text_shape(config), generator=random) if text_dim else None,
         num_images=num_images,
         given=torch.zeros(shape[:2], dtype=torch.bool) if config.get("given_frames") else None,
         actions=torch.zeros(shape[:2], dtype=torch.int64) if config.get("action_names") else None,
@@ -175,8 +178,9 @@ class BatchMaker:
             raise ConfigError(f"{images.root}: has class {unknown[0]!r}, which the videos do not have")
         self._captions = [captions for captions, _ in tables]
         self.captions = CaptionSampler(tables, seed) if tables else None
-        self.text_table: torch.Tensor | None = None
-        """Embeddings of `captions.texts`, float32 (texts, text_dim), once `embed_captions` was called."""
+        self.text_table: TextTable | None = None
+        """Embeddings of `captions.texts`, (texts, text_dim) or (texts, 1 + L, text_dim), once `embed_captions` was
+        called."""
 
     def contents(self) -> Contents:
         """What the clips and images are drawn from, to recognise it when the run is resumed."""
@@ -192,13 +196,13 @@ class BatchMaker:
             for (kind, source), captions in zip(sources.items(), tables, strict=True)
         }
 
-    def embed_captions(self, encoder: Callable[[Sequence[str]], torch.Tensor]) -> None:
+    def embed_captions(self, encoder: Callable[[Sequence[str]], TextTable]) -> None:
         """Encodes every text once; with captions this comes before the first `make`."""
         assert self.captions is not None
         self.text_table = encoder(self.captions.texts).cpu()
 
     def example_embeds(self, count: int) -> torch.Tensor | None:
-        """Embeddings of captions, evenly spaced through the table, (count, text_dim); None without captions."""
+        """Embeddings of captions, evenly spaced through the table, count rows of it; None without captions."""
         if self.text_table is None:
             return None
         return self.text_table[torch.linspace(1, len(self.text_table) - 1, count).round().long()]
@@ -285,7 +289,7 @@ class BatchMaker:
         rows, none = [], len(self.actions.names)
         for index, draw in zip(indices, clips, strict=True):
             dropped = torch.rand(1, generator=generator(self.seed, "actions", step, index)).item() < self.action_dropout
-            own = self.actions.of_clip(draw.video.name, draw.start, self.sampler.num_frames)
+            own = self.actions.of_clip(draw.video.name, draw.start, self.sampler.at(step).num_frames)
             rows.append(torch.full_like(own, none) if dropped else own)
         return torch.nn.functional.pad(torch.stack(rows), (0, self.num_images), value=none)
 

@@ -40,9 +40,11 @@ class TrainConfig(StrictConfig):
     the extra `lora`."""
     lora_alpha: float | None = Field(None, gt=0)
     """Scale of the adapters: their product is multiplied by `lora_alpha / lora_rank`; by default that is 1."""
-    lora_targets: list[Literal["qkv", "proj", "fc1", "fc2", "adaLN_modulation"]] | None = Field(None, min_length=1)
-    """Layers of the blocks that get adapters; by default `qkv` and `proj` of the attention and `fc1` and `fc2` of the
-    MLP."""
+    lora_targets: list[Literal["qkv", "q", "kv", "proj", "fc1", "fc2", "adaLN_modulation"]] | None = Field(
+        None, min_length=1
+    )
+    """Layers of the blocks that get adapters; by default `qkv` and `proj` of the attention, `q`, `kv` and `proj` of the
+    attention to texts, and `fc1` and `fc2` of the MLP."""
     steps: int = Field(100_000, ge=1)
     """Number of optimizer steps."""
     batch_size: int = Field(8, ge=1)
@@ -238,6 +240,8 @@ class RunConfig(StrictConfig):
             )
         if model.text_encoder is not None and data.captions is None:
             raise ValueError("model.text_encoder is set, but has no effect without data.captions")
+        if model.text_tokens is not None and data.captions is None:
+            raise ValueError(f"model.text_tokens is {model.text_tokens}, but has no effect without data.captions")
         if model.patch_embedding == "compression":
             if data.num_images:
                 raise ValueError(

@@ -19,8 +19,16 @@ from lavita.models.adapters import is_adapter, plain_name
 from lavita.models.transformer import LavitaTransformer3DModel
 from lavita.training.config import TrainConfig
 
-LAYERS = {"qkv": "qkv", "proj": "proj", "fc1": "fc1", "fc2": "fc2", "adaLN_modulation": "adaLN_modulation.1"}
-DEFAULT_TARGETS = ("qkv", "proj", "fc1", "fc2")
+LAYERS = {
+    "qkv": "qkv",
+    "q": "q",
+    "kv": "kv",
+    "proj": "proj",
+    "fc1": "fc1",
+    "fc2": "fc2",
+    "adaLN_modulation": "adaLN_modulation.1",
+}
+DEFAULT_TARGETS = ("qkv", "q", "kv", "proj", "fc1", "fc2")
 _FRESH = "init.json"
 
 

@@ -91,7 +91,14 @@ def open_run(config: RunConfig, team: Processes, budget: Budget | None = None) -
     vae = load_autoencoder(autoencoder_source(config.autoencoder, config.data.longest_side), device)
     check_resolution(config, vae)
     texts = texts_folder(config.data.latent_cache, run_dir)
-    encoder = partial(embed_texts, source=config.model.text_encoder, folder=texts, device=device, team=team)
+    encoder = partial(
+        embed_texts,
+        source=config.model.text_encoder,
+        folder=texts,
+        device=device,
+        team=team,
+        num_tokens=config.model.text_tokens,
+    )
     masks = GivenMasks(config.model.given_frames, config.model.given_dropout)
     batches = BatchMaker(
         config.data,
@@ -207,7 +214,8 @@ def build_model(config: RunConfig, vae: Autoencoder, batches: BatchMaker) -> Lav
         flow_shift=batches.timesteps.shift if config.model.prediction_type == FLOW else None,
         class_names=names or None,
         action_names=None if batches.actions is None else list(batches.actions.names),
-        text_dim=0 if table is None else table.shape[1],
+        text_dim=0 if table is None else table.shape[-1],
+        text_tokens=config.model.text_tokens,
         text_encoder=None if table is None else config.model.text_encoder or DEFAULT_TEXT_ENCODER,
         frame_interval=config.data.frame_interval,
         fps=round(rates[len(rates) // 2] / config.data.frame_interval, 3),

@@ -19,6 +19,7 @@ from lavita.data.catalog import Catalog
 from lavita.data.clip_sources import ClipSource, open_validation
 from lavita.data.clips import ClipSampler
 from lavita.data.config import DataConfig
+from lavita.data.text_embeddings import TextTable
 from lavita.models.autoencoder import Autoencoder
 from lavita.models.diffusion import NUM_TIMESTEPS
 from lavita.models.flow import Objective
@@ -76,7 +77,7 @@ class Validation:
         settings: TrainConfig,
         vae: Autoencoder,
         training: Catalog,
-        embed: Callable[[Sequence[str]], torch.Tensor] | None = None,
+        embed: Callable[[Sequence[str]], TextTable] | None = None,
         team: Processes | None = None,
         statistics: LatentStatistics | None = None,
     ) -> None:
@@ -87,7 +88,7 @@ class Validation:
             settings: the number of clips, the seed, and the precision of the autoencoder.
             vae: the autoencoder of the run.
             training: the training videos, for their classes; none of them may be held out.
-            embed: turns texts into embeddings, float32 (B, text_dim); needed with captions.
+            embed: turns texts into embeddings; needed with captions.
             team: the processes, which share the clips.
             statistics: the statistics that the model's latents are normalised with, if they are.
 
@@ -128,7 +129,7 @@ class Validation:
             captions = CaptionSampler([(held_out.captions, catalog)], seed)
             chosen = [captions.draw(catalog.root, draw.video.name, 0, index) for index, draw in enumerate(draws)]
             # The texts of all clips in every process: one of them may embed the texts for all.
-            self._embeds = embed([captions.texts[row] for row in chosen]).cpu()[list(self._own)]
+            self._embeds = embed([captions.texts[row] for row in chosen]).cpu()[torch.tensor(self._own)]
 
     @torch.no_grad()
     def evaluate(

@@ -15,6 +15,7 @@ from lavita.models.embeddings import spatial_positions, temporal_positions
 from lavita.models.presets import block_plan
 from lavita.models.pretrained.load_report import LoadReport
 from lavita.models.pretrained.reading import BLOCK_LAYERS, LABEL_TABLE, Source, Weights, open_source
+from lavita.models.pretrained.words import transfer_words
 from lavita.models.shapes import stored_grid
 from lavita.models.transformer import LavitaTransformer3DModel
 
@@ -62,6 +63,7 @@ def transfer_weights(model: LavitaTransformer3DModel, source: Source, closed: bo
     """Gives a model the weights of a source that was read; arguments and errors as in `initialize`."""
     _check_fields(model, source)
     transfer = _Transfer(model, source)
+    transfer_words(transfer.targets, source.tensors, transfer.take, transfer.new, transfer.drop)
     if source.kind == "image":
         _transfer_image(transfer, closed)
     elif not closed:
@@ -119,9 +121,7 @@ class _Transfer:
         """
         origin = origin or name
         tensor = self.source.tensors[origin]
-        if value is None:
-            value = tensor
-        result = value if isinstance(value, torch.Tensor) else value(tensor)
+        result = tensor if value is None else value if isinstance(value, torch.Tensor) else value(tensor)
         if result.shape != self.targets[name].shape:
             shapes = f"{tuple(tensor.shape)}, but {name} of this model {tuple(self.targets[name].shape)}"
             raise ValueError(f"{self.source.name}: {origin} has the shape {shapes}")
