@@ -13,7 +13,7 @@ from conftest import Run
 from lavita.core.commands import CommandFailed
 from lavita.demo.emulator import study
 from lavita.demo.emulator.episodes import find_games, render
-from lavita.demo.emulator.scores import OBJECTS, locate, mean_interval, object_scores, psnr, squared_errors
+from lavita.demo.emulator.scores import OBJECTS, locate, object_scores, psnr, squared_errors, summarize_clips
 from lavita.demo.emulator.study import EmulatorPlan, run_emulator_study
 from lavita.demo.games import START, _Console, play_episode, render_episode, replay
 from lavita.video.reading import iter_frames
@@ -68,12 +68,31 @@ def test_scores_of_a_moved_object() -> None:
     distance, found = object_scores(sprite, made, true)
     np.testing.assert_allclose(distance, np.array([[5, 5, 5], [np.nan, 0, np.nan]]))
     np.testing.assert_allclose(found, np.array([[1, 1, 1], [np.nan, 1, 0]]))
-    mean, low, high = mean_interval(found)
-    np.testing.assert_allclose(mean, np.array([1, 1, 0.5]))
-    assert (low <= mean).all() and (mean <= high).all()
-    assert np.isnan(mean_interval(np.full((3, 2), np.nan))[0]).all()
+    assert [(row[0], *row[3:]) for row in summarize_clips(found[None])] == [(1, None, 1), (1, None, 2), (0.5, None, 2)]
     assert squared_errors(true, true).max() == 0
     np.testing.assert_allclose(psnr([255.0**2, 1.0]), np.array([0, 10 * np.log10(255**2)]))
+
+
+def test_seeds_share_their_clips() -> None:
+    """Repeating the values of a seed adds no clips, so the interval stays as wide; what differs is the spread."""
+    random = np.random.default_rng(0)
+    values = random.normal(5, 2, (1, 40, 3))
+    values[0, :30, 1] = np.nan
+    values[0, :, 2] = np.nan
+    once, thrice = summarize_clips(values), summarize_clips(np.repeat(values, 3, axis=0))
+    assert [row[:3] + row[4:] for row in once] == [row[:3] + row[4:] for row in thrice]
+    assert [row[3] for row in once] == [None] * 3 and [row[3] for row in thrice] == [0, 0, None]
+    assert [row[4] for row in once] == [40, 10, 0] and once[2][:3] == [None] * 3
+    mean, low, high, *_ = once[0]
+    assert mean is not None and low is not None and high is not None
+    np.testing.assert_allclose(mean, values[0, :, 0].mean(), atol=1e-4)
+    error = values[0, :, 0].std(ddof=1) / np.sqrt(40)  # the normal approximation
+    np.testing.assert_allclose([low, high], [mean - 1.96 * error, mean + 1.96 * error], atol=0.15 * error * 1.96)
+    shifted = np.concatenate([values, values + 1])
+    np.testing.assert_allclose(float(summarize_clips(shifted)[0][3] or 0), np.sqrt(0.5), atol=1e-4)
+    decibels = summarize_clips(np.array([[[1.0], [3.0]], [[4.0], [4.0]]]), as_psnr=True)[0]
+    np.testing.assert_allclose(float(decibels[0] or 0), 10 * np.log10(255**2 / 3), atol=1e-4)
+    np.testing.assert_allclose(float(decibels[3] or 0), 10 * np.log10(2) / np.sqrt(2), atol=1e-4)
 
 
 def test_rendering_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,14 +140,18 @@ def test_a_study_goes_on_and_shows_what_it_found(tmp_path: Path, run: Run, monke
     scores = results["games"]["boxing"]
     assert set(scores["psnr"]) == {"its actions", "other actions", "no actions", "still", "ceiling"}
     for row in scores["psnr"].values():
-        assert len(row) == 14 and all(low <= mean <= high for mean, low, high in row)
+        assert len(row) == 14 and all(low <= mean <= high and clips == 2 for mean, low, high, _, clips in row)
+    assert scores["psnr"]["its actions"][0][3] > 0 and scores["psnr"]["still"][0][3] is None
     assert scores["psnr"]["ceiling"][0][0] > 25 > scores["psnr"]["its actions"][-1][0]
     assert set(scores["objects"]) == {"white boxer", "black boxer"}
+    for measures in scores["objects"].values():
+        assert measures["error"]["ceiling"][0][0] < 1 and measures["persistence"]["ceiling"][0][0] == 1
+        assert set(measures["error"]) == set(measures["persistence"]) == set(scores["psnr"])
     assert json.loads((plan.out / "results.json").read_text()) == results
     page = (plan.out / "index.html").read_text()
     for name in ("curves.png", "videos/boxing-0-the-game.mp4"):
         assert name in page and (plan.out / name).exists()
-    assert len((plan.out / "results.csv").read_text().splitlines()) == 1 + 14 * (5 + 2 * 3 * 2)
+    assert len((plan.out / "results.csv").read_text().splitlines()) == 1 + 14 * 5 * (1 + 2 * 2)
     with pytest.raises(ValueError, match="its study has steps=2, not 3"):
         run_emulator_study(EmulatorPlan(**{**vars(plan), "steps": 3}))
 

@@ -63,9 +63,12 @@ def _body(sections: list[str], results: dict[str, Any]) -> str:
     return f"""<h1>A model in the place of the game</h1>
 <p>The game and the model start from the same {results["given"]} frames and get the same actions, for
 {results["horizon"]} frames ({results["horizon"] / FPS:.1f} s). Training seeds {seeds}; {results["steps"]:,} steps each;
-{results["clips"]} held-out clips of each game. Intervals are 95%, over the clips. <em>Other actions</em> and <em>no
-actions</em> are the same model told something else: what it loses is what the actions tell it. <em>Still</em> repeats
-the last given frame; the <em>ceiling</em> is the true frames after the autoencoder.</p>
+{results["clips"]} held-out clips of each game. <em>Other actions</em> and <em>no actions</em> are the same model told
+something else: what it loses is what the actions tell it. <em>Still</em> repeats the last given frame; the
+<em>ceiling</em> is the true frames after the autoencoder.</p>
+<p>In the tables, &plusmn; is the standard deviation between training seeds; in parentheses are the 95% interval over
+the clips and the number of clips that a value rests on. An object has a distance where it is in the picture in truth
+and in the prediction; whether it is there is asked where it truly is.</p>
 <img src="curves.png" alt="PSNR, position error and persistence over the horizon">
 {"".join(sections)}"""
 
@@ -79,7 +82,7 @@ def _tables(scores: dict[str, Any], results: dict[str, Any]) -> str:
     ]
     for name, measures in scores["objects"].items():
         for measure, title in (("error", "distance from its true place in pixels"), ("persistence", "is there")):
-            lines = [_cells(control, rows[measure], horizons) for control, rows in measures.items()]
+            lines = [_cells(control, row, horizons) for control, row in measures[measure].items()]
             parts += [f"<h3>{html.escape(name)}: {title}</h3>", table(head, lines, True)]
     return '<div class="scroll">' + "\n".join(parts) + "</div>"
 
@@ -87,8 +90,12 @@ def _tables(scores: dict[str, Any], results: dict[str, Any]) -> str:
 def _cells(name: str, row: list[list[float | None]], horizons: list[int]) -> list[str]:
     cells = [name]
     for horizon in horizons:
-        mean, low, high = row[horizon - 1]
-        cells.append("-" if mean is None else f"{mean:.2f} ({low:.2f} to {high:.2f})")
+        mean, low, high, spread, clips = row[horizon - 1]
+        if mean is None:
+            cells.append("-")
+            continue
+        between = "" if spread is None else f" &plusmn;{spread:.2f}"
+        cells.append(f"{mean:.2f}{between} ({low:.2f} to {high:.2f}; {clips:.0f})")
     return cells
 
 
@@ -114,18 +121,15 @@ def _videos(out: Path, game: str, results: dict[str, Any]) -> list[dict[str, str
 def _write_csv(out: Path, results: dict[str, Any]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["game", "measure", "what", "horizon", "mean", "low", "high"])
+    writer.writerow(["game", "measure", "what", "horizon", "mean", "low", "high", "spread", "clips"])
     for game, scores in results["games"].items():
-        named = [("psnr", name, row) for name, row in scores["psnr"].items()]
+        named = [("psnr", scores["psnr"])]
         for sprite, measures in scores["objects"].items():
-            named += [
-                (f"{sprite} {measure}", control, rows[measure])
-                for control, rows in measures.items()
-                for measure in ("error", "persistence")
-            ]
-        for measure, name, row in named:
-            for horizon, triple in enumerate(row, start=1):
-                writer.writerow([game, measure, name, horizon, *triple])
+            named += [(f"{sprite} {measure}", rows) for measure, rows in measures.items()]
+        for measure, rows in named:
+            for name, row in rows.items():
+                for horizon, numbers in enumerate(row, start=1):
+                    writer.writerow([game, measure, name, horizon, *numbers])
     write_text(out / "results.csv", text.getvalue())
 
 
@@ -138,15 +142,14 @@ def _write_curves(out: Path, results: dict[str, Any]) -> None:
         panels.append((f"{game}: PSNR in dB", scores["psnr"]))
         for sprite, measures in scores["objects"].items():
             for measure, title in (("error", "position error in pixels"), ("persistence", "is there")):
-                rows = {control: rows[measure] for control, rows in measures.items()}
-                panels.append((f"{game}, {sprite}: {title}", rows))
+                panels.append((f"{game}, {sprite}: {title}", measures[measure]))
     columns = 3
     figure = Figure(figsize=(4.2 * columns, 3.2 * -(-len(panels) // columns)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
     for place, (title, rows) in zip(axes, panels, strict=False):
         for name, row in rows.items():
-            values = np.array([[np.nan if value is None else value for value in triple] for triple in row])
+            values = np.array([[np.nan if value is None else value for value in numbers[:3]] for numbers in row])
             horizon = np.arange(1, len(values) + 1)
             place.plot(horizon, values[:, 0], color=COLOURS[name], label=name, linewidth=1.5)
             place.fill_between(horizon, values[:, 1], values[:, 2], color=COLOURS[name], alpha=0.15, linewidth=0)

@@ -70,24 +70,34 @@ def object_scores(sprite: Sprite, made: Frames, true: Frames) -> tuple[Array, Ar
     return np.linalg.norm(there - here, axis=-1), np.where(exists, found, np.nan).astype(np.float64)
 
 
-def mean_interval(values: Array, as_psnr: bool = False) -> tuple[Array, Array, Array]:
-    """Mean over clips at each horizon, with the 95% interval of a bootstrap over the clips.
+def summarize_clips(values: Array, as_psnr: bool = False) -> list[list[float | None]]:
+    """Mean over seeds and clips at each horizon, how sure it is, and how many clips it rests on.
+
+    The bootstrap draws clips, each with its values of all seeds: the seeds share the clips, so their values of one clip
+    are not independent.
 
     Args:
-        values: (clips, horizons), NaN where there is no value.
+        values: (seeds, clips, horizons), NaN where there is no value.
         as_psnr: the values are squared errors, whose mean is turned into a PSNR.
 
     Returns:
-        Mean, lower and upper end, each (horizons,); NaN where no clip has a value.
+        For each horizon the mean, the lower and upper end of its 95% interval over the clips, the standard deviation of
+        the seeds' means (None unless all of two or more seeds have a value), and the number of clips with a value. Mean
+        and ends are None where there is no clip.
     """
     finish = psnr if as_psnr else np.asarray
-    picks = np.random.default_rng(0).integers(0, len(values), (BOOTSTRAPS, len(values)))
+    num_seeds, num_clips, _ = values.shape
     known = ~np.isnan(values)
     filled, counts = np.where(known, values, 0.0), known.astype(np.float64)
+    sums, numbers = filled.sum(0), counts.sum(0)  # (clips, horizons)
+    picks = np.random.default_rng(0).integers(0, num_clips, (BOOTSTRAPS, num_clips))
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = finish(filled.sum(0) / counts.sum(0))
-        drawn = finish(filled[picks].sum(1) / counts[picks].sum(1))  # (bootstraps, horizons)
+        mean = finish(sums.sum(0) / numbers.sum(0))
+        drawn = finish(sums[picks].sum(1) / numbers[picks].sum(1))  # (bootstraps, horizons)
+        of_seeds = finish(filled.sum(1) / counts.sum(1))  # (seeds, horizons)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a horizon at which no clip has a value
         low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
-    return mean, low, high
+    spread = of_seeds.std(axis=0, ddof=1) if num_seeds > 1 else np.full_like(mean, np.nan)
+    rows = zip(mean, low, high, spread, known.any(0).sum(0), strict=True)
+    return [[None if np.isnan(value) else round(float(value), 4) for value in row] for row in rows]

@@ -21,7 +21,7 @@ from lavita.core.progress import Progress
 from lavita.core.seeds import generator
 from lavita.demo.emulator.episodes import find_games, render
 from lavita.demo.emulator.page import write_page
-from lavita.demo.emulator.scores import OBJECTS, mean_interval, object_scores, psnr, squared_errors
+from lavita.demo.emulator.scores import OBJECTS, object_scores, squared_errors, summarize_clips
 from lavita.demo.games import FPS
 from lavita.models.autoencoder import decode, encode
 from lavita.sampling.pipeline import LavitaPipeline, load_pipeline
@@ -228,48 +228,43 @@ def summarize(plan: EmulatorPlan) -> dict[str, Any]:
 
     Returns:
         `games`: for each game `psnr` and `objects`. `psnr` has a row for each control, for the last given frame
-        repeated (`still`), and for the true frames encoded and decoded (`ceiling`); `objects` has `error` in pixels and
-        `persistence` of each object, by control. A row is a list over the horizons of [mean, low, high], where the
-        interval is over the clips; of the model it is the mean over the training seeds, and `spread` has the standard
-        deviation over these.
+        repeated (`still`), and for the true frames encoded and decoded (`ceiling`); `objects` has by object the rows
+        `error`, in pixels, and `persistence`, each for the same five. A row has the numbers of `summarize_clips` at
+        each horizon.
     """
     vae = load_pipeline(plan.out / f"seed-{plan.train_seeds[0]}" / "train" / "pipeline").vae
     games = {}
     for game in plan.games:
         whole, _ = held_out(plan, game)
         true = whole[:, NUM_GIVEN:]
-        still = np.broadcast_to(whole[:, NUM_GIVEN - 1 : NUM_GIVEN], true.shape)
+        made = {control: _predicted(plan, control, game) for control in CONTROLS}
+        made["still"] = [np.repeat(whole[:, NUM_GIVEN - 1 : NUM_GIVEN], plan.horizon, axis=1)]
         # Frame by frame, so clip by clip to bound the memory.
-        ceiling = np.stack([decode(vae, encode(vae, clip)[0][None])[0] for clip in true])
-        rows = {
-            "still": _row(squared_errors(still, true), True),
-            "ceiling": _row(squared_errors(ceiling, true), True),
+        made["ceiling"] = [np.stack([decode(vae, encode(vae, clip)[0][None])[0] for clip in true])]
+        errors = {name: np.stack([squared_errors(clips, true) for clips in seeds]) for name, seeds in made.items()}
+        objects: dict[str, dict[str, Any]] = {}
+        for sprite in OBJECTS.get(game, ()):
+            scores = {name: [object_scores(sprite, clips, true) for clips in seeds] for name, seeds in made.items()}
+            objects[sprite.name] = {
+                measure: {
+                    name: summarize_clips(np.stack([pair[place] for pair in pairs])) for name, pairs in scores.items()
+                }
+                for place, measure in enumerate(("error", "persistence"))
+            }
+        games[game] = {
+            "psnr": {name: summarize_clips(values, as_psnr=True) for name, values in errors.items()},
+            "objects": objects,
         }
-        spread: dict[str, list[float]] = {}
-        objects: dict[str, dict[str, Any]] = {sprite.name: {} for sprite in OBJECTS.get(game, ())}
-        for control in CONTROLS:
-            made = [
-                np.stack([_read(file) for file in sorted((folder / control / game).glob("*.mkv"))])[:, NUM_GIVEN:]
-                for folder in (plan.out / f"seed-{seed}" / "predicted" for seed in plan.train_seeds)
-            ]
-            errors = np.stack([squared_errors(clips, true) for clips in made])  # (seeds, clips, horizons)
-            rows[control] = _row(errors.mean(0), True)
-            spread[control] = _listed(psnr(errors.mean(1)).std(axis=0, ddof=1) if len(made) > 1 else np.zeros(1))
-            for sprite in OBJECTS.get(game, ()):
-                each = [object_scores(sprite, clips, true) for clips in made]
-                distance, found = (np.concatenate([pair[place] for pair in each]) for place in (0, 1))
-                objects[sprite.name][control] = {"error": _row(distance), "persistence": _row(found)}
-        games[game] = {"psnr": rows, "spread": spread, "objects": objects}
     return {"games": games, "train_seeds": list(plan.train_seeds), "given": NUM_GIVEN, **_settings(plan)}
+
+
+def _predicted(plan: EmulatorPlan, control: str, game: str) -> list[Frames]:
+    """For each training seed the predicted frames of all clips, without the given ones."""
+    return [
+        np.stack([_read(file) for file in sorted((folder / control / game).glob("*.mkv"))])[:, NUM_GIVEN:]
+        for folder in (plan.out / f"seed-{seed}" / "predicted" for seed in plan.train_seeds)
+    ]
 
 
 def _settings(plan: EmulatorPlan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in ("steps", "preset", "clips", "horizon", "episodes", "sample_steps")}
-
-
-def _row(values: Any, as_psnr: bool = False) -> list[list[float | None]]:
-    return [_listed(triple) for triple in zip(*mean_interval(values, as_psnr), strict=True)]
-
-
-def _listed(values: Any) -> list[Any]:
-    return [None if np.isnan(value) else round(float(value), 4) for value in values]
