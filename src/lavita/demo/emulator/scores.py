@@ -14,10 +14,16 @@ from lavita.video.formats import Frames
 
 Array = npt.NDArray[np.float64]
 BOOTSTRAPS = 1000
-LINE = (37, 42)
-"""Rows of freeway's yellow line, which has the chicken's colour."""
 OBJECTS: Mapping[str, Sequence[Sprite]] = {
-    "freeway": (Sprite("freeway", "chicken", lambda r, g, b: (r > 180) & (g > 180) & (b < 150), columns=(24, 48)),),
+    "freeway": (
+        Sprite(
+            "freeway",
+            "chicken",  # (252, 252, 84); the cars of the lane beside it are yellow too, (210, 210, 64)
+            lambda r, g, b: (r > 212) & (g > 212) & (b < 160),
+            columns=(24, 48),
+            least_pixels=3,
+        ),
+    ),
     "boxing": tuple(replace(sprite, least_pixels=8) for sprite in SPRITES if sprite.game == "boxing"),
 }
 """Objects of some games of which there is at most one, and which can be told by their colour."""
@@ -37,8 +43,6 @@ def locate(sprite: Sprite, frames: Frames) -> Array:
     mask = np.zeros(frames.shape[:3], dtype=bool)
     inside = (slice(None), slice(*sprite.rows), slice(*sprite.columns))
     mask[inside] = sprite.is_colored(red, green, blue)[inside]
-    if sprite.name == "chicken":
-        mask[:, slice(*LINE)] = False
     places = np.full((len(frames), 2), np.nan)
     for index, areas in enumerate(number_areas(mask)):
         names, sizes = np.unique(areas[areas > 0], return_counts=True)

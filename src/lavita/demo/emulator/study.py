@@ -143,6 +143,7 @@ def _claim(plan: EmulatorPlan) -> None:
     """Records the settings, so that results of different ones cannot mix; more training seeds may follow later."""
     settings = {name: value for name, value in vars(plan).items() if name not in ("out", "train_seeds")}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    settings["views"] = {game.name: list(game.crop) for game in find_games(plan.games)}
     file = plan.out / "study.json"
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
