@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
+from lavita.models.cross_attention import text_shape
 from lavita.models.transformer import LavitaTransformer3DModel
 
 Gradients = dict[str, torch.Tensor]
@@ -47,7 +48,7 @@ def batch(model: LavitaTransformer3DModel, num_images: int = 0, seed: int = 0) -
     if model.config["num_classes"]:
         given["class_labels"] = torch.randint(3, rows, generator=random)
     if model.config["text_dim"]:
-        given["text_embeds"] = torch.randn(*rows, model.config["text_dim"], generator=random)
+        given["text_embeds"] = torch.randn(*rows, *text_shape(model.config), generator=random)
     return given
 
 

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "classes": ({"num_classes": 3}, 0),
     "images of their own classes": ({"num_classes": 3}, 2),
     "images of a text": ({"text_dim": 5, "temporal_position": "rope"}, 1),
+    "images of their own words": ({"text_dim": 5, "text_tokens": 6}, 2),
     "images without a condition": ({"temporal_position": "absolute_input"}, 4),
     "tokens": ({"conditioning": "all_tokens"}, 0),
     "tokens and images": ({"conditioning": "all_tokens", "num_classes": 3, "temporal_position": "rope"}, 1),
@@ -109,7 +110,7 @@ def run_together(folder: Path, count: int, function: Any, *arguments: Any) -> No
 
 
 def test_two_processes_share_a_clip(tmp_path: Path) -> None:
-    plan: Plan = [(2, "ddp", ["classes", "tokens and images"])]
+    plan: Plan = [(2, "ddp", ["classes", "images of their own words", "tokens and images"])]
     run_together(tmp_path, 2, compare_cases, plan)
 
 

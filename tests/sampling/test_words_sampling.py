@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from conftest import MakeTransformer, Run, SavePipeline
@@ -18,6 +20,7 @@ from lavita.core.names import CacheName
 from lavita.models.autoencoder import AutoencoderKL
 from lavita.sampling.int8 import Int8Linear, quantize_int8
 from lavita.sampling.pipeline import LavitaPipeline, make_pipeline
+from lavita.video.reading import read_clip
 
 PROMPTS = ["a game of boxing", "freeway", "a game of a game of freeway"]
 
@@ -93,6 +96,24 @@ def test_step_caches_take_tokens(
     assert 0 < relative(cached, exact) < 0.5
     alone = make(pipeline, **{**given, "prompt": PROMPTS[2]}, generator=seeded(2), cache=cache)
     assert relative(alone[0], cached[2]) < 1e-4
+
+
+def test_a_long_video_from_given_frames_by_words(
+    make_transformer: MakeTransformer, save_pipeline: SavePipeline, encoder: str, run: Run, tmp_path: Path
+) -> None:
+    fields = {"num_frames": 4, "given_frames": ["start"], "text_dim": 16, "text_tokens": 8, "text_encoder": encoder}
+    folder = save_pipeline(make_transformer(**fields))
+    write_videos(tmp_path / "clips", ["0.mp4"], 9)
+    videos: list[npt.NDArray[np.uint8]] = []
+    for prompt in PROMPTS[:2]:
+        code, _, errors = run(
+            *("sample", folder, "--prompt", prompt, "--out", f"out-{len(videos)}", "--seeds", "0", "--steps", 2),
+            *("--video", "clips/0.mp4", "--keep-frames", 2, "--length", 10, "--overlap", 2),
+        )
+        assert code == 0, errors
+        (file,) = Path(f"out-{len(videos)}").rglob("0.mp4")
+        videos.append(read_clip(file, 0, 10, 1))
+    assert np.array_equal(videos[0][:2], videos[1][:2]) and not np.array_equal(videos[0][2:], videos[1][2:])
 
 
 def test_int8_takes_the_attention_to_texts(with_words: LavitaPipeline) -> None:
