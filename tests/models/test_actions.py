@@ -70,6 +70,28 @@ def test_a_finetuned_model_starts_as_it_was(
         assert torch.equal(model(latents, timesteps, actions=torch.zeros(2, 4, dtype=torch.int64)).sample, expected)
 
 
+def test_finetuning_takes_actions_by_name(
+    make_transformer: MakeTransformer, tiny_vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    before = with_actions(make_transformer)
+    save(make_pipeline(before, tiny_vae), tmp_path / "before")
+    latents, timesteps = inputs()
+    others = ["duck", "left", "right"]  # as many actions, but not the same
+    for names, new in ((others, True), (["left", "right"], False)):
+        model = LavitaTransformer3DModel(**{**before.config, "action_names": names})
+        report = initialize(model, str(tmp_path / "before"))
+        assert ("action_embed.tables" in report.partly_new) is new
+        assert "by name" in report.adapted["action_embed.tables"]
+        with torch.no_grad():
+            for name in (*names, None):
+                there, here = (
+                    torch.full((2, 4), action_numbers(each.config, [[known]]).item(), dtype=torch.int64)
+                    for each, known in ((before, None if name == "duck" else name), (model, name))
+                )
+                expected = before(latents, timesteps, actions=there).sample
+                assert torch.equal(model(latents, timesteps, actions=here).sample, expected), name
+
+
 def test_actions_that_do_not_fit_are_refused(make_transformer: MakeTransformer, tiny_vae: AutoencoderKL) -> None:
     latents, timesteps = inputs()
     model = with_actions(make_transformer)
@@ -202,12 +224,15 @@ def test_a_run_with_actions_goes_on_exactly_and_on_no_others(run: Run, make_conf
         ("file,actions\na/0.mp4,left left\n", "line 2 has 2 actions for a/0.mp4, which has 10 frames"),
         ("file,actions\nb/9.mp4,left\n", "has no actions for any of the 3 files"),
         ("file,doings\na/0.mp4,left\n", "line 2 has no 'actions'"),
+        ('{"file": "a/0.mp4", "actions": 3}\n', "line 1 has 3 for actions, but must have a text"),
+        ('{"file": "a/0.mp4", "actions": ["left", null]}\n', "line 1 has ['left', None] for actions"),
         ("file,actions\n" + 2 * f"a/0.mp4,{'left ' * 10}\n", "line 3 is about a/0.mp4 a second time"),
     ],
 )
 def test_tables_that_do_not_fit(text: str, words: str, run: Run, make_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "actions.csv").write_text(text)
-    config = make_config("run", f"data.actions={tmp_path / 'actions.csv'}", *PLAIN)
+    file = tmp_path / f"actions.{'jsonl' if text.startswith('{') else 'csv'}"
+    file.write_text(text)
+    config = make_config("run", f"data.actions={file}", *PLAIN)
     save_config(config, tmp_path / "run.yaml")
     code, _, errors = run("train", "--config", tmp_path / "run.yaml")
     assert code == 2 and words in errors.splitlines()[-1], errors

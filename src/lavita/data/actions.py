@@ -67,6 +67,11 @@ def match_actions(
         if name in found:
             raise ValueError(f"{file}: line {number} is about {name} a second time")
         value = row["actions"]
+        if not isinstance(value, str | list) or not all(isinstance(action, str | int) for action in value):
+            raise ValueError(
+                f"{file}: line {number} has {value!r} for actions, but must have a text, with white space between the "
+                "actions of the frames, or a list of names or whole numbers"
+            )
         found[name] = value.split() if isinstance(value, str) else [str(action) for action in value]
         if len(found[name]) != frames[name]:
             raise ValueError(

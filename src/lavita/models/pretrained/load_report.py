@@ -81,3 +81,8 @@ def _ranges(numbers: Iterable[int]) -> str:
             parts.append(str(rest[0]))
         rest = rest[length:]
     return "{" + ",".join(parts) + "}"
+
+
+def listed(names: list[str]) -> str:
+    """Names separated by commas, shortened if there are many."""
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:6])} and {len(names) - 6} more"

@@ -13,7 +13,8 @@ import torch
 from lavita.core.text import normal_name
 from lavita.models.embeddings import spatial_positions, temporal_positions
 from lavita.models.presets import block_plan
-from lavita.models.pretrained.load_report import LoadReport
+from lavita.models.pretrained.actions import transfer_actions
+from lavita.models.pretrained.load_report import LoadReport, listed
 from lavita.models.pretrained.reading import BLOCK_LAYERS, LABEL_TABLE, Source, Weights, open_source
 from lavita.models.pretrained.words import transfer_words
 from lavita.models.shapes import stored_grid
@@ -179,6 +180,7 @@ class _Transfer:
 def _transfer_video(transfer: _Transfer) -> None:
     """Takes a video model's tensors, by name: source and model have the same structure."""
     _transfer_condition(transfer)
+    transfer_actions(transfer.model.config, transfer.source.config, transfer.take)
     _transfer_positions(transfer)
     _transfer_patch_embedding(transfer)
     _transfer_decoder(transfer)
@@ -240,15 +242,10 @@ def _transfer_classes(transfer: _Transfer) -> None:
     new = [name for name, row in zip(names, rows, strict=True) if row == null]
     parts = [f"{null} classes there, {num_classes} here"]
     if same:
-        parts.append(f"by name: {_listed(same)}")
+        parts.append(f"by name: {listed(same)}")
     if new:
-        parts.append(f"new, starting as the source's `no label`: {_listed(new)}")
+        parts.append(f"new, starting as the source's `no label`: {listed(new)}")
     transfer.take(LABEL_TABLE, "; ".join(parts), table[[*rows, null]], partly_new=bool(new))
-
-
-def _listed(names: list[str]) -> str:
-    """Names separated by commas, shortened if there are many."""
-    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:6])} and {len(names) - 6} more"
 
 
 def _transfer_positions(transfer: _Transfer) -> None:
