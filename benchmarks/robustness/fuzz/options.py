@@ -33,10 +33,15 @@ TINY: dict[tuple[str, ...], list[str]] = {
     ("config",): ["demo"],
     ("study",): ["variant", "--config", "demo", "--out", "out"],
     ("demo",): ["--out", "out"],
+    ("push",): ["pipeline", "name/model"],
+    ("lora", "merge"): ["pipeline", "in", "--out", "out"],
+    ("lora", "extract"): ["pipeline", "pipeline", "--out", "out", "--rank", "1"],
+    ("lora", "convert"): ["in", "--out", "out"],
 }
 TINY[("train",)] += ["data.num_frames=2", "data.resolution=16", "model.preset=tiny/4", "train.batch_size=2"]
-NEVER_TO_THE_END = {("demo",), ("study",), ("data", "arcade")}
-"""Commands that take minutes where they succeed: they get only what the parser or the first check refuses."""
+NEVER_TO_THE_END = {("demo",), ("study",), ("data", "arcade"), ("push",)}
+"""Commands that take minutes where they succeed, or reach out of this machine: they get only what the parser or the
+first check refuses."""
 FOLDERS = ("out", "runs", "in/out", "evil")
 
 
