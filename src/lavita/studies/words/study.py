@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -153,8 +154,9 @@ def print_words(results: Mapping[str, Any], console: Console | None = None) -> N
     """Prints a table of the accuracies: mean and standard deviation over the seeds."""
     console = console or Console()
     seeds = len(results["trainings"]) // len(ARMS)
-    table = Table(title=f"right clips, %: mean +- standard deviation of {seeds} seeds", title_justify="left")
-    for heading in ("", "", "real, decoded", *ARMS, "difference"):
+    title = f"right clips, %: mean +- standard deviation of {seeds} seeds; decoded: real clips, decoded"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for heading in ("", "", "decoded", *ARMS, "difference"):
         table.add_column(heading, no_wrap=True)
     for group in GROUPS:
         for name in SCORES:
